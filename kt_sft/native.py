@@ -1,0 +1,32 @@
+"""The only importer of the compiled extension."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from kt_sft.errors import KTError
+
+_module: ModuleType | None = None
+
+
+class NativeMissing(KTError, ImportError):
+    """The compiled kernels cannot be imported."""
+
+
+def native() -> ModuleType:
+    """The extension `kt_sft._native`, imported at the first call.
+
+    Raises:
+        NativeMissing: it was not built for this Python, or the file is damaged.
+    """
+    global _module
+    if _module is None:
+        try:
+            from kt_sft import _native
+        except ImportError as error:
+            raise NativeMissing(
+                f"the compiled kernels kt_sft._native cannot be imported ({error}); build them for this Python with "
+                "`pip install .` in the kt_sft source folder (needs g++ >= 12)"
+            ) from error
+        _module = _native
+    return _module

@@ -1,0 +1,110 @@
+// Eight lanes on AVX2 + FMA. API in vec_scalar.h.
+#pragma once
+#include <immintrin.h>
+
+#include "kts/types.h"
+
+namespace kts::avx2 {
+
+struct Vec {
+  using F = __m256;
+  using I = __m256i;
+  static constexpr int W = 8;
+
+  KTS_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  KTS_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  KTS_INLINE I first_lanes(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), iota());
+  }
+  KTS_INLINE F load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+  KTS_INLINE void store_n(float* p, int64_t n, F v) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+  KTS_INLINE F set1(float v) { return _mm256_set1_ps(v); }
+  KTS_INLINE F zero() { return _mm256_setzero_ps(); }
+  KTS_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  KTS_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  KTS_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  KTS_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+  KTS_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  KTS_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+  KTS_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  KTS_INLINE F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  KTS_INLINE float sum(F a) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  KTS_INLINE F pow2(F n) {
+    const I biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+  KTS_INLINE F from_bf16(__m128i bits) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  KTS_INLINE F load_bf16(const bf16_t* p) { return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  KTS_INLINE F load_bf16_n(const bf16_t* p, int64_t n) {
+    alignas(16) bf16_t lanes[W] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return from_bf16(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
+  }
+  KTS_INLINE __m128i to_bf16(F v) {
+    const I bits = _mm256_castps_si256(v);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    I rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const I quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    const I is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, quiet, is_nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  }
+  KTS_INLINE void store_bf16(bf16_t* p, F v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(v)); }
+  KTS_INLINE void store_bf16_n(bf16_t* p, int64_t n, F v) {
+    alignas(16) bf16_t lanes[W];
+    _mm_store_si128(reinterpret_cast<__m128i*>(lanes), to_bf16(v));
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  KTS_INLINE I iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  KTS_INLINE I set1_i(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
+  KTS_INLINE I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
+  KTS_INLINE I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
+  KTS_INLINE I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  template <int N>
+  KTS_INLINE I srl_i(I a) { return _mm256_srli_epi32(a, N); }
+  KTS_INLINE F keep(I h, int32_t threshold, F v) {
+    const I kept = _mm256_cmpgt_epi32(_mm256_srli_epi32(h, 8), _mm256_set1_epi32(threshold - 1));
+    return _mm256_and_ps(_mm256_castsi256_ps(kept), v);
+  }
+
+  // --- packed bf16 tiles (gemm_bf16_inl.h) ---
+  // A dword holds the pair (k even, k odd) of one n: the two halves as floats.
+  KTS_INLINE I load_pairs(const bf16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  KTS_INLINE F even(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+  KTS_INLINE F odd(I pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  // rows[i] lane j <-> rows[j] lane i
+  KTS_INLINE void transpose(I (&rows)[W]) {
+    I pair[W], quad[W];
+    for (int i = 0; i < W; i += 2) {
+      pair[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+      pair[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < W; i += 4) {
+      quad[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
+      quad[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
+      quad[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+      quad[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
+      rows[i + 4] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
+    }
+  }
+  // even = columns 0, 2, 4, ...; odd = 1, 3, 5, ... -> 2 W columns in order
+  KTS_INLINE void interleave(F even, F odd, F* low, F* high) {
+    const F a = _mm256_unpacklo_ps(even, odd);  // 0 1 2 3 | 8 9 10 11
+    const F b = _mm256_unpackhi_ps(even, odd);  // 4 5 6 7 | 12 13 14 15
+    *low = _mm256_permute2f128_ps(a, b, 0x20);
+    *high = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+};
+
+}  // namespace kts::avx2

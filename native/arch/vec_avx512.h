@@ -1,0 +1,103 @@
+// Sixteen lanes on AVX-512 F, BW, DQ, VL. API in vec_scalar.h and, for tiles, vec_avx2.h.
+#pragma once
+#include <immintrin.h>
+
+#include "kts/types.h"
+
+namespace kts::avx512 {
+
+struct Vec {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int W = 16;
+
+  KTS_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  KTS_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  KTS_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  KTS_INLINE F load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+  KTS_INLINE void store_n(float* p, int64_t n, F v) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+  KTS_INLINE F set1(float v) { return _mm512_set1_ps(v); }
+  KTS_INLINE F zero() { return _mm512_setzero_ps(); }
+  KTS_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  KTS_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  KTS_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  KTS_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  KTS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  KTS_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  KTS_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  KTS_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  KTS_INLINE float sum(F a) {
+    const __m256 half8 = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(half8), _mm256_extractf128_ps(half8, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  KTS_INLINE F pow2(F n) {
+    const I biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+  }
+  KTS_INLINE F from_bf16(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  KTS_INLINE F load_bf16(const bf16_t* p) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  KTS_INLINE F load_bf16_n(const bf16_t* p, int64_t n) { return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+  KTS_INLINE __m256i to_bf16(F v) {
+    const I bits = _mm512_castps_si512(v);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    I rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    return _mm512_cvtepi32_epi16(rounded);
+  }
+  KTS_INLINE void store_bf16(bf16_t* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v)); }
+  KTS_INLINE void store_bf16_n(bf16_t* p, int64_t n, F v) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(v)); }
+  KTS_INLINE I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  KTS_INLINE I set1_i(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }
+  KTS_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  KTS_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
+  KTS_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  template <int N>
+  KTS_INLINE I srl_i(I a) { return _mm512_srli_epi32(a, N); }
+  KTS_INLINE F keep(I h, int32_t threshold, F v) {
+    const __mmask16 kept = _mm512_cmpge_epi32_mask(_mm512_srli_epi32(h, 8), _mm512_set1_epi32(threshold));
+    return _mm512_maskz_mov_ps(kept, v);
+  }
+
+  KTS_INLINE I load_pairs(const bf16_t* p) { return _mm512_loadu_si512(p); }
+  KTS_INLINE F even(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  KTS_INLINE F odd(I pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  KTS_INLINE void transpose(I (&rows)[W]) {
+    I pair[W], quad[W];
+    for (int i = 0; i < W; i += 2) {
+      pair[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < W; i += 4) {
+      quad[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+      quad[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+      quad[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+      quad[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+    }
+    // quad[4 g + c], 128-bit lane l: column 4 l + c of rows 4 g .. 4 g + 3.
+    for (int c = 0; c < 4; ++c) {
+      const I low01 = _mm512_shuffle_i32x4(quad[c], quad[4 + c], 0x44);         // g0: l0 l1 | g1: l0 l1
+      const I high01 = _mm512_shuffle_i32x4(quad[c], quad[4 + c], 0xee);        // g0: l2 l3 | g1: l2 l3
+      const I low23 = _mm512_shuffle_i32x4(quad[8 + c], quad[12 + c], 0x44);
+      const I high23 = _mm512_shuffle_i32x4(quad[8 + c], quad[12 + c], 0xee);
+      rows[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+      rows[4 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+      rows[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+      rows[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+  }
+  KTS_INLINE void interleave(F even, F odd, F* low, F* high) {
+    const I low_index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const I high_index = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    *low = _mm512_permutex2var_ps(even, low_index, odd);
+    *high = _mm512_permutex2var_ps(even, high_index, odd);
+  }
+};
+
+}  // namespace kts::avx512

@@ -1,0 +1,188 @@
+// MoeLayer: converts and checks arguments, releases the GIL, calls.
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "bindings.h"
+#include "kts/moe.h"
+#include "tensor_arg.h"
+
+namespace py = pybind11;
+
+namespace kts {
+
+namespace {
+
+MoeShape make_shape(int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format, const std::string& activation) {
+  MoeShape shape{num_experts, hidden, inter};
+  if (format != "bf16") throw py::value_error("format: expected bf16, got " + format);
+  if (!activation_from_name(activation.c_str(), &shape.activation))
+    throw py::value_error("activation: expected silu, got " + activation);
+  if (num_experts <= 0 || hidden <= 0 || inter <= 0) throw py::value_error("MoeLayer: num_experts, hidden and inter must be positive");
+  return shape;
+}
+
+// (a [experts, rank, in], b [experts, rank, out], scale) or None
+struct LoraArg {
+  std::optional<TensorArg> a, b;
+  LoraView view;
+
+  LoraArg(const py::object& value, const char* name, const MoeShape& shape, int64_t in, int64_t out) {
+    if (value.is_none()) return;
+    const auto parts = value.cast<py::tuple>();
+    const std::string base(name);
+    a.emplace(parts[0], (base + ".a").c_str(), "bf16", 3);
+    b.emplace(parts[1], (base + ".b").c_str(), "bf16", 3);
+    a->expect_shape({shape.num_experts, -1, in});
+    b->expect_shape({shape.num_experts, a->size(1), out});
+    view = {a->bf16(), a->stride(0), a->stride(1), b->bf16(), b->stride(0), b->stride(1), a->size(1), parts[2].cast<float>()};
+  }
+};
+
+// (da [experts, rank, in] or None, db [experts, rank, out] or None) or None
+struct LoraGradArg {
+  std::optional<TensorArg> a, b;
+  LoraGradView view;
+
+  LoraGradArg(const py::object& value, const char* name, const MoeShape& shape, int64_t rank, int64_t in, int64_t out) {
+    if (value.is_none()) return;
+    const auto parts = value.cast<py::tuple>();
+    const std::string base(name);
+    if (!parts[0].is_none()) {
+      a.emplace(parts[0], (base + ".da").c_str(), "f32", 3);
+      a->expect_shape({shape.num_experts, rank, in});
+      view.a = a->f32(), view.a_expert = a->stride(0), view.a_rank = a->stride(1);
+    }
+    if (!parts[1].is_none()) {
+      b.emplace(parts[1], (base + ".db").c_str(), "f32", 3);
+      b->expect_shape({shape.num_experts, rank, out});
+      view.b = b->f32(), view.b_expert = b->stride(0), view.b_rank = b->stride(1);
+    }
+  }
+};
+
+struct CallArgs {
+  TensorArg x, ids, weights;
+  LoraArg gate, up, down;
+  std::optional<TensorArg> g, u;
+  MoeInput input;
+  ExpertLora lora;
+  ForwardTape tape;
+
+  CallArgs(const MoeShape& shape, const py::object& x_, const py::object& ids_, const py::object& weights_, const py::tuple& lora_,
+           const py::object& g_, const py::object& u_)
+      : x(x_, "x", "bf16", 2),
+        ids(ids_, "topk_ids", "i64", 2),
+        weights(weights_, "topk_weights", "f32", 2),
+        gate(lora_[0], "lora gate", shape, shape.hidden, shape.inter),
+        up(lora_[1], "lora up", shape, shape.hidden, shape.inter),
+        down(lora_[2], "lora down", shape, shape.inter, shape.hidden) {
+    const int64_t tokens = x.size(0);
+    x.expect_shape({tokens, shape.hidden}).expect_contiguous();
+    ids.expect_shape({tokens, -1}).expect_contiguous();
+    weights.expect_shape({tokens, ids.size(1)}).expect_contiguous();
+    input = {tokens, ids.size(1), x.bf16(), ids.i64(), weights.f32()};
+    lora = {gate.view, up.view, down.view};
+    if (g_.is_none()) return;
+    g.emplace(g_, "g", "bf16", 2);
+    u.emplace(u_, "u", "bf16", 2);
+    g->expect_shape({tokens * input.top_k, shape.inter_stride()}).expect_contiguous();
+    u->expect_shape({tokens * input.top_k, shape.inter_stride()}).expect_contiguous();
+    tape = {g->bf16(), u->bf16()};
+  }
+};
+
+// A bf16 or f32 tensor [tokens, hidden] to be filled.
+struct OutArg {
+  std::optional<TensorArg> tensor;
+  MoeOutput out;
+
+  OutArg(const py::object& value, const char* name, const std::string& dtype, int64_t tokens, int64_t hidden) {
+    if (value.is_none()) return;
+    tensor.emplace(value, name, dtype.c_str(), 2);
+    tensor->expect_shape({tokens, hidden}).expect_contiguous();
+    (dtype == "bf16" ? static_cast<void>(out.bf16 = tensor->bf16()) : static_cast<void>(out.f32 = tensor->f32()));
+  }
+};
+
+void load_expert(MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_, const py::object& down_) {
+  const MoeShape& s = layer.shape();
+  const TensorArg gate(gate_, "gate", "bf16", 2), up(up_, "up", "bf16", 2), down(down_, "down", "bf16", 2);
+  gate.expect_shape({s.inter, s.hidden});
+  up.expect_shape({s.inter, s.hidden});
+  down.expect_shape({s.hidden, s.inter});
+  py::gil_scoped_release release;
+  layer.load_expert(expert, gate.bf16(), gate.stride(0), up.bf16(), up.stride(0), down.bf16(), down.stride(0));
+}
+
+void unpack_expert(const MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_, const py::object& down_) {
+  const MoeShape& s = layer.shape();
+  const TensorArg gate(gate_, "gate", "bf16", 2), up(up_, "up", "bf16", 2), down(down_, "down", "bf16", 2);
+  gate.expect_shape({s.inter, s.hidden});
+  up.expect_shape({s.inter, s.hidden});
+  down.expect_shape({s.hidden, s.inter});
+  py::gil_scoped_release release;
+  layer.unpack_expert(expert, gate.bf16(), gate.stride(0), up.bf16(), up.stride(0), down.bf16(), down.stride(0));
+}
+
+void forward(const MoeLayer& layer, const py::object& x, const py::object& ids, const py::object& weights, const py::tuple& lora,
+             const py::object& g, const py::object& u, const py::object& out_, const std::string& out_dtype, float dropout_p,
+             uint64_t dropout_seed, int64_t chunk) {
+  const CallArgs args(layer.shape(), x, ids, weights, lora, g, u);
+  const OutArg out(out_, "out", out_dtype, args.input.tokens, layer.shape().hidden);
+  py::gil_scoped_release release;
+  layer.forward(args.input, args.lora, {dropout_p, dropout_seed}, chunk, args.tape, out.out);
+}
+
+void backward(const MoeLayer& layer, const py::object& dout_, const py::object& x, const py::object& ids, const py::object& weights,
+              const py::tuple& lora, const py::object& g, const py::object& u, const py::object& dx_, const std::string& dx_dtype,
+              const py::object& dweights_, const py::tuple& lora_grads, float dropout_p, uint64_t dropout_seed, int64_t chunk) {
+  const MoeShape& s = layer.shape();
+  const CallArgs args(s, x, ids, weights, lora, g, u);
+  const TensorArg dout(dout_, "dout", "bf16", 2);
+  dout.expect_shape({args.input.tokens, s.hidden}).expect_contiguous();
+  const OutArg dx(dx_, "dx", dx_dtype, args.input.tokens, s.hidden);
+  const LoraGradArg gate(lora_grads[0], "lora gate", s, args.lora.gate.rank, s.hidden, s.inter);
+  const LoraGradArg up(lora_grads[1], "lora up", s, args.lora.up.rank, s.hidden, s.inter);
+  const LoraGradArg down(lora_grads[2], "lora down", s, args.lora.down.rank, s.inter, s.hidden);
+  MoeGrads grads{dx.out, nullptr, {gate.view, up.view, down.view}};
+  std::optional<TensorArg> dweights;
+  if (!dweights_.is_none()) {
+    dweights.emplace(dweights_, "dtopk_weights", "f32", 2);
+    dweights->expect_shape({args.input.tokens, args.input.top_k}).expect_contiguous();
+    grads.dtopk_weights = dweights->f32();
+  }
+  py::gil_scoped_release release;
+  layer.backward(args.input, dout.bf16(), args.lora, {dropout_p, dropout_seed}, chunk, args.tape, grads);
+}
+
+}  // namespace
+
+void bind_moe(py::module_& m) {
+  py::class_<MoeLayer>(m, "MoeLayer")
+      .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format, const std::string& activation) {
+             return std::make_unique<MoeLayer>(make_shape(num_experts, hidden, inter, format, activation));
+           }),
+           py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16", py::arg("activation") = "silu")
+      .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
+      .def("unpack_expert", &unpack_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
+      .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::kw_only(), py::arg("lora"), py::arg("g"),
+           py::arg("u"), py::arg("out"), py::arg("out_dtype"), py::arg("dropout_p"), py::arg("dropout_seed"), py::arg("chunk_size"))
+      .def("backward", &backward, py::arg("dout"), py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::kw_only(),
+           py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("dx"), py::arg("dx_dtype"), py::arg("dtopk_weights"),
+           py::arg("lora_grads"), py::arg("dropout_p"), py::arg("dropout_seed"), py::arg("chunk_size"))
+      .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
+      .def_property_readonly("missing_experts", &MoeLayer::missing_experts)
+      .def_property_readonly("num_experts", [](const MoeLayer& layer) { return layer.shape().num_experts; })
+      .def_property_readonly("hidden", [](const MoeLayer& layer) { return layer.shape().hidden; })
+      .def_property_readonly("inter", [](const MoeLayer& layer) { return layer.shape().inter; })
+      .def_property_readonly("inter_stride", [](const MoeLayer& layer) { return layer.shape().inter_stride(); })
+      .def_static(
+          "packed_bytes_for",
+          [](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format) {
+            return MoeLayer::packed_bytes_for(make_shape(num_experts, hidden, inter, format, "silu"));
+          },
+          py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16");
+}
+
+}  // namespace kts

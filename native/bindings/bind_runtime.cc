@@ -1,0 +1,62 @@
+// Threads, instruction sets, kernel table, machine facts.
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "kts/elementwise.h"
+#include "kts/gemm.h"
+#include "kts/isa.h"
+#include "kts/thread_pool.h"
+#include "kts/topology.h"
+#include "kts/workspace.h"
+
+namespace py = pybind11;
+
+namespace kts {
+
+namespace {
+
+py::list kernel_rows() {
+  py::list rows;
+  for (const KernelRow& row : kernel_table()) {
+    py::dict item;
+    item["name"] = row.name;
+    item["op"] = row.direction == Direction::kForward ? "forward" : "input_grad";
+    item["format"] = "bf16";
+    item["isa"] = isa_name(row.isa);
+    item["available"] = (row.isa & detect_isa()) != 0;
+    item["selected"] = &select_gemm(row.format, row.direction, row.block_m, active_isa()) == &row;
+    rows.append(item);
+  }
+  return rows;
+}
+
+py::dict cpu_info() {
+  const CpuInfo info = read_cpu_info();
+  py::dict item;
+  item["model_name"] = info.model_name;
+  item["logical_cpus"] = info.logical_cpus;
+  item["physical_cores"] = info.physical_cores;
+  item["numa_nodes"] = info.numa_nodes;
+  item["quota_cpus"] = info.quota_cpus > 0.0 ? py::object(py::float_(info.quota_cpus)) : py::object(py::none());
+  return item;
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& m) {
+  m.def("set_threads", &set_threads, py::arg("threads"), py::arg("pools") = 1, py::call_guard<py::gil_scoped_release>());
+  m.def("num_threads", &num_threads);
+  m.def("default_threads", [] { return default_threads(read_cpu_info()); });
+  m.def("isa_detected", [] { return isa_names(detect_isa()); });
+  m.def("isa_active", &active_isa_name);
+  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("kernel_rows", &kernel_rows);
+  m.def("cpu_info", &cpu_info);
+  m.def("workspace_growths", &pass_arena_growths);
+  m.def("supports_activation", [](const std::string& name) {
+    Activation activation;
+    return activation_from_name(name.c_str(), &activation);
+  });
+}
+
+}  // namespace kts

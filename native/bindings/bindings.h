@@ -1,0 +1,9 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace kts {
+
+void bind_runtime(pybind11::module_& m);
+void bind_moe(pybind11::module_& m);
+
+}  // namespace kts

@@ -1,0 +1,13 @@
+// The only caller of kernel pointers.
+#include "kts/gemm.h"
+
+namespace kts {
+
+void gemm(Direction direction, const GemmTask& task) {
+  KTS_DCHECK(task.panel_end - task.panel_begin <= kMaxTaskPanels);
+  KTS_DCHECK(task.ldc >= (task.panel_end - task.panel_begin) * kPanel);
+  if (task.m == 0) return;
+  select_gemm(task.w->format, direction, task.m, active_isa()).run(task);
+}
+
+}  // namespace kts

@@ -1,0 +1,40 @@
+// The kernel table and the choice of a row: least estimated cycles among the rows that the CPU can run.
+#include "kts/gemm.h"
+
+namespace kts {
+
+#define KTS_KERNEL(ns, name, isa, format, direction, block_m, block_n, macs) \
+  namespace ns {                                                             \
+  void name(const GemmTask& task);                                           \
+  }
+#include "kernels.inc"
+#undef KTS_KERNEL
+
+const std::vector<KernelRow>& kernel_table() {
+  static const std::vector<KernelRow> table = {
+#define KTS_KERNEL(ns, name, isa, format, direction, block_m, block_n, macs) \
+  {#name, isa, Format::format, Direction::direction, block_m, block_n, macs, &ns::name},
+#include "kernels.inc"
+#undef KTS_KERNEL
+  };
+  return table;
+}
+
+// Cycles per column of the sum. Rows beyond the last whole block run in a narrower micro-kernel: their sums hide less latency, so a
+// partial block is charged half of the missing rows.
+static double estimated_cost(const KernelRow& row, int64_t m) {
+  const double whole = static_cast<double>(align_up(m, row.block_m));
+  return 0.5 * (whole + static_cast<double>(m)) / row.macs_per_cycle;
+}
+
+const KernelRow& select_gemm(Format format, Direction direction, int64_t m, IsaSet isa) {
+  const KernelRow* best = nullptr;
+  for (const KernelRow& row : kernel_table()) {
+    if ((row.isa & isa) == 0 || row.format != format || row.direction != direction) continue;
+    if (best == nullptr || estimated_cost(row, m) < estimated_cost(*best, m)) best = &row;
+  }
+  if (best == nullptr) fail("no kernel for this weight format and instruction set");
+  return *best;
+}
+
+}  // namespace kts

@@ -1,0 +1,97 @@
+// The routed experts of one layer: packed weights, forward, backward. Formulas in moe/expert_forward.cc and
+// moe/expert_backward.cc; rounding points in docs/numerics.md.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kts/elementwise.h"
+#include "kts/gemm.h"
+#include "kts/lora.h"
+#include "kts/workspace.h"
+
+namespace kts {
+
+struct MoeShape {
+  int64_t num_experts = 0;
+  int64_t hidden = 0;
+  int64_t inter = 0;
+  Format format = Format::kBf16;
+  Activation activation = Activation::kSilu;
+
+  // Row stride, in elements, of g, u and h buffers.
+  int64_t inter_stride() const { return align_up(inter, kPanel); }
+};
+
+// Inverted dropout on the input of the LoRA branches; p = 0 turns it off. The mask depends on seed, (token, slot) and column only.
+struct Dropout {
+  float p = 0.0f;
+  uint64_t seed = 0;
+};
+
+struct MoeInput {
+  int64_t tokens = 0;
+  int64_t top_k = 0;
+  const bf16_t* x = nullptr;            // [tokens, hidden], contiguous
+  const int64_t* topk_ids = nullptr;    // [tokens, top_k]
+  const float* topk_weights = nullptr;  // [tokens, top_k]
+};
+
+// Activations that backward needs beside the inputs: the rounded gate and up products by routed row. The memory belongs to the
+// caller (torch tensors), so checkpointing can drop it. Null pointers: backward recomputes them.
+struct ForwardTape {
+  bf16_t* g = nullptr;  // [tokens * top_k, inter_stride]
+  bf16_t* u = nullptr;
+
+  bool retained() const { return g != nullptr; }
+};
+
+struct MoeOutput {  // exactly one of the two
+  bf16_t* bf16 = nullptr;
+  float* f32 = nullptr;
+};
+
+struct MoeGrads {
+  MoeOutput dx;                    // [tokens, hidden]; both null = not wanted
+  float* dtopk_weights = nullptr;  // [tokens, top_k]; null = not wanted
+  ExpertLoraGrads lora;            // null pointers = not wanted; others are overwritten, zeros for experts without rows
+};
+
+class MoeLayer {
+ public:
+  explicit MoeLayer(const MoeShape& shape);
+
+  const MoeShape& shape() const { return shape_; }
+  int64_t packed_bytes() const { return static_cast<int64_t>(weights_.bytes()); }
+  static int64_t packed_bytes_for(const MoeShape& shape);
+
+  // gate, up [inter, hidden], down [hidden, inter]; strides in elements. Packs a copy.
+  void load_expert(int64_t expert, const bf16_t* gate, int64_t gate_stride, const bf16_t* up, int64_t up_stride,
+                   const bf16_t* down, int64_t down_stride);
+  void unpack_expert(int64_t expert, bf16_t* gate, int64_t gate_stride, bf16_t* up, int64_t up_stride, bf16_t* down,
+                     int64_t down_stride) const;
+  // Experts that load_expert has not filled yet.
+  int64_t missing_experts() const;
+
+  // out [tokens, hidden]. `chunk` tokens are processed at a time; forward and backward of one tape need the same chunk.
+  void forward(const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, int64_t chunk, const ForwardTape& tape,
+               const MoeOutput& out) const;
+
+  // dout: bf16 [tokens, hidden], contiguous.
+  void backward(const MoeInput& input, const bf16_t* dout, const ExpertLora& lora, const Dropout& dropout, int64_t chunk,
+                const ForwardTape& tape, const MoeGrads& grads) const;
+
+  PackedMatrix gate(int64_t expert) const;
+  PackedMatrix up(int64_t expert) const;
+  PackedMatrix down(int64_t expert) const;
+
+ private:
+  const char* expert_data(int64_t expert) const;
+
+  MoeShape shape_;
+  int64_t gate_bytes_ = 0;
+  int64_t down_bytes_ = 0;
+  PageBuffer weights_;
+  std::vector<char> loaded_;
+};
+
+}  // namespace kts

@@ -1,0 +1,51 @@
+// A bump arena. The same layout function runs twice: once on an empty arena to count bytes, once to hand out memory.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace kts {
+
+class Arena {
+ public:
+  Arena() = default;
+  Arena(void* base, size_t bytes) : base_(static_cast<char*>(base)), capacity_(bytes) {}
+
+  // `count` objects, 64-byte aligned; null while counting.
+  template <class T>
+  T* take(int64_t count) {
+    const size_t begin = (used_ + 63) / 64 * 64;
+    used_ = begin + static_cast<size_t>(count) * sizeof(T);
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + begin);
+  }
+  size_t used() const { return used_; }
+  size_t capacity() const { return capacity_; }
+
+ private:
+  char* base_ = nullptr;
+  size_t capacity_ = 0;
+  size_t used_ = 0;
+};
+
+// Anonymous memory, huge pages advised, page aligned, zero until written. Throws std::bad_alloc.
+class PageBuffer {
+ public:
+  PageBuffer() = default;
+  explicit PageBuffer(size_t bytes);
+  ~PageBuffer();
+  PageBuffer(PageBuffer&& other) noexcept;
+  PageBuffer& operator=(PageBuffer&& other) noexcept;
+
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// The scratch of the running pass: grows, never shrinks. Use while Runtime::mutex is held.
+Arena pass_arena(size_t bytes);
+// Number of times the scratch had to grow (a training step of fixed shape must not change it).
+int64_t pass_arena_growths();
+
+}  // namespace kts

@@ -1,0 +1,150 @@
+// MoeLayer: owns packed weights, cuts calls into chunks of tokens, plans and runs passes. No arithmetic.
+#include "../gemm/schedule.h"
+#include "kts/moe.h"
+#include "pass.h"
+
+namespace kts {
+
+MoeLayer::MoeLayer(const MoeShape& shape) : shape_(shape) {
+  KTS_CHECK(shape.num_experts > 0 && shape.hidden > 0 && shape.inter > 0,
+            "MoeLayer: num_experts, hidden and inter must be positive");
+  gate_bytes_ = kts::packed_bytes(shape.format, shape.inter, shape.hidden);
+  down_bytes_ = kts::packed_bytes(shape.format, shape.hidden, shape.inter);
+  weights_ = PageBuffer(static_cast<size_t>(packed_bytes_for(shape)));
+  loaded_.assign(static_cast<size_t>(shape.num_experts), 0);
+}
+
+int64_t MoeLayer::packed_bytes_for(const MoeShape& shape) {
+  return shape.num_experts *
+         (2 * kts::packed_bytes(shape.format, shape.inter, shape.hidden) + kts::packed_bytes(shape.format, shape.hidden, shape.inter));
+}
+
+const char* MoeLayer::expert_data(int64_t expert) const {
+  return static_cast<const char*>(weights_.data()) + expert * (2 * gate_bytes_ + down_bytes_);
+}
+
+PackedMatrix MoeLayer::gate(int64_t expert) const { return {shape_.format, shape_.inter, shape_.hidden, expert_data(expert)}; }
+PackedMatrix MoeLayer::up(int64_t expert) const {
+  return {shape_.format, shape_.inter, shape_.hidden, expert_data(expert) + gate_bytes_};
+}
+PackedMatrix MoeLayer::down(int64_t expert) const {
+  return {shape_.format, shape_.hidden, shape_.inter, expert_data(expert) + 2 * gate_bytes_};
+}
+
+void MoeLayer::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_stride, const bf16_t* up_w, int64_t up_stride,
+                           const bf16_t* down_w, int64_t down_stride) {
+  KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "load_expert: expert index out of range");
+  std::lock_guard<std::mutex> lock(runtime().mutex);
+  const PackedMatrix packed[3] = {gate(expert), up(expert), down(expert)};
+  const bf16_t* source[3] = {gate_w, up_w, down_w};
+  const int64_t stride[3] = {gate_stride, up_stride, down_stride};
+  const int64_t inter_panels = packed[0].n_panels();
+  runtime().pool->parallel_for(2 * inter_panels + packed[2].n_panels(), [&](int64_t task, int) {
+    const int which = task < inter_panels ? 0 : task < 2 * inter_panels ? 1 : 2;
+    const int64_t panel = task - which * inter_panels;
+    pack_panels(source[which], stride[which], packed[which].n, packed[which].k, panel, panel + 1, const_cast<void*>(packed[which].data));
+  });
+  loaded_[static_cast<size_t>(expert)] = 1;
+}
+
+void MoeLayer::unpack_expert(int64_t expert, bf16_t* gate_w, int64_t gate_stride, bf16_t* up_w, int64_t up_stride, bf16_t* down_w,
+                             int64_t down_stride) const {
+  KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "unpack_expert: expert index out of range");
+  unpack_panels(gate(expert), 0, gate(expert).n_panels(), gate_w, gate_stride);
+  unpack_panels(up(expert), 0, up(expert).n_panels(), up_w, up_stride);
+  unpack_panels(down(expert), 0, down(expert).n_panels(), down_w, down_stride);
+}
+
+int64_t MoeLayer::missing_experts() const {
+  int64_t missing = 0;
+  for (const char loaded : loaded_) missing += loaded == 0;
+  return missing;
+}
+
+namespace {
+
+void check_lora(const LoraView& view, const char* message) {
+  if (view.present()) KTS_CHECK(view.rank <= kMaxRank && view.a != nullptr && view.b != nullptr, message);
+}
+
+void check_call(const MoeLayer& layer, const ExpertLora& lora, const Dropout& dropout, int64_t chunk) {
+  KTS_CHECK(layer.missing_experts() == 0, "MoeLayer: some experts have no weights yet; call load_expert for every expert first");
+  KTS_CHECK(chunk > 0, "chunk_size: expected a positive number of tokens");
+  KTS_CHECK(dropout.p >= 0.0f && dropout.p < 1.0f, "dropout: expected 0 <= p < 1");
+  check_lora(lora.gate, "lora gate: expected rank 1..256 and both factors");
+  check_lora(lora.up, "lora up: expected rank 1..256 and both factors");
+  check_lora(lora.down, "lora down: expected rank 1..256 and both factors");
+  if (lora.shares_a())
+    KTS_CHECK(lora.gate.rank == lora.up.rank && lora.gate.scale == lora.up.scale,
+              "lora: gate and up that share A need one rank and one scale");
+}
+
+// The tokens [begin, begin + count) of a call.
+struct Chunk {
+  int64_t begin, count;
+};
+
+Pass make_pass(const MoeLayer& layer, const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, const ForwardTape& tape,
+               const Chunk& chunk) {
+  Pass pass;
+  const int64_t pair = chunk.begin * input.top_k;
+  pass.layer = &layer;
+  pass.ops = &row_ops(active_isa());
+  pass.pool = runtime().pool.get();
+  pass.input = {chunk.count, input.top_k, input.x + chunk.begin * layer.shape().hidden, input.topk_ids + pair, input.topk_weights + pair};
+  pass.pair_begin = pair;
+  pass.lora = lora;
+  pass.dropout = lora.present() ? dropout : Dropout{};
+  if (tape.retained()) {
+    pass.tape.g = tape.g + pair * layer.shape().inter_stride();
+    pass.tape.u = tape.u + pair * layer.shape().inter_stride();
+  }
+  return pass;
+}
+
+// Counts, takes and lays out the arena, then routes.
+void begin_pass(Pass& pass) {
+  Pass counted = pass;
+  Arena counting;
+  plan_pass(counted, pass.pool->threads(), counting);
+  Arena arena = pass_arena(counting.used());
+  plan_pass(pass, pass.pool->threads(), arena);
+  route_pass(pass);
+}
+
+MoeOutput at_token(const MoeOutput& out, int64_t elements) {
+  return {out.bf16 == nullptr ? nullptr : out.bf16 + elements, out.f32 == nullptr ? nullptr : out.f32 + elements};
+}
+
+}  // namespace
+
+void MoeLayer::forward(const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, int64_t chunk, const ForwardTape& tape,
+                       const MoeOutput& out) const {
+  check_call(*this, lora, dropout, chunk);
+  std::lock_guard<std::mutex> lock(runtime().mutex);
+  for (int64_t begin = 0; begin < input.tokens; begin += chunk) {
+    Pass pass = make_pass(*this, input, lora, dropout, tape, {begin, min_i64(chunk, input.tokens - begin)});
+    begin_pass(pass);
+    run_forward(pass, at_token(out, begin * shape_.hidden));
+  }
+}
+
+void MoeLayer::backward(const MoeInput& input, const bf16_t* dout, const ExpertLora& lora, const Dropout& dropout, int64_t chunk,
+                        const ForwardTape& tape, const MoeGrads& grads) const {
+  check_call(*this, lora, dropout, chunk);
+  std::lock_guard<std::mutex> lock(runtime().mutex);
+  zero_lora_grads(shape_, lora, grads.lora, *runtime().pool);
+  for (int64_t begin = 0; begin < input.tokens; begin += chunk) {
+    Pass pass = make_pass(*this, input, lora, dropout, tape, {begin, min_i64(chunk, input.tokens - begin)});
+    pass.is_backward = true;
+    pass.recomputes = !tape.retained();
+    pass.dout = dout + begin * shape_.hidden;
+    begin_pass(pass);
+    MoeGrads part = grads;
+    part.dx = at_token(grads.dx, begin * shape_.hidden);
+    if (part.dtopk_weights != nullptr) part.dtopk_weights += begin * input.top_k;
+    run_backward(pass, part);
+  }
+}
+
+}  // namespace kts

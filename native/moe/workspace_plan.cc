@@ -1,0 +1,106 @@
+// Every buffer of a pass, laid out before the first instruction of it runs.
+#include "../gemm/schedule.h"
+#include "pass.h"
+
+namespace kts {
+
+static void plan_scratch(Pass& pass, int threads, Arena& arena) {
+  constexpr int64_t kSum = kRowBlock * kMaxTaskPanels * kPanel;
+  pass.scratch = arena.take<ThreadScratch>(threads);
+  for (int t = 0; t < threads; ++t) {
+    ThreadScratch scratch;
+    scratch.gemm = arena.take<float>(gemm_scratch_floats());
+    scratch.sum0 = arena.take<float>(kSum);
+    scratch.sum1 = arena.take<float>(kSum);
+    scratch.tokens = arena.take<float>(pass.input.tokens * kMaxTaskPanels * kPanel);
+    if (pass.scratch != nullptr) pass.scratch[t] = scratch;
+  }
+}
+
+static void plan_lora(Pass& pass, int64_t rows, Arena& arena) {
+  const MoeShape& shape = pass.shape();
+  const ExpertLora& lora = pass.lora;
+  if (lora.gate.present()) pass.xa_gate = arena.take<float>(rows * lora.gate.rank);
+  if (lora.up.present()) pass.xa_up = lora.shares_a() ? pass.xa_gate : arena.take<float>(rows * lora.up.rank);
+  if (lora.down.present()) pass.ha = arena.take<float>(rows * lora.down.rank);
+  if (pass.drops() && lora.present()) {
+    pass.x_dropped = arena.take<bf16_t>(rows * shape.hidden);
+    pass.h_dropped = arena.take<bf16_t>(rows * shape.inter_stride());
+    pass.xl_rows = arena.take<const bf16_t*>(rows);
+    pass.hl_rows = arena.take<const bf16_t*>(rows);
+  } else {
+    pass.xl_rows = pass.x_rows;
+    pass.hl_rows = pass.h_rows;
+  }
+  if (!pass.is_backward) return;
+  if (lora.down.present()) {
+    pass.dha = arena.take<float>(rows * lora.down.rank);
+    pass.dha_weighted = arena.take<float>(rows * lora.down.rank);
+  }
+  if (lora.gate.present()) pass.dxa_gate = arena.take<float>(rows * lora.gate.rank);
+  if (lora.up.present() && !lora.shares_a()) pass.dxa_up = arena.take<float>(rows * lora.up.rank);
+}
+
+void plan_pass(Pass& pass, int threads, Arena& arena) {
+  const MoeShape& shape = pass.shape();
+  const int64_t rows = pass.input.tokens * pass.input.top_k;
+  const int64_t stride = shape.inter_stride();
+  pass.routing.offsets = arena.take<int64_t>(shape.num_experts + 1);
+  pass.routing.active = arena.take<int32_t>(shape.num_experts);
+  pass.routing.row_token = arena.take<int32_t>(rows);
+  pass.routing.row_pair = arena.take<int32_t>(rows);
+  pass.blocks = arena.take<RowBlock>(rows / kRowBlock + min_i64(rows, shape.num_experts));
+  pass.x_rows = arena.take<const bf16_t*>(rows);
+  pass.h_rows = arena.take<const bf16_t*>(rows);
+  pass.h = arena.take<bf16_t>(rows * stride);
+  if (pass.recomputes) {
+    pass.tape.g = arena.take<bf16_t>(rows * stride);
+    pass.tape.u = arena.take<bf16_t>(rows * stride);
+  }
+  if (pass.is_backward) {
+    pass.dout_rows = arena.take<const bf16_t*>(rows);
+    pass.dg_rows = arena.take<const bf16_t*>(rows);
+    pass.du_rows = arena.take<const bf16_t*>(rows);
+    pass.dg = arena.take<bf16_t>(rows * stride);
+    pass.du = arena.take<bf16_t>(rows * stride);
+    pass.dweight_parts = arena.take<float>(rows * (stride / kPanel));
+  }
+  plan_lora(pass, rows, arena);
+  plan_scratch(pass, threads, arena);
+}
+
+void route_pass(Pass& pass) {
+  const MoeShape& shape = pass.shape();
+  const int64_t stride = shape.inter_stride();
+  group_by_expert(pass.input.topk_ids, pass.input.tokens, pass.input.top_k, shape.num_experts, &pass.routing);
+  pass.num_blocks = 0;
+  for (int64_t i = 0; i < pass.routing.num_active; ++i) {
+    const int64_t expert = pass.routing.active[i], end = pass.routing.offsets[expert + 1];
+    for (int64_t row = pass.routing.offsets[expert]; row < end; row += kRowBlock)
+      pass.blocks[pass.num_blocks++] = {expert, row, min_i64(end, row + kRowBlock)};
+  }
+  for (int64_t row = 0; row < pass.routing.num_rows; ++row) {
+    const int64_t token = pass.routing.row_token[row];
+    pass.x_rows[row] = pass.input.x + token * shape.hidden;
+    pass.h_rows[row] = pass.h + row * stride;
+    if (pass.x_dropped != nullptr) {
+      pass.xl_rows[row] = pass.x_dropped + row * shape.hidden;
+      pass.hl_rows[row] = pass.h_dropped + row * stride;
+    }
+    if (pass.is_backward) {
+      pass.dout_rows[row] = pass.dout + token * shape.hidden;
+      pass.dg_rows[row] = pass.dg + row * stride;
+      pass.du_rows[row] = pass.du + row * stride;
+    }
+  }
+}
+
+void rank_rows(const bf16_t* factor, int64_t rank_stride, int64_t rank, const bf16_t** rows) {
+  for (int64_t r = 0; r < rank; ++r) rows[r] = factor + r * rank_stride;
+}
+
+void round_and_scale(float* values, int64_t count, float scale) {
+  for (int64_t i = 0; i < count; ++i) values[i] = scale * round_to_bf16(values[i]);
+}
+
+}  // namespace kts
