@@ -1,0 +1,105 @@
+"""Random layers, and one call of the product on them next to the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kt_sft.native import native
+from kt_sft.ops.moe import MoeCall, moe
+from tests.helpers.reference import Problem
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """Sizes of one test; sides differ and are no multiples of tiles."""
+
+    experts: int = 5
+    hidden: int = 52
+    inter: int = 37
+    tokens: int = 23
+    top_k: int = 3
+    rank: int = 5
+    lora: str = "fused"  # fused | separate | down | gate | none
+    p: float = 0.0
+    sentinel: bool = True
+    seed: int = 0
+
+
+def bf16_randn(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    """bf16 values in float64."""
+    return (torch.randn(*shape, generator=generator) * scale).to(torch.bfloat16).double()
+
+
+def make_problem(case: LayerCase) -> Problem:
+    """Random float64 problem whose inputs are bf16 values."""
+    g = torch.Generator().manual_seed(case.seed)
+    e, h, i, r = case.experts, case.hidden, case.inter, case.rank
+    lora = {}
+    if case.lora in ("fused", "separate", "gate"):
+        lora["gate"] = (bf16_randn(g, e, r, h, scale=h**-0.5), bf16_randn(g, e, r, i, scale=r**-0.5), 1.5)
+    if case.lora == "fused":
+        lora["up"] = (lora["gate"][0], bf16_randn(g, e, r, i, scale=r**-0.5), 1.5)
+    elif case.lora == "separate":
+        lora["up"] = (bf16_randn(g, e, r + 2, h, scale=h**-0.5), bf16_randn(g, e, r + 2, i, scale=r**-0.5), 0.75)
+    if case.lora in ("fused", "separate", "down"):
+        lora["down"] = (bf16_randn(g, e, r, i, scale=i**-0.5), bf16_randn(g, e, r, h, scale=r**-0.5), 0.7)
+    return Problem(
+        x=bf16_randn(g, case.tokens, h),
+        ids=torch.randint(0, e + case.sentinel, (case.tokens, case.top_k), generator=g),
+        weights=torch.rand(case.tokens, case.top_k, generator=g).double(),
+        gate=bf16_randn(g, e, i, h, scale=h**-0.5),
+        up=bf16_randn(g, e, i, h, scale=h**-0.5),
+        down=bf16_randn(g, e, h, i, scale=i**-0.5),
+        dout=bf16_randn(g, case.tokens, h),
+        lora=lora,
+        shares_a=case.lora == "fused",
+        p=case.p,
+        seed=987654321 + case.seed,
+    )
+
+
+def make_layer(problem: Problem):
+    """A native layer with the problem's weights."""
+    experts, inter, hidden = problem.gate.shape
+    layer = native().MoeLayer(experts, hidden, inter)
+    for e in range(experts):
+        layer.load_expert(e, *(t[e].to(torch.bfloat16).contiguous() for t in (problem.gate, problem.up, problem.down)))
+    return layer
+
+
+def lora_inputs(problem: Problem) -> tuple[tuple, dict[str, Tensor]]:
+    """Leaves in the order of `kt_sft.ops.moe`, and the same by name; fused: gate_b is [experts, rank, 2 * inter]."""
+    leaf = {}
+    for name, (a, b, _) in problem.lora.items():
+        leaf[f"{name}_a"], leaf[f"{name}_b"] = a.float().requires_grad_(), b.float().requires_grad_()
+    if problem.shares_a:
+        leaf["gate_b"] = torch.cat([leaf["gate_b"], leaf.pop("up_b")], dim=-1).detach().requires_grad_()
+        del leaf["up_a"]
+    order = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
+    return tuple(leaf.get(name) for name in order), leaf
+
+
+def run(problem: Problem, layer=None, *, dtype=torch.float32, retain=True, chunk_size=1024, backward=True) -> dict[str, Tensor]:
+    """Output and gradients of the product, named as in `reference.solve`."""
+    layer = layer if layer is not None else make_layer(problem)
+    scales = tuple(problem.lora[name][2] if name in problem.lora else 0.0 for name in ("gate", "up", "down"))
+    call = MoeCall(layer, scales=scales, dropout=problem.p, seed=problem.seed, retain=retain, chunk_size=chunk_size)
+    lora, leaf = lora_inputs(problem)
+    x = problem.x.to(dtype).requires_grad_()
+    weights = problem.weights.float().requires_grad_()
+    out = moe(x, problem.ids, weights, lora, call)
+    result = {"out": out.detach()}
+    if not backward:
+        return result
+    out.backward(problem.dout.to(dtype))
+    result |= {"dx": x.grad, "dweights": weights.grad}
+    for name, tensor in leaf.items():
+        result[f"d{name}"] = tensor.grad
+    if problem.shares_a:
+        inter = problem.gate.shape[1]
+        fused = result.pop("dgate_b")
+        result["dgate_b"], result["dup_b"] = fused[..., :inter], fused[..., inter:]
+    return result
