@@ -4,8 +4,9 @@
 
 namespace kts {
 
-// exp(x), about 1 ulp over the finite range: x = n ln 2 + r, |r| <= ln 2 / 2; the degree-6 polynomial for exp(r) is Cephes' expf
-// (S. L. Moshier, netlib.org/cephes). NaN passes through because min and max return their second operand then.
+// exp(x), about 1 ulp over the finite range: x = n ln 2 + r, |r| <= ln 2 / 2; the degree-6 polynomial for exp(r) is
+// Cephes' expf (S. L. Moshier, netlib.org/cephes). NaN passes through because min and max return their second operand
+// then.
 template <class V>
 KTS_INLINE typename V::F exp_f32(typename V::F x) {
   using F = typename V::F;
@@ -70,8 +71,8 @@ void glu_forward(const float* g_sum, const float* u_sum, int64_t cols, bf16_t* g
 }
 
 template <class V, template <class> class Act>
-float glu_backward(const bf16_t* g_in, const bf16_t* u_in, const float* dh_in, float weight, int64_t cols, bf16_t* dg_out,
-                   bf16_t* du_out, bf16_t* h_out) {
+float glu_backward(const bf16_t* g_in, const bf16_t* u_in, const float* dh_in, float weight, int64_t cols,
+                   bf16_t* dg_out, bf16_t* du_out, bf16_t* h_out) {
   auto dot = V::zero();
   const auto scale = V::set1(weight);
   for (int64_t j = 0; j < cols; j += V::W) {
@@ -116,8 +117,8 @@ void to_bf16(const float* src, int64_t cols, bf16_t* dst) {
 }
 
 template <class V, int MI, int NJ>
-KTS_INLINE void dot_block(const bf16_t* const* a_rows, const bf16_t* b, int64_t b_stride, int64_t k, float* c, int64_t ldc,
-                          bool accumulate) {
+KTS_INLINE void dot_block(const bf16_t* const* a_rows, const bf16_t* b, int64_t b_stride, int64_t k, float* c,
+                          int64_t ldc, bool accumulate) {
   typename V::F sum[MI][NJ];
   for (int i = 0; i < MI; ++i)
     for (int j = 0; j < NJ; ++j) sum[i][j] = V::zero();
@@ -145,7 +146,8 @@ KTS_INLINE void dot_block(const bf16_t* const* a_rows, const bf16_t* b, int64_t 
     }
 }
 
-// Blocks of 4 x 4 sums on wide registers files, 2 x 4 on sixteen registers. The lanes of one sum do not depend on the block.
+// Blocks of 4 x 4 sums on wide registers files, 2 x 4 on sixteen registers. The lanes of one sum do not depend on the
+// block.
 template <class V>
 void dot_rows(const bf16_t* const* a_rows, int64_t m, const bf16_t* b, int64_t b_stride, int64_t n, int64_t k, float* c,
               int64_t ldc, bool accumulate) {
@@ -153,12 +155,15 @@ void dot_rows(const bf16_t* const* a_rows, int64_t m, const bf16_t* b, int64_t b
   int64_t i = 0;
   for (; i + kMi <= m; i += kMi) {
     int64_t j = 0;
-    for (; j + 4 <= n; j += 4) dot_block<V, kMi, 4>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
-    for (; j < n; ++j) dot_block<V, kMi, 1>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
+    for (; j + 4 <= n; j += 4)
+      dot_block<V, kMi, 4>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
+    for (; j < n; ++j)
+      dot_block<V, kMi, 1>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
   }
   for (; i < m; ++i) {
     int64_t j = 0;
-    for (; j + 4 <= n; j += 4) dot_block<V, 1, 4>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
+    for (; j + 4 <= n; j += 4)
+      dot_block<V, 1, 4>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
     for (; j < n; ++j) dot_block<V, 1, 1>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
   }
 }
@@ -182,8 +187,8 @@ KTS_INLINE void axpy_block(const float* l, int64_t l_row, int64_t l_term, const 
 }
 
 template <class V>
-void axpy_tail(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows, int64_t q_offset,
-               int64_t terms, float* c, int64_t ldc, int64_t cols) {
+void axpy_tail(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows,
+               int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {
     auto sum = V::load_n(c + i * ldc, cols);
     for (int64_t t = 0; t < terms; ++t)
@@ -193,8 +198,8 @@ void axpy_tail(const float* l, int64_t l_row, int64_t l_term, int64_t rows, cons
 }
 
 template <class V>
-void axpy_rows(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows, int64_t q_offset,
-               int64_t terms, float* c, int64_t ldc, int64_t cols) {
+void axpy_rows(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows,
+               int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols) {
   constexpr int kNj = V::W >= 16 ? 4 : 2;
   int64_t j = 0;
   for (; j + kNj * V::W <= cols; j += kNj * V::W) {
@@ -210,8 +215,9 @@ void axpy_rows(const float* l, int64_t l_row, int64_t l_term, int64_t rows, cons
   if (j < cols) axpy_tail<V>(l, l_row, l_term, rows, q_rows, q_offset + j, terms, c + j, ldc, cols - j);
 }
 
-// Hash of (row key, column). The first three lines are a bijective 32-bit mixer (constants: C. Wellons, "hash-prospector"), the
-// last one brings in the second half of the row's key. moe/dropout.h and kt_sft/ops/dropout.py say the same.
+// Hash of (row key, column). The first three lines are a bijective 32-bit mixer (constants: C. Wellons,
+// "hash-prospector"), the last one brings in the second half of the row's key. moe/dropout.h and kt_sft/ops/dropout.py
+// say the same.
 template <class V>
 KTS_INLINE typename V::I dropout_hash(RowMask mask, int64_t col) {
   auto h = V::xor_i(V::add_i(V::iota(), V::set1_i(static_cast<uint32_t>(col))), V::set1_i(mask.key0));
@@ -235,7 +241,8 @@ template <class V>
 void masked_add(RowMask mask, int64_t col_begin, const float* src, int64_t cols, float* dst) {
   int64_t j = 0;
   for (; j + V::W <= cols; j += V::W)
-    V::store(dst + j, V::add(V::load(dst + j), V::keep(dropout_hash<V>(mask, col_begin + j), mask.threshold, V::load(src + j))));
+    V::store(dst + j,
+             V::add(V::load(dst + j), V::keep(dropout_hash<V>(mask, col_begin + j), mask.threshold, V::load(src + j))));
   if (j < cols)
     V::store_n(dst + j, cols - j,
                V::add(V::load_n(dst + j, cols - j),
@@ -244,10 +251,10 @@ void masked_add(RowMask mask, int64_t col_begin, const float* src, int64_t cols,
 
 template <class V>
 constexpr RowOps make_row_ops(Isa isa) {
-  return RowOps{isa,           {{glu_forward<V, Silu>, glu_backward<V, Silu>}},
-                scale_add<V>,  to_bf16<V>,
-                dot_rows<V>,   axpy_rows<V>,
-                mask_bf16<V>,  masked_add<V>};
+  return RowOps{isa,          {{glu_forward<V, Silu>, glu_backward<V, Silu>}},
+                scale_add<V>, to_bf16<V>,
+                dot_rows<V>,  axpy_rows<V>,
+                mask_bf16<V>, masked_add<V>};
 }
 
 }  // namespace kts

@@ -13,9 +13,7 @@ struct Vec {
 
   KTS_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
   KTS_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
-  KTS_INLINE I first_lanes(int64_t n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), iota());
-  }
+  KTS_INLINE I first_lanes(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), iota()); }
   KTS_INLINE F load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
   KTS_INLINE void store_n(float* p, int64_t n, F v) { _mm256_maskstore_ps(p, first_lanes(n), v); }
   KTS_INLINE F set1(float v) { return _mm256_set1_ps(v); }
@@ -67,7 +65,9 @@ struct Vec {
   KTS_INLINE I xor_i(I a, I b) { return _mm256_xor_si256(a, b); }
   KTS_INLINE I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
   template <int N>
-  KTS_INLINE I srl_i(I a) { return _mm256_srli_epi32(a, N); }
+  KTS_INLINE I srl_i(I a) {
+    return _mm256_srli_epi32(a, N);
+  }
   KTS_INLINE F keep(I h, int32_t threshold, F v) {
     const I kept = _mm256_cmpgt_epi32(_mm256_srli_epi32(h, 8), _mm256_set1_epi32(threshold - 1));
     return _mm256_and_ps(_mm256_castsi256_ps(kept), v);

@@ -40,7 +40,9 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   KTS_INLINE F load_bf16(const bf16_t* p) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  KTS_INLINE F load_bf16_n(const bf16_t* p, int64_t n) { return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+  KTS_INLINE F load_bf16_n(const bf16_t* p, int64_t n) {
+    return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  }
   KTS_INLINE __m256i to_bf16(F v) {
     const I bits = _mm512_castps_si512(v);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -57,7 +59,9 @@ struct Vec {
   KTS_INLINE I xor_i(I a, I b) { return _mm512_xor_si512(a, b); }
   KTS_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
   template <int N>
-  KTS_INLINE I srl_i(I a) { return _mm512_srli_epi32(a, N); }
+  KTS_INLINE I srl_i(I a) {
+    return _mm512_srli_epi32(a, N);
+  }
   KTS_INLINE F keep(I h, int32_t threshold, F v) {
     const __mmask16 kept = _mm512_cmpge_epi32_mask(_mm512_srli_epi32(h, 8), _mm512_set1_epi32(threshold));
     return _mm512_maskz_mov_ps(kept, v);
@@ -82,8 +86,8 @@ struct Vec {
     }
     // quad[4 g + c], 128-bit lane l: column 4 l + c of rows 4 g .. 4 g + 3.
     for (int c = 0; c < 4; ++c) {
-      const I low01 = _mm512_shuffle_i32x4(quad[c], quad[4 + c], 0x44);         // g0: l0 l1 | g1: l0 l1
-      const I high01 = _mm512_shuffle_i32x4(quad[c], quad[4 + c], 0xee);        // g0: l2 l3 | g1: l2 l3
+      const I low01 = _mm512_shuffle_i32x4(quad[c], quad[4 + c], 0x44);   // g0: l0 l1 | g1: l0 l1
+      const I high01 = _mm512_shuffle_i32x4(quad[c], quad[4 + c], 0xee);  // g0: l2 l3 | g1: l2 l3
       const I low23 = _mm512_shuffle_i32x4(quad[8 + c], quad[12 + c], 0x44);
       const I high23 = _mm512_shuffle_i32x4(quad[8 + c], quad[12 + c], 0xee);
       rows[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);

@@ -51,7 +51,9 @@ struct Vec {
   KTS_INLINE I xor_i(I a, I b) { return a ^ b; }
   KTS_INLINE I mul_i(I a, I b) { return a * b; }
   template <int N>
-  KTS_INLINE I srl_i(I a) { return a >> N; }
+  KTS_INLINE I srl_i(I a) {
+    return a >> N;
+  }
   KTS_INLINE F keep(I h, int32_t threshold, F v) { return static_cast<int32_t>(h >> 8) >= threshold ? v : 0.0f; }
 };
 

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "bindings.h"
+#include "gil.h"
 #include "kts/moe.h"
 #include "tensor_arg.h"
 
@@ -13,12 +14,14 @@ namespace kts {
 
 namespace {
 
-MoeShape make_shape(int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format, const std::string& activation) {
+MoeShape make_shape(int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format,
+                    const std::string& activation) {
   MoeShape shape{num_experts, hidden, inter};
   if (format != "bf16") throw py::value_error("format: expected bf16, got " + format);
   if (!activation_from_name(activation.c_str(), &shape.activation))
     throw py::value_error("activation: expected silu, got " + activation);
-  if (num_experts <= 0 || hidden <= 0 || inter <= 0) throw py::value_error("MoeLayer: num_experts, hidden and inter must be positive");
+  if (num_experts <= 0 || hidden <= 0 || inter <= 0)
+    throw py::value_error("MoeLayer: num_experts, hidden and inter must be positive");
   return shape;
 }
 
@@ -35,7 +38,8 @@ struct LoraArg {
     b.emplace(parts[1], (base + ".b").c_str(), "bf16", 3);
     a->expect_shape({shape.num_experts, -1, in});
     b->expect_shape({shape.num_experts, a->size(1), out});
-    view = {a->bf16(), a->stride(0), a->stride(1), b->bf16(), b->stride(0), b->stride(1), a->size(1), parts[2].cast<float>()};
+    view = {a->bf16(),    a->stride(0), a->stride(1), b->bf16(),
+            b->stride(0), b->stride(1), a->size(1),   parts[2].cast<float>()};
   }
 };
 
@@ -69,8 +73,8 @@ struct CallArgs {
   ExpertLora lora;
   ForwardTape tape;
 
-  CallArgs(const MoeShape& shape, const py::object& x_, const py::object& ids_, const py::object& weights_, const py::tuple& lora_,
-           const py::object& g_, const py::object& u_)
+  CallArgs(const MoeShape& shape, const py::object& x_, const py::object& ids_, const py::object& weights_,
+           const py::tuple& lora_, const py::object& g_, const py::object& u_)
       : x(x_, "x", "bf16", 2),
         ids(ids_, "topk_ids", "i64", 2),
         weights(weights_, "topk_weights", "f32", 2),
@@ -105,38 +109,41 @@ struct OutArg {
   }
 };
 
-void load_expert(MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_, const py::object& down_) {
+void load_expert(MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_,
+                 const py::object& down_) {
   const MoeShape& s = layer.shape();
   const TensorArg gate(gate_, "gate", "bf16", 2), up(up_, "up", "bf16", 2), down(down_, "down", "bf16", 2);
   gate.expect_shape({s.inter, s.hidden});
   up.expect_shape({s.inter, s.hidden});
   down.expect_shape({s.hidden, s.inter});
-  py::gil_scoped_release release;
+  const GilRelease release;
   layer.load_expert(expert, gate.bf16(), gate.stride(0), up.bf16(), up.stride(0), down.bf16(), down.stride(0));
 }
 
-void unpack_expert(const MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_, const py::object& down_) {
+void unpack_expert(const MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_,
+                   const py::object& down_) {
   const MoeShape& s = layer.shape();
   const TensorArg gate(gate_, "gate", "bf16", 2), up(up_, "up", "bf16", 2), down(down_, "down", "bf16", 2);
   gate.expect_shape({s.inter, s.hidden});
   up.expect_shape({s.inter, s.hidden});
   down.expect_shape({s.hidden, s.inter});
-  py::gil_scoped_release release;
+  const GilRelease release;
   layer.unpack_expert(expert, gate.bf16(), gate.stride(0), up.bf16(), up.stride(0), down.bf16(), down.stride(0));
 }
 
-void forward(const MoeLayer& layer, const py::object& x, const py::object& ids, const py::object& weights, const py::tuple& lora,
-             const py::object& g, const py::object& u, const py::object& out_, const std::string& out_dtype, float dropout_p,
-             uint64_t dropout_seed, int64_t chunk) {
+void forward(const MoeLayer& layer, const py::object& x, const py::object& ids, const py::object& weights,
+             const py::tuple& lora, const py::object& g, const py::object& u, const py::object& out_,
+             const std::string& out_dtype, float dropout_p, uint64_t dropout_seed, int64_t chunk) {
   const CallArgs args(layer.shape(), x, ids, weights, lora, g, u);
   const OutArg out(out_, "out", out_dtype, args.input.tokens, layer.shape().hidden);
-  py::gil_scoped_release release;
+  const GilRelease release;
   layer.forward(args.input, args.lora, {dropout_p, dropout_seed}, chunk, args.tape, out.out);
 }
 
-void backward(const MoeLayer& layer, const py::object& dout_, const py::object& x, const py::object& ids, const py::object& weights,
-              const py::tuple& lora, const py::object& g, const py::object& u, const py::object& dx_, const std::string& dx_dtype,
-              const py::object& dweights_, const py::tuple& lora_grads, float dropout_p, uint64_t dropout_seed, int64_t chunk) {
+void backward(const MoeLayer& layer, const py::object& dout_, const py::object& x, const py::object& ids,
+              const py::object& weights, const py::tuple& lora, const py::object& g, const py::object& u,
+              const py::object& dx_, const std::string& dx_dtype, const py::object& dweights_,
+              const py::tuple& lora_grads, float dropout_p, uint64_t dropout_seed, int64_t chunk) {
   const MoeShape& s = layer.shape();
   const CallArgs args(s, x, ids, weights, lora, g, u);
   const TensorArg dout(dout_, "dout", "bf16", 2);
@@ -152,7 +159,7 @@ void backward(const MoeLayer& layer, const py::object& dout_, const py::object& 
     dweights->expect_shape({args.input.tokens, args.input.top_k}).expect_contiguous();
     grads.dtopk_weights = dweights->f32();
   }
-  py::gil_scoped_release release;
+  const GilRelease release;
   layer.backward(args.input, dout.bf16(), args.lora, {dropout_p, dropout_seed}, chunk, args.tape, grads);
 }
 
@@ -160,17 +167,21 @@ void backward(const MoeLayer& layer, const py::object& dout_, const py::object& 
 
 void bind_moe(py::module_& m) {
   py::class_<MoeLayer>(m, "MoeLayer")
-      .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format, const std::string& activation) {
+      .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format,
+                       const std::string& activation) {
              return std::make_unique<MoeLayer>(make_shape(num_experts, hidden, inter, format, activation));
            }),
-           py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16", py::arg("activation") = "silu")
+           py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16",
+           py::arg("activation") = "silu")
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
       .def("unpack_expert", &unpack_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
-      .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::kw_only(), py::arg("lora"), py::arg("g"),
-           py::arg("u"), py::arg("out"), py::arg("out_dtype"), py::arg("dropout_p"), py::arg("dropout_seed"), py::arg("chunk_size"))
-      .def("backward", &backward, py::arg("dout"), py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::kw_only(),
-           py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("dx"), py::arg("dx_dtype"), py::arg("dtopk_weights"),
-           py::arg("lora_grads"), py::arg("dropout_p"), py::arg("dropout_seed"), py::arg("chunk_size"))
+      .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::kw_only(),
+           py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("out"), py::arg("out_dtype"), py::arg("dropout_p"),
+           py::arg("dropout_seed"), py::arg("chunk_size"))
+      .def("backward", &backward, py::arg("dout"), py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
+           py::kw_only(), py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("dx"), py::arg("dx_dtype"),
+           py::arg("dtopk_weights"), py::arg("lora_grads"), py::arg("dropout_p"), py::arg("dropout_seed"),
+           py::arg("chunk_size"))
       .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
       .def_property_readonly("missing_experts", &MoeLayer::missing_experts)
       .def_property_readonly("num_experts", [](const MoeLayer& layer) { return layer.shape().num_experts; })

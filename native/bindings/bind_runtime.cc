@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "gil.h"
 #include "kts/elementwise.h"
 #include "kts/gemm.h"
 #include "kts/isa.h"
@@ -44,8 +45,8 @@ py::dict cpu_info() {
 }  // namespace
 
 void bind_runtime(py::module_& m) {
-  m.def("set_threads", &set_threads, py::arg("threads"), py::arg("pools") = 1, py::call_guard<py::gil_scoped_release>());
-  m.def("num_threads", &num_threads);
+  m.def("set_threads", &set_threads, py::arg("threads"), py::arg("pools") = 1, py::call_guard<GilRelease>());
+  m.def("num_threads", &num_threads, py::call_guard<GilRelease>());
   m.def("default_threads", [] { return default_threads(read_cpu_info()); });
   m.def("isa_detected", [] { return isa_names(detect_isa()); });
   m.def("isa_active", &active_isa_name);

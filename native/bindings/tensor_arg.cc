@@ -1,5 +1,9 @@
 #include "tensor_arg.h"
 
+#include <algorithm>
+
+#include "gil.h"
+
 namespace py = pybind11;
 
 namespace kts {
@@ -26,13 +30,14 @@ std::string dtype_name(const DlTensor& t) {
   if (t.code == kBfloat && t.bits == 16) return "bf16";
   if (t.code == kFloat && t.bits == 32) return "f32";
   if (t.code == kInt && t.bits == 64) return "i64";
-  const char* kind = t.code == kFloat ? "f" : t.code == kInt ? "i" : "type code " ;
+  const char* kind = t.code == kFloat ? "f" : t.code == kInt ? "i" : "type code ";
   return kind + (t.code == kFloat || t.code == kInt ? "" : std::to_string(t.code) + " bits ") + std::to_string(t.bits);
 }
 
 std::string join(const std::vector<int64_t>& values) {
   std::string text = "[";
-  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + (values[i] < 0 ? std::string("any") : std::to_string(values[i]));
+  for (size_t i = 0; i < values.size(); ++i)
+    text += (i ? ", " : "") + (values[i] < 0 ? std::string("any") : std::to_string(values[i]));
   return text + "]";
 }
 
@@ -41,7 +46,7 @@ std::string join(const std::vector<int64_t>& values) {
 TensorArg::TensorArg(const py::object& tensor, const char* name, const char* dtype, int dims) : name_(name) {
   if (!py::hasattr(tensor, "__dlpack__"))
     throw py::type_error(name_ + ": expected a tensor, got " + std::string(py::str(py::type::of(tensor))));
-  capsule_ = tensor.attr("__dlpack__")();
+  capsule_ = call_python([&] { return py::object(tensor.attr("__dlpack__")()); });
   const auto* dl = static_cast<const DlTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
   if (dl == nullptr) throw py::error_already_set();
   dtype_ = dtype_name(*dl);
@@ -74,6 +79,7 @@ const TensorArg& TensorArg::expect_shape(const std::vector<int64_t>& expected) c
 
 const TensorArg& TensorArg::expect_contiguous() const {
   int64_t running = 1;
+  if (std::find(shape_.begin(), shape_.end(), 0) != shape_.end()) return *this;  // no element, no layout
   for (size_t i = shape_.size(); i-- > 0;) {
     if (shape_[i] > 1 && strides_[i] != running) refuse("a contiguous tensor");
     running *= shape_[i];

@@ -13,7 +13,8 @@ namespace kts {
 // Keeps the capsule, and so the memory, alive.
 class TensorArg {
  public:
-  // Accepts CPU tensors (pinned ones too) of the dtype name ("bf16", "f32", "i64"), with `dims` dimensions and unit inner stride.
+  // Accepts CPU tensors (pinned ones too) of the dtype name ("bf16", "f32", "i64"), with `dims` dimensions and unit
+  // inner stride.
   TensorArg(const pybind11::object& tensor, const char* name, const char* dtype, int dims);
 
   int64_t size(int dim) const { return shape_[static_cast<size_t>(dim)]; }

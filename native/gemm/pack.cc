@@ -29,8 +29,8 @@ void unpack_tile(const bf16_t* tile, int64_t rows, int64_t cols, bf16_t* w, int6
     for (int64_t j = 0; j < cols; ++j) w[i * stride + j] = tile[(j / 2) * 2 * kTileN + 2 * i + j % 2];
 }
 
-// Calls fn(tile index, first row, rows, first column, columns) for every tile of the panels that holds matrix elements; the index
-// alone for tiles that are padding.
+// Calls fn(tile index, first row, rows, first column, columns) for every tile of the panels that holds matrix elements;
+// the index alone for tiles that are padding.
 template <class Fn>
 void for_tiles(int64_t n, int64_t k, int64_t panel_begin, int64_t panel_end, Fn&& fn) {
   const int64_t k_tiles = ceil_div(k, kTileK);
@@ -45,7 +45,8 @@ void for_tiles(int64_t n, int64_t k, int64_t panel_begin, int64_t panel_end, Fn&
 
 }  // namespace
 
-void pack_panels(const bf16_t* w, int64_t stride, int64_t n, int64_t k, int64_t panel_begin, int64_t panel_end, void* packed) {
+void pack_panels(const bf16_t* w, int64_t stride, int64_t n, int64_t k, int64_t panel_begin, int64_t panel_end,
+                 void* packed) {
   bf16_t* tiles = static_cast<bf16_t*>(packed);
   for_tiles(n, k, panel_begin, panel_end, [&](int64_t tile, int64_t row, int64_t rows, int64_t col, int64_t cols) {
     pack_tile(rows > 0 ? w + row * stride + col : nullptr, stride, rows, cols, tiles + tile * kTileElements);
@@ -54,9 +55,10 @@ void pack_panels(const bf16_t* w, int64_t stride, int64_t n, int64_t k, int64_t 
 
 void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, bf16_t* w, int64_t stride) {
   const bf16_t* tiles = static_cast<const bf16_t*>(packed.data);
-  for_tiles(packed.n, packed.k, panel_begin, panel_end, [&](int64_t tile, int64_t row, int64_t rows, int64_t col, int64_t cols) {
-    if (rows > 0) unpack_tile(tiles + tile * kTileElements, rows, cols, w + row * stride + col, stride);
-  });
+  for_tiles(packed.n, packed.k, panel_begin, panel_end,
+            [&](int64_t tile, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+              if (rows > 0) unpack_tile(tiles + tile * kTileElements, rows, cols, w + row * stride + col, stride);
+            });
 }
 
 }  // namespace kts

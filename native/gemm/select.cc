@@ -11,7 +11,8 @@ namespace kts {
 #undef KTS_KERNEL
 
 const std::vector<KernelRow>& kernel_table() {
-  static const std::vector<KernelRow> table = {
+  // Never destroyed: a daemon thread may compute while the process exits.
+  static const auto& table = *new std::vector<KernelRow>{
 #define KTS_KERNEL(ns, name, isa, format, direction, block_m, block_n, macs) \
   {#name, isa, Format::format, Direction::direction, block_m, block_n, macs, &ns::name},
 #include "kernels.inc"
@@ -20,8 +21,8 @@ const std::vector<KernelRow>& kernel_table() {
   return table;
 }
 
-// Cycles per column of the sum. Rows beyond the last whole block run in a narrower micro-kernel: their sums hide less latency, so a
-// partial block is charged half of the missing rows.
+// Cycles per column of the sum. Rows beyond the last whole block run in a narrower micro-kernel: their sums hide less
+// latency, so a partial block is charged half of the missing rows.
 static double estimated_cost(const KernelRow& row, int64_t m) {
   const double whole = static_cast<double>(align_up(m, row.block_m));
   return 0.5 * (whole + static_cast<double>(m)) / row.macs_per_cycle;

@@ -1,12 +1,13 @@
-// Rows of experts back to tokens. A task owns its columns of all tokens, so sums need no locks and run in ascending expert order.
+// Rows of experts back to tokens. A task owns its columns of all tokens, so sums need no locks and run in ascending
+// expert order.
 #include <cstring>
 
 #include "pass.h"
 
 namespace kts {
 
-void scatter_rows(const Pass& pass, const RowBlock& block, bool weighted, const float* sum, int64_t ldc, int64_t cols, float* tokens,
-                  int64_t tokens_stride) {
+void scatter_rows(const Pass& pass, const RowBlock& block, bool weighted, const float* sum, int64_t ldc, int64_t cols,
+                  float* tokens, int64_t tokens_stride) {
   for (int64_t i = 0; i < block.rows(); ++i) {
     const int64_t row = block.begin + i;
     pass.ops->scale_add(weighted ? pass.weight(row) : 1.0f, sum + i * ldc, cols,
@@ -14,7 +15,8 @@ void scatter_rows(const Pass& pass, const RowBlock& block, bool weighted, const 
   }
 }
 
-void store_tokens(const Pass& pass, const float* tokens, int64_t tokens_stride, int64_t col, int64_t cols, const MoeOutput& out) {
+void store_tokens(const Pass& pass, const float* tokens, int64_t tokens_stride, int64_t col, int64_t cols,
+                  const MoeOutput& out) {
   const int64_t hidden = pass.shape().hidden;
   for (int64_t t = 0; t < pass.input.tokens; ++t) {
     const float* from = tokens + t * tokens_stride;

@@ -1,5 +1,6 @@
-// Keys of the dropout decisions. Element (pair, col) of stream s is kept iff hash(key(seed, s, pair), col) >> 8 >= p * 2^24; the
-// hash is dropout_hash in arch/elementwise_inl.h. Nothing is stored: forward, recompute and backward ask again.
+// Keys of the dropout decisions. Element (pair, col) of stream s is kept iff hash(key(seed, s, pair), col) >> 8 >= p *
+// 2^24; the hash is dropout_hash in arch/elementwise_inl.h. Nothing is stored: forward, recompute and backward ask
+// again.
 #pragma once
 #include <cstdint>
 

@@ -1,8 +1,11 @@
-// Backward of the routed experts, for the rows of one expert (w = routing weight of a row, s, m, m' as in expert_forward.cc):
-//   dh = dout Wd + s m' ((dout Bd) Ad)                       f32, before the routing weight: d w = <dh, h> holds also for w = 0
-//   dg = w dh u act'(g)        du = w dh act(g)              rounded to bf16 once
-//   dx[token] = sum over its experts of dg Wg + du Wu + s m ((dg Bg) Ag) + s m ((du Bu) Au)     summed in f32, rounded once
-//   dAd = s (w dout Bd)^T (m' h)      dBd = s (w dout)^T (m' h Ad^T)      dAg, dBg, dAu, dBu likewise   (lora_grad.cc)
+// Backward of the routed experts, for the rows of one expert (w = routing weight of a row, s, m, m' as in
+// expert_forward.cc):
+//   dh = dout Wd + s m' ((dout Bd) Ad)      f32, before the routing weight: d w = <dh, h> holds also for w = 0
+//   dg = w dh u act'(g)                     rounded to bf16 once
+//   du = w dh act(g)                        rounded to bf16 once
+//   dx[token] = sum over its experts of dg Wg + du Wu + s m ((dg Bg) Ag) + s m ((du Bu) Au), in f32, rounded once
+//   dAd = s (w dout Bd)^T (m' h)            dAg, dAu likewise (lora_grad.cc)
+//   dBd = s (w dout)^T (m' h Ad^T)          dBg, dBu likewise
 // The intermediates of rank columns are rounded to bf16 before the scale.
 #include <cstring>
 
@@ -20,11 +23,12 @@ void add_lora_input_grad(const Pass& pass, const LoraView& view, const float* co
   rank_rows(view.a + block.expert * view.a_expert, view.a_rank, view.rank, rows);
   float* to = pass.drops() ? scratch.sum1 : scratch.sum0;
   if (pass.drops()) std::memset(to, 0, static_cast<size_t>(block.rows() * range.padded_cols) * sizeof(float));
-  pass.ops->axpy_rows(coefficients + block.begin * view.rank, view.rank, 1, block.rows(), rows, range.col, view.rank, to, range.padded_cols,
-                      range.cols);
+  pass.ops->axpy_rows(coefficients + block.begin * view.rank, view.rank, 1, block.rows(), rows, range.col, view.rank,
+                      to, range.padded_cols, range.cols);
   if (!pass.drops()) return;
   for (int64_t i = 0; i < block.rows(); ++i)
-    pass.ops->masked_add(pass.mask(stream, block.begin + i), range.col, to + i * range.padded_cols, range.cols, scratch.sum0 + i * range.padded_cols);
+    pass.ops->masked_add(pass.mask(stream, block.begin + i), range.col, to + i * range.padded_cols, range.cols,
+                         scratch.sum0 + i * range.padded_cols);
 }
 
 // dh, and from it dg, du, h and the parts of d topk_weights.
@@ -32,8 +36,8 @@ void dh_task(Pass& pass, const RowBlock& block, const ColumnRange& range, const 
   const MoeShape& shape = pass.shape();
   const int64_t stride = shape.inter_stride(), panels = stride / kPanel;
   const PackedMatrix down = pass.layer->down(block.expert);
-  gemm(Direction::kInputGrad, {pass.dout_rows + block.begin, block.rows(), &down, range.panel_begin, range.panel_end, scratch.sum0,
-                               range.padded_cols, false, scratch.gemm});
+  gemm(Direction::kInputGrad, {pass.dout_rows + block.begin, block.rows(), &down, range.panel_begin, range.panel_end,
+                               scratch.sum0, range.padded_cols, false, scratch.gemm});
   if (pass.lora.down.present())
     add_lora_input_grad(pass, pass.lora.down, pass.dha, DropoutStream::kInter, block, range, scratch);
   const GluOps& glu = pass.ops->glu[static_cast<int>(shape.activation)];
@@ -42,8 +46,8 @@ void dh_task(Pass& pass, const RowBlock& block, const ColumnRange& range, const 
     for (int64_t p = range.panel_begin; p < range.panel_end; ++p) {
       const int64_t col = p * kPanel, at = row * stride + col, cols = min_i64(kPanel, shape.inter - col);
       pass.dweight_parts[row * panels + p] =
-          glu.backward(pass.tape.g + at, pass.tape.u + at, scratch.sum0 + i * range.padded_cols + (col - range.col), pass.weight(row), cols,
-                       pass.dg + at, pass.du + at, pass.h + at);
+          glu.backward(pass.tape.g + at, pass.tape.u + at, scratch.sum0 + i * range.padded_cols + (col - range.col),
+                       pass.weight(row), cols, pass.dg + at, pass.du + at, pass.h + at);
       if (pass.h_dropped != nullptr)
         pass.ops->mask_bf16(pass.mask(DropoutStream::kInter, row), col, pass.h + at, cols, pass.h_dropped + at);
     }
@@ -54,8 +58,8 @@ void dh_task(Pass& pass, const RowBlock& block, const ColumnRange& range, const 
 void project_dout_to_rank(Pass& pass, const RowBlock& block) {
   const LoraView& view = pass.lora.down;
   float* to = pass.dha + block.begin * view.rank;
-  pass.ops->dot_rows(pass.dout_rows + block.begin, block.rows(), view.b + block.expert * view.b_expert, view.b_rank, view.rank,
-                     pass.shape().hidden, to, view.rank, false);
+  pass.ops->dot_rows(pass.dout_rows + block.begin, block.rows(), view.b + block.expert * view.b_expert, view.b_rank,
+                     view.rank, pass.shape().hidden, to, view.rank, false);
   round_and_scale(to, block.rows() * view.rank, pass.scale_of(view));
 }
 
@@ -93,8 +97,9 @@ void dx_task(Pass& pass, const ColumnRange& range, const ThreadScratch& scratch,
   for (int64_t b = 0; b < pass.num_blocks; ++b) {
     const RowBlock& block = pass.blocks[b];
     const PackedMatrix gate = pass.layer->gate(block.expert), up = pass.layer->up(block.expert);
-    GemmTask task{pass.dg_rows + block.begin, block.rows(), &gate, range.panel_begin, range.panel_end, scratch.sum0, range.padded_cols, false,
-                  scratch.gemm};
+    GemmTask task{pass.dg_rows + block.begin, block.rows(),    &gate,
+                  range.panel_begin,          range.panel_end, scratch.sum0,
+                  range.padded_cols,          false,           scratch.gemm};
     gemm(Direction::kInputGrad, task);
     task.a_rows = pass.du_rows + block.begin;
     task.w = &up;
@@ -134,7 +139,8 @@ void run_backward(Pass& pass, const MoeGrads& grads) {
   const int64_t inter_width = panels_per_task(inter_panels, pass.num_blocks, threads);
   const int64_t inter_groups = ceil_div(inter_panels, inter_width);
   pass.pool->parallel_for(pass.num_blocks * inter_groups, [&](int64_t task, int thread) {
-    dh_task(pass, pass.blocks[task / inter_groups], column_range(task % inter_groups, inter_width, shape.inter), pass.scratch[thread]);
+    dh_task(pass, pass.blocks[task / inter_groups], column_range(task % inter_groups, inter_width, shape.inter),
+            pass.scratch[thread]);
   });
   if (grads.dtopk_weights != nullptr) store_dtopk_weights(pass, grads.dtopk_weights);
   if (pass.lora.present())

@@ -1,7 +1,8 @@
-// Forward of the routed experts, for the rows x of one expert (s = LoRA scale, m = dropout mask, 1 / (1 - p) folded into s):
-//   g = x Wg^T + s (m x Ag^T) Bg^T        u likewise        g, u rounded to bf16 once
+// Forward of the routed experts, for the rows x of one expert. s = LoRA scale / (1 - p), m and m' = dropout masks.
+//   g = x Wg^T + s (m x Ag^T) Bg^T        u likewise; g and u rounded to bf16 once
 //   h = act(g) u                          rounded to bf16
-//   y = h Wd^T + s (m' h Ad^T) Bd^T       f32               out[token] = sum over its experts of weight * y, rounded once
+//   y = h Wd^T + s (m' h Ad^T) Bd^T       f32
+//   out[token] = sum over its experts of weight * y, rounded once
 #include <cstring>
 
 #include "../gemm/schedule.h"
@@ -17,8 +18,8 @@ void project_x_to_rank(Pass& pass, const RowBlock& block) {
                           pass.x_dropped + row * shape.hidden);
   const auto project = [&](const LoraView& view, float* xa) {
     float* to = xa + block.begin * view.rank;
-    pass.ops->dot_rows(pass.xl_rows + block.begin, block.rows(), view.a + block.expert * view.a_expert, view.a_rank, view.rank,
-                       shape.hidden, to, view.rank, false);
+    pass.ops->dot_rows(pass.xl_rows + block.begin, block.rows(), view.a + block.expert * view.a_expert, view.a_rank,
+                       view.rank, shape.hidden, to, view.rank, false);
     round_and_scale(to, block.rows() * view.rank, pass.scale_of(view));
   };
   if (pass.lora.gate.present()) project(pass.lora.gate, pass.xa_gate);
@@ -28,13 +29,13 @@ void project_x_to_rank(Pass& pass, const RowBlock& block) {
 void project_h_to_rank(Pass& pass, const RowBlock& block) {
   const LoraView& view = pass.lora.down;
   float* to = pass.ha + block.begin * view.rank;
-  pass.ops->dot_rows(pass.hl_rows + block.begin, block.rows(), view.a + block.expert * view.a_expert, view.a_rank, view.rank,
-                     pass.shape().inter, to, view.rank, false);
+  pass.ops->dot_rows(pass.hl_rows + block.begin, block.rows(), view.a + block.expert * view.a_expert, view.a_rank,
+                     view.rank, pass.shape().inter, to, view.rank, false);
   round_and_scale(to, block.rows() * view.rank, pass.scale_of(view));
 }
 
-void add_lora(const Pass& pass, const float* xa, const LoraView& lora, const RowBlock& block, int64_t col, int64_t cols, float* sum,
-              int64_t ldc) {
+void add_lora(const Pass& pass, const float* xa, const LoraView& lora, const RowBlock& block, int64_t col, int64_t cols,
+              float* sum, int64_t ldc) {
   const bf16_t* rows[kMaxRank];
   rank_rows(lora.b + block.expert * lora.b_expert, lora.b_rank, lora.rank, rows);
   pass.ops->axpy_rows(xa + block.begin * lora.rank, lora.rank, 1, block.rows(), rows, col, lora.rank, sum, ldc, cols);
@@ -46,13 +47,21 @@ void gate_up_task(Pass& pass, const RowBlock& block, const ColumnRange& range, c
   const MoeShape& shape = pass.shape();
   const int64_t ldc = range.padded_cols, stride = shape.inter_stride();
   const PackedMatrix gate = pass.layer->gate(block.expert), up = pass.layer->up(block.expert);
-  GemmTask task{pass.x_rows + block.begin, block.rows(), &gate, range.panel_begin, range.panel_end, scratch.sum0, ldc, false,
+  GemmTask task{pass.x_rows + block.begin,
+                block.rows(),
+                &gate,
+                range.panel_begin,
+                range.panel_end,
+                scratch.sum0,
+                ldc,
+                false,
                 scratch.gemm};
   gemm(Direction::kForward, task);
   task.w = &up;
   task.c = scratch.sum1;
   gemm(Direction::kForward, task);
-  if (pass.lora.gate.present()) add_lora(pass, pass.xa_gate, pass.lora.gate, block, range.col, range.cols, scratch.sum0, ldc);
+  if (pass.lora.gate.present())
+    add_lora(pass, pass.xa_gate, pass.lora.gate, block, range.col, range.cols, scratch.sum0, ldc);
   if (pass.lora.up.present()) add_lora(pass, pass.xa_up, pass.lora.up, block, range.col, range.cols, scratch.sum1, ldc);
 
   const GluOps& glu = pass.ops->glu[static_cast<int>(shape.activation)];
@@ -62,7 +71,8 @@ void gate_up_task(Pass& pass, const RowBlock& block, const ColumnRange& range, c
     bf16_t* u = pass.tape.retained() ? pass.tape.u + at : nullptr;
     glu.forward(scratch.sum0 + i * ldc, scratch.sum1 + i * ldc, range.cols, g, u, pass.h + at);
     if (pass.h_dropped != nullptr)
-      pass.ops->mask_bf16(pass.mask(DropoutStream::kInter, row), range.col, pass.h + at, range.cols, pass.h_dropped + at);
+      pass.ops->mask_bf16(pass.mask(DropoutStream::kInter, row), range.col, pass.h + at, range.cols,
+                          pass.h_dropped + at);
   }
 }
 
@@ -72,9 +82,10 @@ void down_task(Pass& pass, const ColumnRange& range, const ThreadScratch& scratc
   for (int64_t b = 0; b < pass.num_blocks; ++b) {
     const RowBlock& block = pass.blocks[b];
     const PackedMatrix down = pass.layer->down(block.expert);
-    gemm(Direction::kForward, {pass.h_rows + block.begin, block.rows(), &down, range.panel_begin, range.panel_end, scratch.sum0, ldc,
-                               false, scratch.gemm});
-    if (pass.lora.down.present()) add_lora(pass, pass.ha, pass.lora.down, block, range.col, range.cols, scratch.sum0, ldc);
+    gemm(Direction::kForward, {pass.h_rows + block.begin, block.rows(), &down, range.panel_begin, range.panel_end,
+                               scratch.sum0, ldc, false, scratch.gemm});
+    if (pass.lora.down.present())
+      add_lora(pass, pass.ha, pass.lora.down, block, range.col, range.cols, scratch.sum0, ldc);
     scatter_rows(pass, block, true, scratch.sum0, ldc, range.cols, scratch.tokens, ldc);
   }
   store_tokens(pass, scratch.tokens, ldc, range.col, range.cols, out);

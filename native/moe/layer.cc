@@ -1,6 +1,7 @@
 // MoeLayer: owns packed weights, cuts calls into chunks of tokens, plans and runs passes. No arithmetic.
 #include "../gemm/schedule.h"
 #include "kts/moe.h"
+#include "kts/openmp.h"
 #include "pass.h"
 
 namespace kts {
@@ -15,15 +16,17 @@ MoeLayer::MoeLayer(const MoeShape& shape) : shape_(shape) {
 }
 
 int64_t MoeLayer::packed_bytes_for(const MoeShape& shape) {
-  return shape.num_experts *
-         (2 * kts::packed_bytes(shape.format, shape.inter, shape.hidden) + kts::packed_bytes(shape.format, shape.hidden, shape.inter));
+  return shape.num_experts * (2 * kts::packed_bytes(shape.format, shape.inter, shape.hidden) +
+                              kts::packed_bytes(shape.format, shape.hidden, shape.inter));
 }
 
 const char* MoeLayer::expert_data(int64_t expert) const {
   return static_cast<const char*>(weights_.data()) + expert * (2 * gate_bytes_ + down_bytes_);
 }
 
-PackedMatrix MoeLayer::gate(int64_t expert) const { return {shape_.format, shape_.inter, shape_.hidden, expert_data(expert)}; }
+PackedMatrix MoeLayer::gate(int64_t expert) const {
+  return {shape_.format, shape_.inter, shape_.hidden, expert_data(expert)};
+}
 PackedMatrix MoeLayer::up(int64_t expert) const {
   return {shape_.format, shape_.inter, shape_.hidden, expert_data(expert) + gate_bytes_};
 }
@@ -31,8 +34,8 @@ PackedMatrix MoeLayer::down(int64_t expert) const {
   return {shape_.format, shape_.hidden, shape_.inter, expert_data(expert) + 2 * gate_bytes_};
 }
 
-void MoeLayer::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_stride, const bf16_t* up_w, int64_t up_stride,
-                           const bf16_t* down_w, int64_t down_stride) {
+void MoeLayer::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_stride, const bf16_t* up_w,
+                           int64_t up_stride, const bf16_t* down_w, int64_t down_stride) {
   KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "load_expert: expert index out of range");
   std::lock_guard<std::mutex> lock(runtime().mutex);
   const PackedMatrix packed[3] = {gate(expert), up(expert), down(expert)};
@@ -42,13 +45,14 @@ void MoeLayer::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_st
   runtime().pool->parallel_for(2 * inter_panels + packed[2].n_panels(), [&](int64_t task, int) {
     const int which = task < inter_panels ? 0 : task < 2 * inter_panels ? 1 : 2;
     const int64_t panel = task - which * inter_panels;
-    pack_panels(source[which], stride[which], packed[which].n, packed[which].k, panel, panel + 1, const_cast<void*>(packed[which].data));
+    pack_panels(source[which], stride[which], packed[which].n, packed[which].k, panel, panel + 1,
+                const_cast<void*>(packed[which].data));
   });
   loaded_[static_cast<size_t>(expert)] = 1;
 }
 
-void MoeLayer::unpack_expert(int64_t expert, bf16_t* gate_w, int64_t gate_stride, bf16_t* up_w, int64_t up_stride, bf16_t* down_w,
-                             int64_t down_stride) const {
+void MoeLayer::unpack_expert(int64_t expert, bf16_t* gate_w, int64_t gate_stride, bf16_t* up_w, int64_t up_stride,
+                             bf16_t* down_w, int64_t down_stride) const {
   KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "unpack_expert: expert index out of range");
   unpack_panels(gate(expert), 0, gate(expert).n_panels(), gate_w, gate_stride);
   unpack_panels(up(expert), 0, up(expert).n_panels(), up_w, up_stride);
@@ -68,7 +72,8 @@ void check_lora(const LoraView& view, const char* message) {
 }
 
 void check_call(const MoeLayer& layer, const ExpertLora& lora, const Dropout& dropout, int64_t chunk) {
-  KTS_CHECK(layer.missing_experts() == 0, "MoeLayer: some experts have no weights yet; call load_expert for every expert first");
+  KTS_CHECK(layer.missing_experts() == 0,
+            "MoeLayer: some experts have no weights yet; call load_expert for every expert first");
   KTS_CHECK(chunk > 0, "chunk_size: expected a positive number of tokens");
   KTS_CHECK(dropout.p >= 0.0f && dropout.p < 1.0f, "dropout: expected 0 <= p < 1");
   check_lora(lora.gate, "lora gate: expected rank 1..256 and both factors");
@@ -84,14 +89,15 @@ struct Chunk {
   int64_t begin, count;
 };
 
-Pass make_pass(const MoeLayer& layer, const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, const ForwardTape& tape,
-               const Chunk& chunk) {
+Pass make_pass(const MoeLayer& layer, const MoeInput& input, const ExpertLora& lora, const Dropout& dropout,
+               const ForwardTape& tape, const Chunk& chunk) {
   Pass pass;
   const int64_t pair = chunk.begin * input.top_k;
   pass.layer = &layer;
   pass.ops = &row_ops(active_isa());
   pass.pool = runtime().pool.get();
-  pass.input = {chunk.count, input.top_k, input.x + chunk.begin * layer.shape().hidden, input.topk_ids + pair, input.topk_weights + pair};
+  pass.input = {chunk.count, input.top_k, input.x + chunk.begin * layer.shape().hidden, input.topk_ids + pair,
+                input.topk_weights + pair};
   pass.pair_begin = pair;
   pass.lora = lora;
   pass.dropout = lora.present() ? dropout : Dropout{};
@@ -118,10 +124,11 @@ MoeOutput at_token(const MoeOutput& out, int64_t elements) {
 
 }  // namespace
 
-void MoeLayer::forward(const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, int64_t chunk, const ForwardTape& tape,
-                       const MoeOutput& out) const {
-  check_call(*this, lora, dropout, chunk);
+void MoeLayer::forward(const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, int64_t chunk,
+                       const ForwardTape& tape, const MoeOutput& out) const {
   std::lock_guard<std::mutex> lock(runtime().mutex);
+  check_call(*this, lora, dropout, chunk);
+  rest_openmp_threads();
   for (int64_t begin = 0; begin < input.tokens; begin += chunk) {
     Pass pass = make_pass(*this, input, lora, dropout, tape, {begin, min_i64(chunk, input.tokens - begin)});
     begin_pass(pass);
@@ -129,10 +136,11 @@ void MoeLayer::forward(const MoeInput& input, const ExpertLora& lora, const Drop
   }
 }
 
-void MoeLayer::backward(const MoeInput& input, const bf16_t* dout, const ExpertLora& lora, const Dropout& dropout, int64_t chunk,
-                        const ForwardTape& tape, const MoeGrads& grads) const {
-  check_call(*this, lora, dropout, chunk);
+void MoeLayer::backward(const MoeInput& input, const bf16_t* dout, const ExpertLora& lora, const Dropout& dropout,
+                        int64_t chunk, const ForwardTape& tape, const MoeGrads& grads) const {
   std::lock_guard<std::mutex> lock(runtime().mutex);
+  check_call(*this, lora, dropout, chunk);
+  rest_openmp_threads();
   zero_lora_grads(shape_, lora, grads.lora, *runtime().pool);
   for (int64_t begin = 0; begin < input.tokens; begin += chunk) {
     Pass pass = make_pass(*this, input, lora, dropout, tape, {begin, min_i64(chunk, input.tokens - begin)});

@@ -1,6 +1,7 @@
 // Gradients of the LoRA factors, per expert, summed over its rows in ascending order in f32:
 //   dA [rank, in] = sum_rows (scale * d(xA^T))^T x      dB [rank, out] = sum_rows (scale * xA^T)^T dy
-// Both are the same product: thin f32 coefficients [rows, rank], transposed, times bf16 rows. A task owns a range of columns.
+// Both are the same product: thin f32 coefficients [rows, rank], transposed, times bf16 rows. A task owns a range of
+// columns.
 #include <cstring>
 
 #include "pass.h"
@@ -12,11 +13,11 @@ namespace {
 constexpr int64_t kColumnsPerTask = 512;
 
 struct Factor {
-  const float* coefficients;      // [rows, rank]
-  const bf16_t* const* q_rows;    // [rows]
+  const float* coefficients;    // [rows, rank]
+  const bf16_t* const* q_rows;  // [rows]
   int64_t rank;
   int64_t cols;
-  float* grad;                    // of expert 0
+  float* grad;  // of expert 0
   int64_t expert_stride;
   int64_t rank_stride;
   int64_t tasks() const { return ceil_div(cols, kColumnsPerTask); }
@@ -29,10 +30,12 @@ int list_factors(const Pass& pass, const ExpertLoraGrads& grads, Factor* factors
   int count = 0;
   const auto add = [&](const float* coefficients, const bf16_t* const* q_rows, int64_t rank, int64_t cols, float* grad,
                        int64_t expert_stride, int64_t rank_stride) {
-    if (grad != nullptr && rank > 0) factors[count++] = {coefficients, q_rows, rank, cols, grad, expert_stride, rank_stride};
+    if (grad != nullptr && rank > 0)
+      factors[count++] = {coefficients, q_rows, rank, cols, grad, expert_stride, rank_stride};
   };
   add(pass.dxa_gate, pass.xl_rows, lora.gate.rank, hidden, grads.gate.a, grads.gate.a_expert, grads.gate.a_rank);
-  if (!lora.shares_a()) add(pass.dxa_up, pass.xl_rows, lora.up.rank, hidden, grads.up.a, grads.up.a_expert, grads.up.a_rank);
+  if (!lora.shares_a())
+    add(pass.dxa_up, pass.xl_rows, lora.up.rank, hidden, grads.up.a, grads.up.a_expert, grads.up.a_rank);
   add(pass.xa_gate, pass.dg_rows, lora.gate.rank, inter, grads.gate.b, grads.gate.b_expert, grads.gate.b_rank);
   add(pass.xa_up, pass.du_rows, lora.up.rank, inter, grads.up.b, grads.up.b_expert, grads.up.b_rank);
   add(pass.dha_weighted, pass.hl_rows, lora.down.rank, inter, grads.down.a, grads.down.a_expert, grads.down.a_rank);
@@ -66,8 +69,8 @@ void run_lora_grad_task(const Pass& pass, const ExpertLoraGrads& grads, int64_t 
   const Factor& factor = factors[f];
   const int64_t col = chunk * kColumnsPerTask, begin = pass.routing.offsets[expert];
   const int64_t rows = pass.routing.offsets[expert + 1] - begin;
-  pass.ops->axpy_rows(factor.coefficients + begin * factor.rank, 1, factor.rank, factor.rank, factor.q_rows + begin, col, rows,
-                      factor.grad + expert * factor.expert_stride + col, factor.rank_stride,
+  pass.ops->axpy_rows(factor.coefficients + begin * factor.rank, 1, factor.rank, factor.rank, factor.q_rows + begin,
+                      col, rows, factor.grad + expert * factor.expert_stride + col, factor.rank_stride,
                       min_i64(kColumnsPerTask, factor.cols - col));
 }
 

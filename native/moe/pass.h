@@ -29,8 +29,8 @@ struct Pass {
   const MoeLayer* layer = nullptr;
   const RowOps* ops = nullptr;
   ThreadPool* pool = nullptr;
-  MoeInput input;           // of the chunk
-  int64_t pair_begin = 0;   // (token, slot) index of the chunk's first pair in the whole call: names dropout masks
+  MoeInput input;          // of the chunk
+  int64_t pair_begin = 0;  // (token, slot) index of the chunk's first pair in the whole call: names dropout masks
   ExpertLora lora;
   Dropout dropout;
   bool is_backward = false;
@@ -41,30 +41,30 @@ struct Pass {
   int64_t num_blocks = 0;
   ThreadScratch* scratch = nullptr;  // [threads]
 
-  const bf16_t** x_rows = nullptr;     // [rows] hidden states of each row
-  const bf16_t** xl_rows = nullptr;    // [rows] the same after dropout: input of the LoRA branch
+  const bf16_t** x_rows = nullptr;   // [rows] hidden states of each row
+  const bf16_t** xl_rows = nullptr;  // [rows] the same after dropout: input of the LoRA branch
   const bf16_t** h_rows = nullptr;
   const bf16_t** hl_rows = nullptr;
-  bf16_t* x_dropped = nullptr;         // [rows, hidden], only with dropout
-  bf16_t* h_dropped = nullptr;         // [rows, inter_stride], only with dropout
-  bf16_t* h = nullptr;                 // [rows, inter_stride]
-  ForwardTape tape;                    // of the chunk; in a recomputing backward it points into the arena
-  float* xa_gate = nullptr;            // [rows, rank] scale * (dropped x) A^T, rounded before the scale
-  float* xa_up = nullptr;              // == xa_gate when A is shared
-  float* ha = nullptr;                 // [rows, rank] the same of h and down.A; times the routing weight in backward
+  bf16_t* x_dropped = nullptr;  // [rows, hidden], only with dropout
+  bf16_t* h_dropped = nullptr;  // [rows, inter_stride], only with dropout
+  bf16_t* h = nullptr;          // [rows, inter_stride]
+  ForwardTape tape;             // of the chunk; in a recomputing backward it points into the arena
+  float* xa_gate = nullptr;     // [rows, rank] scale * (dropped x) A^T, rounded before the scale
+  float* xa_up = nullptr;       // == xa_gate when A is shared
+  float* ha = nullptr;          // [rows, rank] the same of h and down.A; times the routing weight in backward
 
   // backward only
-  const bf16_t* dout = nullptr;        // [tokens, hidden] of the chunk
+  const bf16_t* dout = nullptr;  // [tokens, hidden] of the chunk
   const bf16_t** dout_rows = nullptr;
   const bf16_t** dg_rows = nullptr;
   const bf16_t** du_rows = nullptr;
-  bf16_t* dg = nullptr;                // [rows, inter_stride]
+  bf16_t* dg = nullptr;  // [rows, inter_stride]
   bf16_t* du = nullptr;
-  float* dha = nullptr;                // [rows, rank] scale * dout B_down, without the routing weight
+  float* dha = nullptr;  // [rows, rank] scale * dout B_down, without the routing weight
   float* dha_weighted = nullptr;
-  float* dxa_gate = nullptr;           // [rows, rank] scale * (dg B_gate (+ du B_up if A is shared))
-  float* dxa_up = nullptr;             // null when A is shared
-  float* dweight_parts = nullptr;      // [rows, inter panels] <dh, h> of each panel
+  float* dxa_gate = nullptr;       // [rows, rank] scale * (dg B_gate (+ du B_up if A is shared))
+  float* dxa_up = nullptr;         // null when A is shared
+  float* dweight_parts = nullptr;  // [rows, inter panels] <dh, h> of each panel
 
   const MoeShape& shape() const { return layer->shape(); }
   bool drops() const { return dropout.p > 0.0f; }
@@ -88,23 +88,24 @@ void rank_rows(const bf16_t* factor, int64_t rank_stride, int64_t rank, const bf
 void round_and_scale(float* values, int64_t count, float scale);
 
 // --- the steps of forward (expert_forward.cc) ---
-void project_x_to_rank(Pass& pass, const RowBlock& block);   // xa_gate, xa_up
-void project_h_to_rank(Pass& pass, const RowBlock& block);   // ha
-void run_gate_up(Pass& pass);                                // h and, where kept, g and u
+void project_x_to_rank(Pass& pass, const RowBlock& block);  // xa_gate, xa_up
+void project_h_to_rank(Pass& pass, const RowBlock& block);  // ha
+void run_gate_up(Pass& pass);                               // h and, where kept, g and u
 void run_forward(Pass& pass, const MoeOutput& out);
 // Adds scale * (rows A^T) B^T to sums [rows, cols]; `xa` holds the first product.
-void add_lora(const Pass& pass, const float* xa, const LoraView& lora, const RowBlock& block, int64_t col, int64_t cols, float* sum,
-              int64_t ldc);
+void add_lora(const Pass& pass, const float* xa, const LoraView& lora, const RowBlock& block, int64_t col, int64_t cols,
+              float* sum, int64_t ldc);
 
 // --- backward (expert_backward.cc) ---
 void run_backward(Pass& pass, const MoeGrads& grads);
 
 // --- combine.cc ---
 // tokens[token, :] += weight * sum[row, :] for the rows of the block; weight 1 when `weighted` is false.
-void scatter_rows(const Pass& pass, const RowBlock& block, bool weighted, const float* sum, int64_t ldc, int64_t cols, float* tokens,
-                  int64_t tokens_stride);
+void scatter_rows(const Pass& pass, const RowBlock& block, bool weighted, const float* sum, int64_t ldc, int64_t cols,
+                  float* tokens, int64_t tokens_stride);
 // Stores columns [col, col + cols) of all tokens.
-void store_tokens(const Pass& pass, const float* tokens, int64_t tokens_stride, int64_t col, int64_t cols, const MoeOutput& out);
+void store_tokens(const Pass& pass, const float* tokens, int64_t tokens_stride, int64_t col, int64_t cols,
+                  const MoeOutput& out);
 
 // --- lora_grad.cc: gradients of A and B, accumulated into grads ---
 int64_t num_lora_grad_tasks(const Pass& pass, const ExpertLoraGrads& grads);

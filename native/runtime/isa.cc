@@ -17,14 +17,18 @@ IsaSet levels_up_to(Isa level) { return (static_cast<IsaSet>(level) << 1) - 1; }
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case kScalar: return "scalar";
-    case kAvx2: return "avx2";
-    case kAvx512: return "avx512";
+    case kScalar:
+      return "scalar";
+    case kAvx2:
+      return "avx2";
+    case kAvx512:
+      return "avx512";
   }
   return "unknown";
 }
 
-// __builtin_cpu_supports asks CPUID and, for the wide registers, XGETBV: a level that the operating system does not save is absent.
+// __builtin_cpu_supports asks CPUID and, for the wide registers, XGETBV: a level that the operating system does not
+// save is absent.
 IsaSet detect_isa() {
   static const IsaSet detected = [] {
     __builtin_cpu_init();

@@ -1,5 +1,6 @@
-// Workers wait on a counter (spin ~50 us, then futex through std::atomic::wait), take tasks from an atomic index and are waited for by
-// the caller, who works too. Idle workers cost nothing: torch's own threads get the cores between our calls.
+// Workers wait on a counter (spin ~50 us, then futex through std::atomic::wait), take tasks from an atomic index and
+// are waited for by the caller, who works too. Idle workers cost nothing: torch's own threads get the cores between our
+// calls.
 #include "kts/thread_pool.h"
 
 #include <pthread.h>
@@ -8,7 +9,11 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kts/base.h"
@@ -33,7 +38,7 @@ void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
 }
 
 void bind_to_cpus(const std::vector<int>& cpus) {
-  if (cpus.empty()) return;
+  if (cpus.empty()) return;  // one pool: wherever the process may run
   cpu_set_t set;
   CPU_ZERO(&set);
   for (const int cpu : cpus) CPU_SET(cpu, &set);
@@ -44,8 +49,8 @@ void bind_to_cpus(const std::vector<int>& cpus) {
 
 struct ThreadPool::State {
   std::vector<std::thread> workers;
-  std::atomic<uint32_t> epoch{0};       // a new value: a job is there (or the end)
-  std::atomic<uint32_t> finished{0};    // workers done with the current job
+  std::atomic<uint32_t> epoch{0};     // a new value: a job is there (or the end)
+  std::atomic<uint32_t> finished{0};  // workers done with the current job
   std::atomic<int64_t> next{0};
   int64_t tasks = 0;
   const std::function<void(int64_t, int)>* fn = nullptr;
@@ -63,6 +68,13 @@ struct ThreadPool::State {
         if (!failed.exchange(true)) error = std::current_exception();
       }
     }
+  }
+
+  void join() {
+    ends = true;
+    epoch.fetch_add(1, std::memory_order_release);
+    epoch.notify_all();
+    for (std::thread& worker : workers) worker.join();
   }
 
   void worker_main(int thread, const std::vector<int>& cpus) {
@@ -84,18 +96,21 @@ ThreadPool::ThreadPool(int threads, int pools) : state_(std::make_unique<State>(
   const auto nodes = read_cpu_info().numa_nodes;
   KTS_CHECK(pools >= 1 && pools <= static_cast<int>(nodes.size() > 0 ? nodes.size() : 1),
             "threadpool_count: expected 1 up to the number of NUMA nodes of this machine");
-  for (int i = 1; i < threads; ++i) {
-    const std::vector<int> cpus = nodes.empty() ? std::vector<int>() : nodes[static_cast<size_t>(i * pools / threads)];
-    state_->workers.emplace_back([state = state_.get(), i, cpus] { state->worker_main(i, cpus); });
+  state_->workers.reserve(static_cast<size_t>(threads));
+  try {
+    for (int i = 1; i < threads; ++i) {
+      const std::vector<int> cpus = pools == 1 ? std::vector<int>() : nodes[static_cast<size_t>(i * pools / threads)];
+      state_->workers.emplace_back([state = state_.get(), i, cpus] { state->worker_main(i, cpus); });
+    }
+  } catch (const std::system_error& error) {
+    const size_t started = state_->workers.size();
+    state_->join();
+    throw std::runtime_error("threads: the system started " + std::to_string(started) + " of " +
+                             std::to_string(threads - 1) + " workers (" + error.what() + "); ask for fewer");
   }
 }
 
-ThreadPool::~ThreadPool() {
-  state_->ends = true;
-  state_->epoch.fetch_add(1, std::memory_order_release);
-  state_->epoch.notify_all();
-  for (std::thread& worker : state_->workers) worker.join();
-}
+ThreadPool::~ThreadPool() { state_->join(); }
 
 int ThreadPool::threads() const { return static_cast<int>(state_->workers.size()) + 1; }
 
@@ -115,10 +130,11 @@ void ThreadPool::parallel_for(int64_t tasks, const std::function<void(int64_t, i
   s.work(0);
   if (!alone) {
     const uint32_t all = static_cast<uint32_t>(s.workers.size());
-    for (uint32_t done = s.finished.load(std::memory_order_acquire); done != all; done = s.finished.load(std::memory_order_acquire))
+    for (uint32_t done = s.finished.load(std::memory_order_acquire); done != all;
+         done = s.finished.load(std::memory_order_acquire))
       wait_for_change(s.finished, done);
   }
-  if (s.failed) std::rethrow_exception(s.error);
+  if (s.failed) std::rethrow_exception(std::exchange(s.error, nullptr));
 }
 
 namespace {
@@ -126,8 +142,8 @@ namespace {
 int wanted_threads = 0;  // 0: default
 int wanted_pools = 1;
 
-// After fork() the child has none of the workers and may have inherited a locked mutex: it starts over with a fresh runtime, and the
-// parent's is leaked on purpose (its destructor would join threads that do not exist).
+// After fork() the child has none of the workers and may have inherited a locked mutex: it starts over with a fresh
+// runtime, and the parent's is leaked on purpose (its destructor would join threads that do not exist).
 Runtime* current = nullptr;
 
 void make_runtime() {
@@ -166,6 +182,10 @@ void set_threads(int threads, int pools) {
   wanted_pools = pools;
 }
 
-int num_threads() { return runtime().pool->threads(); }
+int num_threads() {
+  Runtime& rt = runtime();
+  std::lock_guard<std::mutex> lock(rt.mutex);
+  return rt.pool->threads();
+}
 
 }  // namespace kts

@@ -56,7 +56,8 @@ double cgroup_quota(const std::string& root) {
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
     const std::string controllers = line.substr(first + 1, second - first - 1);
-    const bool v1 = controllers.find("cpu,") != std::string::npos || controllers == "cpu" || controllers.find(",cpu") != std::string::npos;
+    const bool v1 = controllers.find("cpu,") != std::string::npos || controllers == "cpu" ||
+                    controllers.find(",cpu") != std::string::npos;
     if (!controllers.empty() && !v1) continue;
     const std::string base = root + "sys/fs/cgroup" + (controllers.empty() ? "" : "/" + controllers);
     std::string group = line.substr(second + 1);
@@ -67,7 +68,8 @@ double cgroup_quota(const std::string& root) {
         double quota = 0, period = 0;
         if (values >> quota >> period) take(quota, period);
       } else {
-        take(std::atof(read_line(folder + "/cpu.cfs_quota_us").c_str()), std::atof(read_line(folder + "/cpu.cfs_period_us").c_str()));
+        take(std::atof(read_line(folder + "/cpu.cfs_quota_us").c_str()),
+             std::atof(read_line(folder + "/cpu.cfs_period_us").c_str()));
       }
       if (group.empty() || group == "/") break;
       group = group.substr(0, group.find_last_of('/'));
@@ -100,7 +102,8 @@ CpuInfo read_cpu_info(const std::string& root) {
   info.quota_cpus = cgroup_quota(root);
   for (const int node : parse_cpu_list(read_line(root + "sys/devices/system/node/online"))) {
     std::vector<int> members;
-    for (const int cpu : parse_cpu_list(read_line(root + "sys/devices/system/node/node" + std::to_string(node) + "/cpulist")))
+    for (const int cpu :
+         parse_cpu_list(read_line(root + "sys/devices/system/node/node" + std::to_string(node) + "/cpulist")))
       if (std::find(cpus.begin(), cpus.end(), cpu) != cpus.end()) members.push_back(cpu);
     if (!members.empty()) info.numa_nodes.push_back(members);
   }

@@ -11,7 +11,8 @@ namespace kts {
 
 PageBuffer::PageBuffer(size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  // Not MAP_NORESERVE: the kernel then refuses what cannot fit at all, instead of killing the process later.
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   madvise(memory, bytes, MADV_HUGEPAGE);
   data_ = memory;
@@ -31,11 +32,12 @@ PageBuffer& PageBuffer::operator=(PageBuffer&& other) noexcept {
 }
 
 namespace {
-PageBuffer pass_memory;
 int64_t growths = 0;
 }  // namespace
 
 Arena pass_arena(size_t bytes) {
+  // Never unmapped: a daemon thread may compute while the process exits.
+  static PageBuffer& pass_memory = *new PageBuffer;
   if (bytes > pass_memory.bytes()) {
     pass_memory = PageBuffer();
     pass_memory = PageBuffer(static_cast<size_t>(align_up(static_cast<int64_t>(bytes), int64_t{1} << 21)));

@@ -35,7 +35,9 @@ struct Register {
 // Collects the message of one failed expectation.
 class Failure {
  public:
-  Failure(const char* file, int line, const char* condition) { text_ << file << ":" << line << ": expected " << condition << " "; }
+  Failure(const char* file, int line, const char* condition) {
+    text_ << file << ":" << line << ": expected " << condition << " ";
+  }
   ~Failure() { failures().push_back(text_.str()); }
   template <class T>
   Failure& operator<<(const T& value) {
@@ -64,9 +66,9 @@ class Random {
 
 }  // namespace kts::test
 
-#define KTS_TEST(name)                                                 \
-  static void name();                                                  \
-  static const ::kts::test::Register register_##name(#name, name);     \
+#define KTS_TEST(name)                                             \
+  static void name();                                              \
+  static const ::kts::test::Register register_##name(#name, name); \
   static void name()
 
 #define KTS_EXPECT(condition) \

@@ -1,5 +1,5 @@
-// Every row of the kernel table and every row operation against plain loops: small integers, whose sums are exact in f32, so results
-// must be equal; all tails; extremes; NaN.
+// Every row of the kernel table and every row operation against plain loops: small integers, whose sums are exact in
+// f32, so results must be equal; all tails; extremes; NaN.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -16,9 +16,10 @@ struct Shape {
   int64_t m, n, k;
 };
 
-// Sides that differ and are no multiples of blocks, tiles or panels; every m up to two of the largest block; more than one reduce block.
+// Sides that differ and are no multiples of blocks, tiles or panels; every m up to two of the largest block; more than
+// one reduce block.
 std::vector<Shape> shapes() {
-  std::vector<Shape> all = {{1, 1, 1},   {2, 15, 31}, {3, 17, 33},  {5, 33, 257}, {7, 64, 300}, {13, 100, 47},
+  std::vector<Shape> all = {{1, 1, 1},   {2, 15, 31},  {3, 17, 33},   {5, 33, 257}, {7, 64, 300}, {13, 100, 47},
                             {24, 31, 5}, {25, 47, 64}, {12, 300, 31}, {6, 513, 16}, {200, 40, 70}};
   for (int64_t m = 1; m <= 26; ++m) all.push_back({m, 37, 45});
   return all;
@@ -38,7 +39,8 @@ struct Problem {
     fill(w, s.n * s.k);
     fill(forward_a, s.m * s.k);
     fill(grad_a, s.m * s.n);
-    packed.resize(static_cast<size_t>(packed_bytes(Format::kBf16, s.n, s.k)) / sizeof(bf16_t), 0x7fc0);  // NaN: padding must be written
+    packed.resize(static_cast<size_t>(packed_bytes(Format::kBf16, s.n, s.k)) / sizeof(bf16_t),
+                  0x7fc0);  // NaN: padding must be written
     pack_panels(w.data(), s.k, s.n, s.k, 0, ceil_div(s.n, kPanel), packed.data());
     matrix = {Format::kBf16, s.n, s.k, packed.data()};
   }
@@ -58,7 +60,8 @@ struct Problem {
     float* aligned = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / sizeof(float);
     const int64_t panels = ceil_div(cols, kPanel);
     for (int64_t p = 0; p < panels; p += kMaxTaskPanels)
-      row.run({rows.data(), shape.m, &matrix, p, min_i64(p + kMaxTaskPanels, panels), c.data() + p * kPanel, *ldc, accumulate, aligned});
+      row.run({rows.data(), shape.m, &matrix, p, min_i64(p + kMaxTaskPanels, panels), c.data() + p * kPanel, *ldc,
+               accumulate, aligned});
     return c;
   }
 
@@ -91,9 +94,8 @@ void check_row(const KernelRow& row, const Shape& shape, bool integers, bool acc
       if (j < cols) want += problem.expected(row.direction, i, j, &mass);
       const double got = c[static_cast<size_t>(i * ldc + j)];
       const double bound = integers ? 0.0 : 1.2e-7 * static_cast<double>(terms + 1) * (mass + 3.0);
-      KTS_EXPECT(std::fabs(got - want) <= bound)
-          << row.name << " m=" << shape.m << " n=" << shape.n << " k=" << shape.k << " at [" << i << ", " << j << "]: " << got
-          << " != " << want;
+      KTS_EXPECT(std::fabs(got - want) <= bound) << row.name << " m=" << shape.m << " n=" << shape.n << " k=" << shape.k
+                                                 << " at [" << i << ", " << j << "]: " << got << " != " << want;
     }
 }
 
@@ -149,7 +151,8 @@ KTS_TEST(a_row_does_not_depend_on_its_neighbours) {
       one.forward_a.assign(whole.forward_a.begin() + i * 600, whole.forward_a.begin() + (i + 1) * 600);
       one.grad_a.assign(whole.grad_a.begin() + i * 70, whole.grad_a.begin() + (i + 1) * 70);
       const std::vector<float> single = one.run(row, false, &ldc);
-      KTS_EXPECT(std::memcmp(single.data(), all.data() + i * ldc, static_cast<size_t>(ldc) * sizeof(float)) == 0) << row.name << " row " << i;
+      KTS_EXPECT(std::memcmp(single.data(), all.data() + i * ldc, static_cast<size_t>(ldc) * sizeof(float)) == 0)
+          << row.name << " row " << i;
     }
   }
 }
@@ -180,8 +183,10 @@ KTS_TEST(dot_rows_is_exact_on_small_integers) {
         for (int64_t j = 0; j < s.n; ++j) {
           float want = 2.0f;
           for (int64_t t = 0; t < s.k; ++t)
-            want += bf16_to_f32(a[static_cast<size_t>(i * s.k + t)]) * bf16_to_f32(b[static_cast<size_t>(j * (s.k + 3) + t)]);
-          KTS_EXPECT(c[static_cast<size_t>(i * s.n + j)] == want) << isa_name(ops->isa) << " m=" << s.m << " n=" << s.n << " k=" << s.k;
+            want += bf16_to_f32(a[static_cast<size_t>(i * s.k + t)]) *
+                    bf16_to_f32(b[static_cast<size_t>(j * (s.k + 3) + t)]);
+          KTS_EXPECT(c[static_cast<size_t>(i * s.n + j)] == want)
+              << isa_name(ops->isa) << " m=" << s.m << " n=" << s.n << " k=" << s.k;
         }
     }
   }
@@ -190,7 +195,8 @@ KTS_TEST(dot_rows_is_exact_on_small_integers) {
 KTS_TEST(axpy_rows_is_exact_on_small_integers_and_stays_inside) {
   for (const RowOps* ops : all_ops) {
     if (!runs_here(ops->isa)) continue;
-    for (const Shape& s : {Shape{1, 1, 1}, {3, 5, 7}, {4, 64, 16}, {5, 67, 9}, {9, 130, 21}, {256, 31, 2}}) {  // rows, cols, terms
+    for (const Shape& s :
+         {Shape{1, 1, 1}, {3, 5, 7}, {4, 64, 16}, {5, 67, 9}, {9, 130, 21}, {256, 31, 2}}) {  // rows, cols, terms
       for (const bool transposed : {false, true}) {
         Random random(8);
         const auto q = random_bf16(random, s.k * (s.n + 2), true);
@@ -207,7 +213,8 @@ KTS_TEST(axpy_rows_is_exact_on_small_integers_and_stays_inside) {
             for (int64_t t = 0; j < s.n && t < s.k; ++t)
               want += l[static_cast<size_t>(i * l_row + t * l_term)] * bf16_to_f32(rows[static_cast<size_t>(t)][2 + j]);
             KTS_EXPECT(c[static_cast<size_t>(i * ldc + j)] == want)
-                << isa_name(ops->isa) << " rows=" << s.m << " cols=" << s.n << " terms=" << s.k << " at " << i << ", " << j;
+                << isa_name(ops->isa) << " rows=" << s.m << " cols=" << s.n << " terms=" << s.k << " at " << i << ", "
+                << j;
           }
       }
     }
@@ -215,8 +222,18 @@ KTS_TEST(axpy_rows_is_exact_on_small_integers_and_stays_inside) {
 }
 
 KTS_TEST(bf16_rounding_is_to_nearest_even_and_keeps_nan_and_infinity) {
-  std::vector<float> values = {0.0f, -0.0f, 1.0f, 1.00390625f, 1.01171875f, 1.00390636f, 3.3895314e38f, -3.4028235e38f, 1e-45f,
-                               std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(), std::nanf("")};
+  std::vector<float> values = {0.0f,
+                               -0.0f,
+                               1.0f,
+                               1.00390625f,
+                               1.01171875f,
+                               1.00390636f,
+                               3.3895314e38f,
+                               -3.4028235e38f,
+                               1e-45f,
+                               std::numeric_limits<float>::infinity(),
+                               -std::numeric_limits<float>::infinity(),
+                               std::nanf("")};
   for (uint32_t payload : {0x7f800001u, 0xffffffffu, 0x7fbfffffu}) {
     float nan;
     std::memcpy(&nan, &payload, sizeof(nan));
@@ -252,7 +269,9 @@ KTS_TEST(silu_matches_double_precision_and_carries_nan) {
     ops->glu[0].backward(gb.data(), ub.data(), dh.data(), 2.0f, cols, dg.data(), du.data(), h2.data());
     for (size_t i = 0; i + 1 < g.size(); ++i) {
       const double x = bf16_to_f32(gb[i]), s = 1.0 / (1.0 + std::exp(-x));
-      const auto near = [](bf16_t got, double want) { return std::fabs(bf16_to_f32(got) - want) <= std::fabs(want) / 256 * 1.001 + 1e-30; };
+      const auto near = [](bf16_t got, double want) {
+        return std::fabs(bf16_to_f32(got) - want) <= std::fabs(want) / 256 * 1.001 + 1e-30;
+      };
       KTS_EXPECT(near(h[i], x * s)) << isa_name(ops->isa) << " silu(" << x << ") = " << bf16_to_f32(h[i]);
       KTS_EXPECT(near(du[i], 2 * x * s)) << isa_name(ops->isa) << " du at " << x;
       if (std::fabs(x + 1.278) > 0.1) {

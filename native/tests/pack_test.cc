@@ -7,7 +7,8 @@
 namespace kts::test {
 
 KTS_TEST(packing_follows_the_formula_and_round_trips) {
-  for (const auto [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {16, 32}, {17, 33}, {31, 95}, {64, 64}, {100, 7}, {1408, 40}}) {
+  for (const auto& [n, k] :
+       {std::pair<int64_t, int64_t>{1, 1}, {16, 32}, {17, 33}, {31, 95}, {64, 64}, {100, 7}, {1408, 40}}) {
     std::vector<bf16_t> w(static_cast<size_t>(n * (k + 5)));
     for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<bf16_t>(i * 40503u + 1u);
     std::vector<bf16_t> packed(static_cast<size_t>(packed_bytes(Format::kBf16, n, k)) / 2, 0xdead);
@@ -23,12 +24,14 @@ KTS_TEST(packing_follows_the_formula_and_round_trips) {
     unpack_panels({Format::kBf16, n, k, packed.data()}, 0, ceil_div(n, kPanel), back.data(), k + 5);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < k + 5; ++j)
-        KTS_EXPECT(back[static_cast<size_t>(i * (k + 5) + j)] == (j < k ? w[static_cast<size_t>(i * (k + 5) + j)] : 0)) << i << ", " << j;
+        KTS_EXPECT(back[static_cast<size_t>(i * (k + 5) + j)] == (j < k ? w[static_cast<size_t>(i * (k + 5) + j)] : 0))
+            << i << ", " << j;
   }
 }
 
 KTS_TEST(packed_bytes_of_real_models_are_their_own_bytes) {
-  for (const auto [n, k] : {std::pair<int64_t, int64_t>{1408, 2048}, {768, 2048}, {2048, 768}, {2048, 7168}, {7168, 2048}})
+  for (const auto& [n, k] :
+       {std::pair<int64_t, int64_t>{1408, 2048}, {768, 2048}, {2048, 768}, {2048, 7168}, {7168, 2048}})
     KTS_EXPECT(packed_bytes(Format::kBf16, n, k) == n * k * 2) << n << " x " << k;
 }
 

@@ -1,9 +1,10 @@
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
-#include <fstream>
 #include <filesystem>
+#include <fstream>
 #include <stdexcept>
 #include <vector>
 
@@ -64,6 +65,26 @@ KTS_TEST(a_forked_child_gets_its_own_pool) {
     std::atomic<int> count{0};
     runtime().pool->parallel_for(8, [&](int64_t, int) { ++count; });
     _exit(count == 8 && num_threads() == 2 ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  KTS_EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
+}
+
+KTS_TEST(too_many_threads_are_an_error_and_not_the_end_of_the_process) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  KTS_SKIP("sanitizers need more address space than the limit of this test");
+#endif
+  const pid_t child = fork();
+  if (child == 0) {
+    const rlimit limit{1ull << 30, 1ull << 30};  // of address space: some of the workers get no stack
+    setrlimit(RLIMIT_AS, &limit);
+    try {
+      ThreadPool pool(5000, 1);
+      _exit(1);
+    } catch (const std::runtime_error& error) {
+      _exit(std::string(error.what()).find("ask for fewer") != std::string::npos ? 0 : 2);
+    }
   }
   int status = 0;
   waitpid(child, &status, 0);

@@ -1,4 +1,5 @@
-// bf16 on AVX2 + FMA: 6 rows x 16 columns = 12 sums + 2 weights + 1 broadcast = 15 of 16 registers. Code in gemm_bf16_inl.h.
+// bf16 on AVX2 + FMA: 6 rows x 16 columns = 12 sums + 2 weights + 1 broadcast = 15 of 16 registers. Code in
+// gemm_bf16_inl.h.
 #include "../gemm_bf16_inl.h"
 #include "../vec_avx2.h"
 

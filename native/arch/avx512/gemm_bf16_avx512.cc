@@ -1,5 +1,5 @@
-// bf16 on AVX-512: 12 rows x 32 columns = 24 sums + 2 weight pairs + 2 weights of 32 registers; a is broadcast from memory by the
-// multiply-add itself. Code in gemm_bf16_inl.h.
+// bf16 on AVX-512: 12 rows x 32 columns = 24 sums + 2 weight pairs + 2 weights of 32 registers; a is broadcast from
+// memory by the multiply-add itself. Code in gemm_bf16_inl.h.
 #include "../gemm_bf16_inl.h"
 #include "../vec_avx512.h"
 

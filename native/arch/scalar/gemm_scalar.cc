@@ -1,5 +1,5 @@
-// The reference of every row of the table: readable loops over the packed layout (formula in kts/gemm.h), sums in f32 in ascending
-// order with fused multiply-adds. For tests: two orders of magnitude slower than the vector rows.
+// The reference of every row of the table: readable loops over the packed layout (formula in kts/gemm.h), sums in f32
+// in ascending order with fused multiply-adds. For tests: two orders of magnitude slower than the vector rows.
 #include "kts/gemm.h"
 
 namespace kts::scalar {

@@ -3,7 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
-// Files compiled with ISA flags may use these helpers: forced inlining leaves no out-of-line copy for the linker to share.
+// Files compiled with ISA flags may use these helpers: forced inlining leaves no out-of-line copy for the linker to
+// share.
 #define KTS_INLINE static inline __attribute__((always_inline))
 
 namespace kts {
@@ -18,9 +19,9 @@ KTS_INLINE constexpr int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : 
 }  // namespace kts
 
 // Always on: boundary checks.
-#define KTS_CHECK(condition, message)        \
-  do {                                       \
-    if (!(condition)) ::kts::fail(message);  \
+#define KTS_CHECK(condition, message)       \
+  do {                                      \
+    if (!(condition)) ::kts::fail(message); \
   } while (0)
 
 // Debug builds only: inner checks.

@@ -1,4 +1,5 @@
-// Row operations around the big products: gated activation, LoRA's thin products, dropout masks, casts. One table per ISA.
+// Row operations around the big products: gated activation, LoRA's thin products, dropout masks, casts. One table per
+// ISA.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -23,11 +24,13 @@ struct RowMask {
 };
 
 struct GluOps {
-  // g, u: f32 sums [cols] -> rounded once to bf16 (g_out, u_out, may both be null), h = act(g) * u of the rounded values, rounded.
+  // g, u: f32 sums [cols] -> rounded once to bf16 (g_out, u_out, may both be null), h = act(g) * u of the rounded
+  // values, rounded.
   void (*forward)(const float* g, const float* u, int64_t cols, bf16_t* g_out, bf16_t* u_out, bf16_t* h_out);
-  // dh: gradient of h before the routing weight, f32 [cols]. Writes h, dg, du (bf16, of weight * dh); returns sum(dh * h).
-  float (*backward)(const bf16_t* g, const bf16_t* u, const float* dh, float weight, int64_t cols, bf16_t* dg, bf16_t* du,
-                    bf16_t* h);
+  // dh: gradient of h before the routing weight, f32 [cols]. Writes h, dg, du (bf16, of weight * dh); returns sum(dh *
+  // h).
+  float (*backward)(const bf16_t* g, const bf16_t* u, const float* dh, float weight, int64_t cols, bf16_t* dg,
+                    bf16_t* du, bf16_t* h);
 };
 
 struct RowOps {
@@ -38,9 +41,10 @@ struct RowOps {
   // dst = bf16(src)
   void (*to_bf16)(const float* src, int64_t cols, bf16_t* dst);
   // c[i, j] (+)= sum_k a_i[k] * b[j * b_stride + k], i < m, j < n: both operands are read along k.
-  void (*dot_rows)(const bf16_t* const* a_rows, int64_t m, const bf16_t* b, int64_t b_stride, int64_t n, int64_t k, float* c,
-                   int64_t ldc, bool accumulate);
-  // c[i, :] += sum_t l[i * l_row + t * l_term] * q_t[:], i < rows, t < terms in ascending order; q_t = q_rows[t] + q_offset.
+  void (*dot_rows)(const bf16_t* const* a_rows, int64_t m, const bf16_t* b, int64_t b_stride, int64_t n, int64_t k,
+                   float* c, int64_t ldc, bool accumulate);
+  // c[i, :] += sum_t l[i * l_row + t * l_term] * q_t[:], i < rows, t < terms in ascending order; q_t = q_rows[t] +
+  // q_offset.
   void (*axpy_rows)(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows,
                     int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols);
   // dst[j] = kept(col_begin + j) ? src[j] : 0
@@ -52,8 +56,14 @@ struct RowOps {
 // The table of the best level in `isa`.
 const RowOps& row_ops(IsaSet isa);
 
-namespace scalar { extern const RowOps kRowOps; }
-namespace avx2 { extern const RowOps kRowOps; }
-namespace avx512 { extern const RowOps kRowOps; }
+namespace scalar {
+extern const RowOps kRowOps;
+}
+namespace avx2 {
+extern const RowOps kRowOps;
+}
+namespace avx512 {
+extern const RowOps kRowOps;
+}
 
 }  // namespace kts

@@ -1,4 +1,4 @@
-// LoRA of one projection for all experts: W_e + scale * B_e A_e with A_e [rank, in] and B_e kept transposed as [rank, out].
+// LoRA of one projection for all experts: W_e + scale * B_e A_e, A_e [rank, in], B_e kept transposed: [rank, out].
 // Both are read along contiguous in / out, so no product needs a packed copy, whatever the rank is.
 #pragma once
 #include <cstdint>

@@ -22,7 +22,8 @@ struct MoeShape {
   int64_t inter_stride() const { return align_up(inter, kPanel); }
 };
 
-// Inverted dropout on the input of the LoRA branches; p = 0 turns it off. The mask depends on seed, (token, slot) and column only.
+// Inverted dropout on the input of the LoRA branches; p = 0 turns it off. The mask depends on seed, (token, slot) and
+// column only.
 struct Dropout {
   float p = 0.0f;
   uint64_t seed = 0;
@@ -36,8 +37,8 @@ struct MoeInput {
   const float* topk_weights = nullptr;  // [tokens, top_k]
 };
 
-// Activations that backward needs beside the inputs: the rounded gate and up products by routed row. The memory belongs to the
-// caller (torch tensors), so checkpointing can drop it. Null pointers: backward recomputes them.
+// Activations that backward needs beside the inputs: the rounded gate and up products by routed row. The memory belongs
+// to the caller (torch tensors), so checkpointing can drop it. Null pointers: backward recomputes them.
 struct ForwardTape {
   bf16_t* g = nullptr;  // [tokens * top_k, inter_stride]
   bf16_t* u = nullptr;
@@ -73,12 +74,12 @@ class MoeLayer {
   int64_t missing_experts() const;
 
   // out [tokens, hidden]. `chunk` tokens are processed at a time; forward and backward of one tape need the same chunk.
-  void forward(const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, int64_t chunk, const ForwardTape& tape,
-               const MoeOutput& out) const;
+  void forward(const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, int64_t chunk,
+               const ForwardTape& tape, const MoeOutput& out) const;
 
   // dout: bf16 [tokens, hidden], contiguous.
-  void backward(const MoeInput& input, const bf16_t* dout, const ExpertLora& lora, const Dropout& dropout, int64_t chunk,
-                const ForwardTape& tape, const MoeGrads& grads) const;
+  void backward(const MoeInput& input, const bf16_t* dout, const ExpertLora& lora, const Dropout& dropout,
+                int64_t chunk, const ForwardTape& tape, const MoeGrads& grads) const;
 
   PackedMatrix gate(int64_t expert) const;
   PackedMatrix up(int64_t expert) const;

@@ -1,0 +1,30 @@
+#include "kts/openmp.h"
+
+#include <dlfcn.h>
+
+#include <cstring>
+
+namespace kts {
+
+namespace {
+
+constexpr int kPauseSoft = 1;  // omp_pause_soft of the OpenMP 5.0 API: settings survive
+using PauseFn = int (*)(int);
+
+// Other runtimes export the same name with other costs: only libgomp is asked.
+PauseFn find_pause() {
+  void* symbol = dlsym(RTLD_DEFAULT, "omp_pause_resource_all");
+  Dl_info info;
+  if (symbol == nullptr || dladdr(symbol, &info) == 0 || info.dli_fname == nullptr) return nullptr;
+  if (std::strstr(info.dli_fname, "libgomp") == nullptr) return nullptr;
+  return reinterpret_cast<PauseFn>(symbol);
+}
+
+}  // namespace
+
+void rest_openmp_threads() {
+  static const PauseFn pause = find_pause();
+  if (pause != nullptr) pause(kPauseSoft);
+}
+
+}  // namespace kts
