@@ -12,23 +12,7 @@ from kt_sft.ops.moe import LoraTensors
 
 EXPERT_MAJOR = "expert_major"  # stored [num_experts * rank, dim]
 EXPERT_MINOR = "expert_minor"  # stored [dim, rank * num_experts], expert index fastest
-
-_optimizer_steps = 0
-
-
-def _count_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-_step_hook: object | None = None
-
-
-def _watch_optimizers() -> None:
-    """Optimizers that write through `.data` leave a parameter's version alone (DeepSpeed does): any step ends all copies."""
-    global _step_hook
-    if _step_hook is None:
-        _step_hook = torch.optim.optimizer.register_optimizer_step_post_hook(_count_step)
+_SAMPLES = 64  # values that tell a copy from its parameter; ten microseconds per look
 
 
 @dataclass(frozen=True)
@@ -44,8 +28,18 @@ class LoraFactor:
         return self._view(self.parameter)
 
     def operand(self) -> Tensor:
-        """bf16 CPU copy `[num_experts, rank, dim]`, contiguous."""
-        return self._view(self.parameter.detach().to("cpu", torch.bfloat16)).contiguous()
+        """bf16 CPU copy `[num_experts, rank, dim]`, contiguous; never the parameter's own memory."""
+        stored = self.parameter.detach().to("cpu", torch.bfloat16, copy=True)
+        if self.layout == EXPERT_MAJOR:
+            return self._view(stored)
+        # [rank, num_experts, dim] in between: two plain transposes are 2 to 3 times as fast as one permutation.
+        rank_major = stored.t().contiguous().view(-1, self.num_experts, stored.shape[0])
+        return rank_major.transpose(0, 1).contiguous()
+
+    def sample(self) -> float:
+        """Sum over a few values of the parameter."""
+        stored = self.parameter.detach().reshape(-1)
+        return stored[:: stored.numel() // _SAMPLES + 1].sum(dtype=torch.float64).item()
 
     def _view(self, stored: Tensor) -> Tensor:
         if self.layout == EXPERT_MAJOR:
@@ -75,10 +69,7 @@ class ExpertLora:
     down: LoraPair | None
     dropout: float = 0.0
     active: Callable[[], bool] = lambda: True
-    _copies: dict[int, tuple[tuple, Tensor]] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        _watch_optimizers()
+    _copies: dict[int, tuple[tuple, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def _factors(self) -> tuple[LoraFactor | None, ...]:
         pairs = (self.gate_up, None, self.down)
@@ -89,21 +80,30 @@ class ExpertLora:
         return tuple(None if f is None else f.canonical() for f in self._factors())
 
     def operands(self) -> LoraTensors:
-        """bf16 copies of the same, made again only when a parameter changed."""
+        """bf16 copies of the same, made again when a parameter changed.
+
+        Writes through `.data` (DeepSpeed, PEFT's hot swap, hand-written steps) leave the version alone. Those of a
+        training step come after a backward, which ends all copies; others show in a sample of the values.
+        """
         return tuple(None if f is None else self._operand(i, f) for i, f in enumerate(self._factors()))
 
     def _operand(self, index: int, factor: LoraFactor) -> Tensor:
         p = factor.parameter
-        key = (p.data_ptr(), p._version, _optimizer_steps)
+        if p.is_inference():  # has no version
+            return factor.operand()
+        key = (p.data_ptr(), p._version, factor.sample())
         cached = self._copies.get(index)
         if cached is None or cached[0] != key:
-            cached = (key, factor.operand())
+            # The alias holds the storage, so that no other one can turn up at its address.
+            cached = (key, p.detach(), factor.operand())
             self._copies[index] = cached
-        return cached[1]
+        return cached[2]
+
+    def drop_copies(self) -> None:
+        """The parameters are about to change: a backward has been here."""
+        self._copies.clear()
 
     def scales(self) -> tuple[float, float, float]:
         """Scale of gate, up and down."""
         gate_up = self.gate_up.scaling() if self.gate_up is not None else 0.0
         return gate_up, gate_up, self.down.scaling() if self.down is not None else 0.0
-
-

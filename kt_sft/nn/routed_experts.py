@@ -10,6 +10,8 @@ from kt_sft.native import native
 from kt_sft.nn.expert_lora import ExpertLora
 from kt_sft.ops.moe import NO_LORA, MoeCall, moe
 
+PLACEHOLDERS = ("gate_up_proj", "down_proj")
+
 
 class RoutedExperts(nn.Module):
     """All routed experts of one layer, on the CPU, behind transformers' experts interface.
@@ -20,11 +22,13 @@ class RoutedExperts(nn.Module):
         cpu_activation: `retain` or `recompute` gate and up products in backward.
         dtype: that the placeholders show to PEFT.
 
-    `gate_up_proj` `[num_experts, 2 * inter, hidden]` and `down_proj` `[num_experts, hidden, inter]` are placeholders of one
-    element with stride zero: they tell other libraries the shapes, the weights live packed in the native layer.
+    `gate_up_proj` `[num_experts, 2 * inter, hidden]` and `down_proj` `[num_experts, hidden, inter]` are placeholders
+    of one element with stride zero: they tell other libraries the shapes, the weights live packed in the native layer.
     """
 
-    def __init__(self, spec: ExpertsSpec, *, chunk_size: int = 1024, cpu_activation: str = "retain", dtype=torch.bfloat16):
+    def __init__(
+        self, spec: ExpertsSpec, *, chunk_size: int = 1024, cpu_activation: str = "retain", dtype=torch.bfloat16
+    ):
         super().__init__()
         self.num_experts = spec.num_experts
         self.hidden_dim = spec.hidden
@@ -43,8 +47,9 @@ class RoutedExperts(nn.Module):
 
     def unpack_expert(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Copies (gate, up, down) of one expert as they were loaded."""
-        gate, up = (torch.empty(self.intermediate_dim, self.hidden_dim, dtype=torch.bfloat16) for _ in range(2))
-        down = torch.empty(self.hidden_dim, self.intermediate_dim, dtype=torch.bfloat16)
+        kind = {"dtype": torch.bfloat16, "device": "cpu"}
+        gate, up = (torch.empty(self.intermediate_dim, self.hidden_dim, **kind) for _ in range(2))
+        down = torch.empty(self.hidden_dim, self.intermediate_dim, **kind)
         self.layer.unpack_expert(index, gate, up, down)
         return gate, up, down
 
@@ -56,6 +61,11 @@ class RoutedExperts(nn.Module):
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]`."""
+        if "parametrizations" in self._modules:  # PEFT's own wrapper put W + delta over a placeholder: nobody reads it
+            raise RuntimeError(
+                "expert LoRA: PEFT wrapped the experts but nothing bound its LoRA to the kernels; "
+                "use kt_sft.get_peft_model or kt_sft.load_adapter instead of PEFT's own"
+            )
         shape = hidden_states.shape
         x = hidden_states.reshape(-1, shape[-1])  # [tokens, hidden]
         call = MoeCall(self.layer, chunk_size=self.chunk_size, retain=self.retain)
@@ -63,11 +73,12 @@ class RoutedExperts(nn.Module):
         if self.lora is not None and self.lora.active():
             lora = self.lora.tensors()
             call.operands = self.lora.operands()
+            call.after_backward = self.lora.drop_copies
             call.scales = self.lora.scales()
             if self.training and self.lora.dropout > 0.0:
                 call.dropout = self.lora.dropout
                 # From torch's CPU generator: seeded with the run, and given back by checkpointing for its recompute.
-                call.seed = int(torch.randint(0, 2**62, ()).item())
+                call.seed = int(torch.randint(0, 2**62, (), device="cpu").item())
         return moe(x, top_k_index, top_k_weights, lora, call).reshape(shape)
 
     def _apply(self, fn, recurse=True):
@@ -77,11 +88,19 @@ class RoutedExperts(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """No expert data in state dicts: checkpoints with experts are written by `save_full_model`."""
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        """Nothing to load: `load_expert` fills the layer."""
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """Nothing is taken, `load_expert` fills the layer: expert tensors in a state dict are unexpected."""
+        unexpected_keys.extend(f"{prefix}{name}" for name in PLACEHOLDERS if f"{prefix}{name}" in state_dict)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "RoutedExperts: packed experts cannot be copied or pickled; save with model.save_pretrained, "
+            "and load the model again for a second one"
+        )
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, hidden={self.hidden_dim}, inter={self.intermediate_dim}, {self.spec.activation}, bf16"
+        sizes = f"num_experts={self.num_experts}, hidden={self.hidden_dim}, inter={self.intermediate_dim}"
+        return f"{sizes}, {self.spec.activation}, bf16"
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -1,1 +1,1 @@
-"""Differentiable operations on the native kernels, and the same maths in plain torch."""
+"""Differentiable operations on the native kernels."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kt_sft.native import native
-
-# Order of the LoRA tensors everywhere in this file: a [num_experts, rank, in] and b [num_experts, rank, out] of gate, up, down.
+# Order of the LoRA tensors in this file: a [num_experts, rank, in] and b [num_experts, rank, out] of gate, up, down.
 # up_a and up_b None with gate_b [num_experts, rank, 2 * inter]: gate and up share a (PEFT's fused gate_up_proj).
 LoraTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NO_LORA: LoraTensors = (None,) * 6
@@ -23,11 +22,13 @@ class MoeCall:
     Args:
         layer: `kt_sft._native.MoeLayer`.
         scales: LoRA scale of gate, up and down (PEFT's own entries, never alpha / rank computed again).
-        operands: bf16 CPU copies of the LoRA tensors, contiguous along the last axis, in `LoraTensors` order; None: made here.
+        operands: bf16 CPU copies of the LoRA tensors, contiguous along the last axis, in `LoraTensors` order;
+            None: made here.
         dropout: probability of the inverted dropout on the input of the LoRA branches; 0 turns it off.
         seed: of the dropout masks.
         chunk_size: tokens per native pass.
         retain: keep gate and up products for backward; False computes them again.
+        after_backward: called once the gradients are there.
     """
 
     layer: object
@@ -37,6 +38,7 @@ class MoeCall:
     seed: int = 0
     chunk_size: int = 1024
     retain: bool = True
+    after_backward: Callable[[], None] | None = None
     _lora: tuple | None = field(default=None, repr=False)
 
     def native_lora(self, lora: LoraTensors) -> tuple:
@@ -45,14 +47,15 @@ class MoeCall:
             tensors = self.operands if self.operands is not None else tuple(to_operand(t) for t in lora)
             gate, up, down = split_projections(tensors, self.layer.inter)
             self._lora = tuple(
-                None if a is None else (a, b, scale) for (a, b), scale in zip((gate, up, down), self.scales, strict=True)
+                None if a is None else (a, b, scale)
+                for (a, b), scale in zip((gate, up, down), self.scales, strict=True)
             )
         return self._lora
 
 
 def to_operand(tensor: Tensor | None) -> Tensor | None:
     """bf16 CPU copy of a LoRA factor, contiguous."""
-    return None if tensor is None else tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    return None if tensor is None else tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous()
 
 
 def split_projections(lora: LoraTensors, inter: int) -> tuple[tuple, tuple, tuple]:
@@ -76,9 +79,7 @@ def moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, lora: LoraTensors, ca
     Raises:
         ValueError: a shape, dtype or id does not fit the layer.
     """
-    wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, topk_weights, *lora)
-    )
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, topk_weights, *lora))
     if wants_grad:
         return _Moe.apply(x, topk_ids, topk_weights, *lora, call)
     return _run_forward(_inputs(x, topk_ids, topk_weights), lora, call, tape=(None, None), like=x)
@@ -96,7 +97,12 @@ def _inputs(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, 
 def _result(tokens: int, hidden: int, like: Tensor) -> tuple[Tensor, str]:
     """Uninitialised output of the extension for a result of dtype `like.dtype`, with its dtype name."""
     name = "bf16" if like.dtype == torch.bfloat16 else "f32"
-    return torch.empty(tokens, hidden, dtype=torch.bfloat16 if name == "bf16" else torch.float32), name
+    return _empty((tokens, hidden), torch.bfloat16 if name == "bf16" else torch.float32), name
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """On the CPU whatever the default device is."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _run_forward(inputs: tuple, lora: LoraTensors, call: MoeCall, *, tape: tuple, like: Tensor) -> Tensor:
@@ -111,7 +117,7 @@ def _run_forward(inputs: tuple, lora: LoraTensors, call: MoeCall, *, tape: tuple
 
 
 class _Moe(torch.autograd.Function):
-    """The tape is (x, topk_ids, topk_weights, g, u): torch tensors, so that checkpointing and offload hooks can drop them."""
+    """The tape is (x, topk_ids, topk_weights, g, u): torch tensors, which checkpointing and offload hooks can drop."""
 
     @staticmethod
     def forward(ctx, x, topk_ids, topk_weights, gate_a, gate_b, up_a, up_b, down_a, down_b, call):
@@ -120,7 +126,7 @@ class _Moe(torch.autograd.Function):
         tape = (None, None)
         if call.retain:
             rows = topk_ids.numel()
-            tape = tuple(torch.empty(rows, call.layer.inter_stride, dtype=torch.bfloat16) for _ in range(2))
+            tape = tuple(_empty((rows, call.layer.inter_stride), torch.bfloat16) for _ in range(2))
         out = _run_forward(inputs, lora, call, tape=tape, like=x)
         ctx.save_for_backward(*inputs, *tape)
         ctx.call = call
@@ -135,11 +141,11 @@ class _Moe(torch.autograd.Function):
         x, ids, weights, g, u = ctx.saved_tensors
         call: MoeCall = ctx.call
         needs_x, _, needs_weights, *needs_lora = ctx.needs_input_grad[:9]
-        like = torch.empty(0, dtype=ctx.x_like[1])
+        like = _empty((0,), ctx.x_like[1])
         dx, dx_dtype = _result(x.shape[0], x.shape[1], like)
-        dweights = torch.empty(weights.shape, dtype=torch.float32) if needs_weights else None
+        dweights = _empty(weights.shape, torch.float32) if needs_weights else None
         dlora = tuple(
-            torch.empty(spec[2], dtype=torch.float32) if needed else None
+            _empty(spec[2], torch.float32) if needed else None
             for spec, needed in zip(ctx.lora_like, needs_lora, strict=True)
         )
         lora = call.native_lora(NO_LORA)
@@ -149,9 +155,10 @@ class _Moe(torch.autograd.Function):
             lora_grads=_native_grads(dlora, lora, call.layer.inter), dropout_p=call.dropout, dropout_seed=call.seed,
             chunk_size=call.chunk_size,
         )  # fmt: skip
+        if call.after_backward is not None:
+            call.after_backward()
         grads_lora = tuple(
-            None if grad is None else grad.to(spec[0], spec[1])
-            for grad, spec in zip(dlora, ctx.lora_like, strict=True)
+            None if grad is None else grad.to(spec[0], spec[1]) for grad, spec in zip(dlora, ctx.lora_like, strict=True)
         )
         return (
             dx.to(*ctx.x_like) if needs_x else None,
@@ -167,6 +174,4 @@ def _native_grads(dlora: LoraTensors, lora: tuple, inter: int) -> tuple:
     gate, up, down = split_projections(dlora, inter)
     if up[0] is not None and up[0] is gate[0]:
         up = (None, up[1])
-    elif dlora[1] is None and dlora[3] is None and lora[0] is not None and lora[1] is not None and lora[0][0] is lora[1][0]:
-        up = (None, None)  # fused, b frozen
     return tuple(None if present is None else pair for present, pair in zip(lora, (gate, up, down), strict=True))

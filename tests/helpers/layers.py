@@ -82,7 +82,9 @@ def lora_inputs(problem: Problem) -> tuple[tuple, dict[str, Tensor]]:
     return tuple(leaf.get(name) for name in order), leaf
 
 
-def run(problem: Problem, layer=None, *, dtype=torch.float32, retain=True, chunk_size=1024, backward=True) -> dict[str, Tensor]:
+def run(
+    problem: Problem, layer=None, *, dtype=torch.float32, retain=True, chunk_size=1024, backward=True
+) -> dict[str, Tensor]:
     """Output and gradients of the product, named as in `reference.solve`."""
     layer = layer if layer is not None else make_layer(problem)
     scales = tuple(problem.lora[name][2] if name in problem.lora else 0.0 for name in ("gate", "up", "down"))

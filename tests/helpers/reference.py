@@ -1,4 +1,4 @@
-"""Float64 truth of the routed experts: plain maths, and the same maths with the kernels' rounding points (docs/numerics.md)."""
+"""Float64 truth of the routed experts: plain maths, and with the kernels' rounding points (docs/numerics.md)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def solve(problem: Problem, *, rounding: bool) -> dict[str, Tensor]:
     return result
 
 
-def _solve_expert(problem: Problem, e: int, token: Tensor, slot: Tensor, masks: tuple, q, result: dict[str, Tensor]) -> None:
+def _solve_expert(
+    problem: Problem, e: int, token: Tensor, slot: Tensor, masks: tuple, q, result: dict[str, Tensor]
+) -> None:
     pair = token * problem.ids.shape[1] + slot
     x, dout, w = q(problem.x)[token], q(problem.dout)[token], problem.weights[token, slot, None]
     x_mask, h_mask = masks[0][pair], masks[1][pair]

@@ -19,25 +19,18 @@ def rel_l2(got: Tensor, want: Tensor) -> float:
     return error / scale if scale > 0 else error
 
 
-def rounding_bound(name: str, *, result_is_bf16: bool = False) -> float:
+def rounding_bound(name: str) -> float:
     """Norm-wise bound against unrounded float64: one half ulp per rounding on the way."""
     key = name if name in ROUNDINGS else f"d_{name[-1]}"
-    return (ROUNDINGS[key] + result_is_bf16) * BF16_HALF_ULP
+    return ROUNDINGS[key] * BF16_HALF_ULP
 
 
-def model_bound(terms: int, *, result_is_bf16: bool = False) -> float:
+def model_bound(terms: int) -> float:
     """Norm-wise bound against the float64 model with the same rounding points.
 
-    What is left are f32 sums of `terms` products, and the values that such an error pushes over a rounding boundary: a share of about
-    terms * 2^-24 / 2^-9 of all values moves by one ulp, 2^-8, which in the L2 norm weighs 2^-8 * sqrt(share).
+    What is left are f32 sums of `terms` products, and the values that such an error pushes over a rounding boundary:
+    a share of about terms * 2^-24 / 2^-9 of all values moves by one ulp, 2^-8, which in the L2 norm weighs
+    2^-8 * sqrt(share).
     """
     share = min(1.0, terms * F32_EPS / BF16_HALF_ULP)
-    return 4 * (terms * F32_EPS + 2 * BF16_HALF_ULP * share**0.5) + (BF16_HALF_ULP if result_is_bf16 else 0.0)
-
-
-def gemm_bound(a: Tensor, b: Tensor, *, eps_in: float, eps_acc: float, eps_out: float) -> Tensor:
-    """Element-wise bound of a b^T, `[m, n]`: k-term sum, one rounding per operand and per result; factor 2 for slack."""
-    mass = a.abs().double() @ b.abs().double().T  # [m, n], >= |a b^T|
-    return 2 * (a.shape[1] * eps_acc + 2 * eps_in + eps_out) * mass
-
-
+    return 4 * (terms * F32_EPS + 2 * BF16_HALF_ULP * share**0.5)

@@ -30,8 +30,12 @@ def check(case: LayerCase, got: dict, problem) -> None:
     model, exact = solve(problem, rounding=True), solve(problem, rounding=False)
     assert set(got) == set(model)
     for name, value in got.items():
-        assert rel_l2(value, model[name]) <= model_bound(terms), f"{name}: {rel_l2(value, model[name]):.2e} from the rounding model"
-        assert rel_l2(value, exact[name]) <= rounding_bound(name), f"{name}: {rel_l2(value, exact[name]):.2e} from float64"
+        assert rel_l2(value, model[name]) <= model_bound(terms), (
+            f"{name}: {rel_l2(value, model[name]):.2e} from the rounding model"
+        )
+        assert rel_l2(value, exact[name]) <= rounding_bound(name), (
+            f"{name}: {rel_l2(value, exact[name]):.2e} from float64"
+        )
 
 
 CASES = [
@@ -42,7 +46,9 @@ CASES = [
     LayerCase(lora="gate", rank=3, seed=4),
     LayerCase(p=0.3, seed=5),
     LayerCase(lora="separate", p=0.1, seed=6),
-    LayerCase(experts=3, hidden=300, inter=261, tokens=61, top_k=2, rank=9, seed=7),  # several sum blocks, tails everywhere
+    LayerCase(
+        experts=3, hidden=300, inter=261, tokens=61, top_k=2, rank=9, seed=7
+    ),  # several sum blocks, tails everywhere
     LayerCase(experts=2, hidden=33, inter=65, tokens=210, top_k=2, rank=2, seed=8),  # several row blocks per expert
     LayerCase(experts=9, hidden=31, inter=16, tokens=1, top_k=4, rank=17, seed=9),
 ]
@@ -64,9 +70,9 @@ def test_any_rank(rank):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    experts=st.integers(1, 9), hidden=st.integers(1, 130), inter=st.integers(1, 130), tokens=st.integers(1, 40), top_k=st.integers(1, 4),
-    rank=st.integers(1, 40), lora=st.sampled_from(["fused", "separate", "none", "down"]), p=st.sampled_from([0.0, 0.25]),
-    chunk=st.integers(1, 50), seed=st.integers(0, 10**6),
+    experts=st.integers(1, 9), hidden=st.integers(1, 130), inter=st.integers(1, 130), tokens=st.integers(1, 40),
+    top_k=st.integers(1, 4), rank=st.integers(1, 40), lora=st.sampled_from(["fused", "separate", "none", "down"]),
+    p=st.sampled_from([0.0, 0.25]), chunk=st.integers(1, 50), seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_random_shapes_match_the_rounding_model(experts, hidden, inter, tokens, top_k, rank, lora, p, chunk, seed):
     case = LayerCase(experts, hidden, inter, tokens, top_k, rank, lora, p, True, seed)
@@ -102,7 +108,7 @@ def test_isas_agree():
 
 
 def test_directional_finite_difference():
-    """Along a random direction of all trainable inputs at once, the unrounded float64 loss changes as our gradients say."""
+    """Along a random direction of x and weights at once, the unrounded float64 loss changes as our gradients say."""
     problem = make_problem(LayerCase(seed=13, sentinel=False))
     got = run(problem)
     g = torch.Generator().manual_seed(0)
@@ -120,7 +126,10 @@ def test_directional_finite_difference():
 
     slope = (loss(1) - loss(-1)) / (2 * step)
     ours = (got["dx"].double() * direction["x"]).sum() + (got["dweights"].double() * direction["weights"]).sum()
-    mass = (got["dx"].double().norm() * direction["x"].norm() + got["dweights"].double().norm() * direction["weights"].norm()).item()
+    mass = (
+        got["dx"].double().norm() * direction["x"].norm()
+        + got["dweights"].double().norm() * direction["weights"].norm()
+    ).item()
     assert abs(ours.item() - slope) <= rounding_bound("dx") * mass
 
 

@@ -25,7 +25,9 @@ def restore_threads():
     native().set_threads(before, 1)
 
 
-@pytest.mark.parametrize("case", [LayerCase(seed=20), LayerCase(tokens=300, top_k=2, experts=3, p=0.2, seed=21)], ids=["small", "blocks"])
+@pytest.mark.parametrize(
+    "case", [LayerCase(seed=20), LayerCase(tokens=300, top_k=2, experts=3, p=0.2, seed=21)], ids=["small", "blocks"]
+)
 def test_one_thread_equals_many_bitwise(case, restore_threads):
     problem = make_problem(case)
     results = []
@@ -180,7 +182,9 @@ def test_small_integers_are_exact_through_the_down_projection():
     x[torch.arange(8), torch.randint(0, hidden, (8,), generator=g)] = 1.0  # one-hot: u is a column of up, g = 64
     ids = torch.randint(0, experts, (8, 1), generator=g)
     out = moe(x, ids, torch.ones(8, 1), NO_LORA, MoeCall(layer))
-    want = torch.stack([64.0 * (downs[e].double() @ (weights[e].double() @ x[t].double())) for t, e in enumerate(ids[:, 0].tolist())])
+    want = torch.stack(
+        [64.0 * (downs[e].double() @ (weights[e].double() @ x[t].double())) for t, e in enumerate(ids[:, 0].tolist())]
+    )
     assert torch.equal(out.double(), want)
 
 

@@ -1,0 +1,39 @@
+"""Fine-tuning of mixture-of-experts models with the routed experts in CPU kernels.
+
+An entry point imports this package in every torch process, so importing it does no work:
+the public names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "KTConfig": "kt_sft.config",
+    "load_model": "kt_sft.integrations.transformers",
+    "get_peft_model": "kt_sft.integrations.peft",
+    "load_adapter": "kt_sft.integrations.peft",
+}
+
+if TYPE_CHECKING:
+    from kt_sft.config import KTConfig
+    from kt_sft.integrations.peft import get_peft_model, load_adapter
+    from kt_sft.integrations.transformers import load_model
+
+__all__ = ["KTConfig", "__version__", "get_peft_model", "load_adapter", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'kt_sft' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Checkpoint files: reading and writing, without any model knowledge."""

@@ -1,0 +1,271 @@
+"""Safetensors checkpoints, sharded or not: headers up front, tensors lazily from the file mapping.
+
+Opening reads headers only and finds every damaged or missing file. Tensors that `read` returns are views of the
+mapped file (page cache, not anonymous memory) until someone copies them; a slice of a fused tensor costs its own
+pages only.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_sft.errors import FormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_AGAIN = "download or copy the file again"
+# The format's own limit; a larger number means that the file is not safetensors.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what its header says; `dtype` in safetensors names (`BF16`, `F32`, ...)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsIndex:
+    """All tensors of a checkpoint by name.
+
+    Use `from_directory` or `from_files`; close it, or use it as a context manager, to drop the file mappings.
+    """
+
+    def __init__(self, tensors: dict[str, TensorInfo], source: Path):
+        self._tensors = tensors
+        self._open: dict[Path, Any] = {}
+        self.source = source
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> SafetensorsIndex:
+        """Open `model.safetensors.index.json` with its shards, or `model.safetensors`.
+
+        Raises:
+            FormatError: directory or shard missing, no safetensors, file damaged, index and shard disagree.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            found = "a file" if directory.exists() else "nothing"
+            raise FormatError(
+                directory, "model directory", expected="a directory", found=found, remedy="correct the path"
+            )
+        index_path = directory / INDEX_NAME
+        if index_path.is_file():
+            weight_map = _read_weight_map(index_path)
+            index = cls.from_files([directory / name for name in sorted(set(weight_map.values()))], directory)
+            index._check_weight_map(index_path, weight_map)
+            return index
+        if (directory / SINGLE_NAME).is_file():
+            return cls.from_files([directory / SINGLE_NAME], directory)
+        others = sorted(
+            p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
+        )
+        raise FormatError(
+            directory,
+            "weights",
+            expected=f"{INDEX_NAME} or {SINGLE_NAME}",
+            found=", ".join(others[:4]) or "no weight file",
+            remedy="use a checkpoint in safetensors format (save_pretrained writes one)",
+        )
+
+    @classmethod
+    def from_files(cls, files: Iterable[str | Path], source: str | Path | None = None) -> SafetensorsIndex:
+        """Open a list of safetensors files as one checkpoint; `source` names it in messages.
+
+        Raises:
+            FormatError: file missing, damaged, truncated, or not safetensors.
+        """
+        files = [Path(file) for file in files]
+        if not files:
+            raise FormatError(source, "weights", expected="safetensors files", found="none")
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise FormatError(
+                missing[0],
+                "shard",
+                expected=f"{len(files)} shards",
+                found=f"{len(files) - len(missing)} (missing: {_first_names(p.name for p in missing)})",
+                remedy="download the missing files",
+            )
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            for name, info in _read_header(file):
+                if name in tensors:
+                    raise FormatError(
+                        file,
+                        f"tensor {name}",
+                        expected="one shard holds it",
+                        found=f"also in {tensors[name].file.name}",
+                    )
+                tensors[name] = info
+        return cls(tensors, Path(source) if source is not None else files[0].parent)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        """Tensor names in file order."""
+        return iter(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Header entry of a tensor.
+
+        Raises:
+            FormatError: the checkpoint has no such tensor.
+        """
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise FormatError(
+                self.source,
+                f"tensor {name}",
+                expected="present",
+                found="missing",
+                remedy="the checkpoint is incomplete or belongs to another model; download it again",
+            ) from None
+
+    def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[str] = ()) -> TensorInfo:
+        """Check a tensor's header against the shape (and storage dtypes) that the model needs.
+
+        Raises:
+            FormatError: missing, wrong shape, wrong dtype.
+        """
+        info = self.info(name)
+        if info.shape != tuple(shape):
+            raise FormatError(
+                info.file,
+                f"tensor {name}",
+                expected=f"shape {list(shape)}",
+                found=list(info.shape),
+                remedy="config.json and weights must come from the same model",
+            )
+        if dtypes and info.dtype not in dtypes:
+            raise FormatError(
+                info.file,
+                f"tensor {name}",
+                expected=f"dtype {' or '.join(dtypes)}",
+                found=info.dtype,
+                remedy="convert the checkpoint to bf16 first; quantised checkpoints are not read yet",
+            )
+        return info
+
+    def read(self, name: str, rows: tuple[int | slice, ...] = ()) -> Tensor:
+        """Tensor, or the part of it that `rows` selects on its leading axes; a view of the mapped file.
+
+        Raises:
+            FormatError: the checkpoint has no such tensor.
+        """
+        file = self.info(name).file
+        if file not in self._open:
+            from safetensors import safe_open
+
+            self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()
+        part = self._open[file].get_slice(name)
+        return part[rows] if rows else part[...]
+
+    def close(self) -> None:
+        """Drop the file mappings; tensors already returned stay valid."""
+        while self._open:
+            _, handle = self._open.popitem()
+            handle.__exit__(None, None, None)
+
+    def __enter__(self) -> SafetensorsIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_weight_map(self, index_path: Path, weight_map: dict[str, str]) -> None:
+        for name, file in weight_map.items():
+            if name not in self._tensors:
+                raise FormatError(
+                    index_path.parent / file,
+                    f"tensor {name}",
+                    expected=f"listed by {INDEX_NAME}",
+                    found="missing",
+                    remedy=_AGAIN,
+                )
+
+
+def _read_weight_map(index_path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            index_path,
+            "index",
+            expected="JSON with a weight_map",
+            found=f"{type(error).__name__}: {error}",
+            remedy=_AGAIN,
+        ) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(
+            index_path, "weight_map", expected="tensor name -> file", found=repr(weight_map)[:40], remedy=_AGAIN
+        )
+    return weight_map
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """Parse one file's header and check that its data is all there.
+
+    The file is: 8 bytes header length (little endian), the JSON header, then the data; offsets count from the data.
+    """
+    file_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
+            raise FormatError(
+                file,
+                "header length at byte 0",
+                expected="a safetensors file",
+                found=prefix.hex() or "an empty file",
+                remedy=_AGAIN,
+            )
+        if 8 + header_bytes > file_bytes:
+            raise _wrong_length(file, 8 + header_bytes, file_bytes)
+        try:
+            header = json.loads(stream.read(header_bytes))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            data_bytes = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            infos = [(name, TensorInfo(file, e["dtype"], tuple(e["shape"]))) for name, e in entries.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise FormatError(
+                file,
+                "header at byte 8",
+                expected="a safetensors header",
+                found=f"{type(error).__name__}: {error}",
+                remedy=_AGAIN,
+            ) from None
+    if 8 + header_bytes + data_bytes != file_bytes:
+        raise _wrong_length(file, 8 + header_bytes + data_bytes, file_bytes)
+    yield from infos
+
+
+def _wrong_length(file: Path, expected_bytes: int, found_bytes: int) -> FormatError:
+    return FormatError(
+        file,
+        "truncated file" if found_bytes < expected_bytes else "file longer than its header says",
+        expected=f"{expected_bytes} bytes",
+        found=f"{found_bytes} bytes",
+        remedy=_AGAIN,
+    )
+
+
+def _first_names(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,0 +1,64 @@
+"""Writing one safetensors file piece by piece, so that a file larger than memory can be written."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES = {"torch.bfloat16": ("BF16", 2), "torch.float16": ("F16", 2), "torch.float32": ("F32", 4)}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """Name, torch dtype as text and shape of a tensor whose data follows later."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the data."""
+        size = _DTYPES[self.dtype][1]
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -> None:
+    """Write a file from its plan and the data of all tensors, in the plan's order.
+
+    Args:
+        pieces: contiguous CPU tensors; a tensor of the plan may come as several consecutive pieces.
+    Raises:
+        ValueError: the pieces do not add up to the plan.
+    """
+    import torch
+
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in plan:
+        begin, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": _DTYPES[tensor.dtype][0],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    written = 0
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)))
+        stream.write(text)
+        for piece in pieces:
+            data = piece.detach().contiguous().view(-1).view(torch.uint8).numpy()
+            written += stream.write(data.data)
+    if written != end:
+        raise ValueError(f"{path}: expected {end} bytes of tensor data, got {written}; plan and pieces disagree")

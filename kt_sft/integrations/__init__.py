@@ -1,0 +1,1 @@
+"""Plugs for transformers, PEFT and LLaMA-Factory; each external project is known to one module only."""

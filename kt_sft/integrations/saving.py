@@ -1,0 +1,205 @@
+"""Saving a complete checkpoint: transformers writes its part, the experts are unpacked and written one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as hf_logging
+
+from kt_sft.errors import ConfigError
+from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
+from kt_sft.formats.safetensors_writer import PlannedTensor, write
+from kt_sft.models.expert_keys import KeyMap, LayerSource
+from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One expert's matrix inside a tensor of the file."""
+
+    module: nn.Module
+    expert: int
+    projection: str
+
+
+def save_full_model(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    *,
+    max_shard_size: int | str = "50GB",
+    save_original_format: bool = True,
+    **save_kwargs: Any,
+) -> None:
+    """Write config, weights and experts so that stock `from_pretrained` reads them; also `model.save_pretrained`.
+
+    Files are written aside and renamed when all are complete. Experts have the keys of the checkpoint that the model
+    came from and the model's dtype. Memory: one expert beside the model.
+
+    Args:
+        save_kwargs: further arguments of transformers' `save_pretrained`.
+    Raises:
+        ConfigError: adapters are still attached, or an argument that this writer does not have.
+    """
+    for name in ("push_to_hub", "variant"):
+        if save_kwargs.pop(name, None):
+            raise ConfigError(
+                f"save_pretrained: {name} is not supported with experts in kernels; save, then upload the folder"
+            )
+    _check_no_adapters(model)
+    if not is_main_process:
+        return
+    limit_bytes = parse_size(max_shard_size)
+    target = Path(save_directory)
+    target.mkdir(parents=True, exist_ok=True)
+    staging = target / f".saving-{os.getpid()}"
+    staging.mkdir()
+    try:
+        type(model).save_pretrained(
+            model, staging, max_shard_size=max_shard_size, save_original_format=save_original_format, **save_kwargs
+        )
+        plan = _plan(model, save_original_format)
+        _write_experts(staging, plan, limit_bytes)
+        _write_index(staging)
+        _publish(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as `5GB` (decimal) or `5GiB` (binary).
+
+    Raises:
+        ConfigError: not a size.
+    """
+    if isinstance(size, int) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)\s*", str(size).upper())
+    bytes_ = int(float(match.group(1)) * _UNITS[match.group(2)]) if match and match.group(2) in _UNITS else 0
+    if bytes_ < 1:
+        raise ConfigError(f"max_shard_size: expected bytes or a size such as '5GB', found {size!r}")
+    return bytes_
+
+
+def _check_no_adapters(model: nn.Module) -> None:
+    attached = [name for name, _ in iter_routed_experts(model) if "base_layer" in name.split(".")]
+    attached = attached or [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    if attached:
+        raise ConfigError(
+            f"save_pretrained: expected a model without adapters, found one at {attached[0]}; "
+            "call merge_and_unload() first, or save the adapter through the PeftModel"
+        )
+
+
+def _plan(model: PreTrainedModel, save_original_format: bool) -> list[tuple[PlannedTensor, list[_Part]]]:
+    """Every expert tensor of the files with the parts it is made of.
+
+    transformers turns its fused parameters into checkpoint keys; run on meta tensors that gives names and shapes, and
+    the mapping used for loading tells which expert each of them is.
+    """
+    modules = dict(iter_routed_experts(model))
+    specs: dict[str, ExpertsSpec] = {name: module.spec for name, module in modules.items()}
+    dtype = model.dtype if model.dtype in (torch.float16, torch.float32) else torch.bfloat16
+    shapes: dict[str, Tensor] = {}
+    for name, spec in specs.items():
+        shapes[f"{name}.gate_up_proj"] = torch.empty(spec.gate_up_shape, dtype=dtype, device="meta")
+        shapes[f"{name}.down_proj"] = torch.empty(spec.down_shape, dtype=dtype, device="meta")
+    if save_original_format:
+        shapes = revert_weight_conversion(model, shapes)
+    layers = KeyMap(model, specs).layers(shapes, "save_pretrained")
+    return [
+        (PlannedTensor(key, str(dtype), tuple(shapes[key].shape)), parts)
+        for name, layer in layers.items()
+        for key, parts in _tensor_parts(layer, modules[name])
+    ]
+
+
+def _tensor_parts(layer: LayerSource, module: nn.Module) -> Iterator[tuple[str, list[_Part]]]:
+    experts = range(layer.spec.num_experts)
+    if layer.fused:
+        yield layer.fused["gate_up_proj"], [_Part(module, e, p) for e in experts for p in ("gate", "up")]
+        yield layer.fused["down_proj"], [_Part(module, e, "down") for e in experts]
+        return
+    for expert in experts:
+        for projection in _PROJECTIONS:
+            yield layer.single[projection, expert], [_Part(module, expert, projection)]
+
+
+def _write_experts(folder: Path, plan: list[tuple[PlannedTensor, list[_Part]]], limit_bytes: int) -> None:
+    """Fill shards in layer order, each up to the limit (a larger single tensor has a shard of its own)."""
+    shards: list[list[tuple[PlannedTensor, list[_Part]]]] = []
+    used_bytes = 0
+    for entry in plan:
+        if not shards or used_bytes + entry[0].num_bytes > limit_bytes:
+            shards.append([])
+            used_bytes = 0
+        shards[-1].append(entry)
+        used_bytes += entry[0].num_bytes
+    for number, shard in enumerate(hf_logging.tqdm(shards, desc="Writing expert shards"), 1):
+        tensors = [tensor for tensor, _ in shard]
+        pieces = _pieces(tensors[0].dtype, (part for _, parts in shard for part in parts))
+        write(folder / f"experts-{number:05d}.safetensors", tensors, pieces)
+
+
+def _pieces(dtype: str, parts: Iterable[_Part]) -> Iterator[Tensor]:
+    unpacked: tuple[nn.Module, int] | None = None
+    matrices: dict[str, Tensor] = {}
+    for part in parts:
+        if unpacked != (part.module, part.expert):
+            matrices = dict(zip(_PROJECTIONS, part.module.unpack_expert(part.expert), strict=True))
+            unpacked = (part.module, part.expert)
+        yield matrices[part.projection].to(getattr(torch, dtype.removeprefix("torch.")))
+
+
+def _write_index(folder: Path) -> None:
+    """Give all shards their final names and write the index over them."""
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: (file.name.startswith("experts-"), file.name))
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for number, file in enumerate(files, 1):
+        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        index = SafetensorsIndex.from_files([file])
+        weight_map.update(dict.fromkeys(index, final))
+        total_bytes += file.stat().st_size
+        # Two passes, since a final name may be that of a shard not yet renamed.
+        file.rename(folder / f"{final}.new")
+    for file in folder.glob("*.new"):
+        file.rename(file.with_suffix(""))
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Move the complete files into place, index last, and drop the weight files of an earlier save."""
+    fresh = {path.name for path in staging.iterdir()}
+    (target / INDEX_NAME).unlink(missing_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == INDEX_NAME):
+        path.replace(target / path.name)
+    for path in target.glob("model*.safetensors"):
+        if path.name not in fresh and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", path.name):
+            path.unlink()

@@ -1,0 +1,1 @@
+"""What a model's routed experts look like, derived from transformers."""

@@ -1,0 +1,231 @@
+"""The experts module: fresh LoRA copies however parameters are written, recompute, copies, devices, threads."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kt_sft.models.spec import ExpertsSpec
+from kt_sft.native import native
+from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
+from kt_sft.nn.routed_experts import RoutedExperts
+
+EXPERTS, HIDDEN, INTER, RANK = 5, 52, 37, 4
+
+
+def make_experts(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> tuple[RoutedExperts, list[nn.Parameter]]:
+    """Random experts, and their LoRA parameters as PEFT stores them: a and b of gate_up, a and b of down."""
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g) * 0.2
+
+    experts = RoutedExperts(ExpertsSpec(EXPERTS, HIDDEN, INTER, "silu"))
+    for e in range(EXPERTS):
+        gate, up, down = randn(INTER, HIDDEN), randn(INTER, HIDDEN), randn(HIDDEN, INTER)
+        experts.load_expert(e, gate.bfloat16(), up.bfloat16(), down.bfloat16())
+    shapes = ((EXPERTS * RANK, HIDDEN), (2 * INTER, RANK * EXPERTS), (EXPERTS * RANK, INTER), (HIDDEN, RANK * EXPERTS))
+    parameters = [nn.Parameter(randn(*shape).to(dtype)) for shape in shapes]
+    layouts = (EXPERT_MAJOR, EXPERT_MINOR, EXPERT_MAJOR, EXPERT_MINOR)
+    factors = [LoraFactor(p, layout, EXPERTS) for p, layout in zip(parameters, layouts, strict=True)]
+    pairs = [LoraPair(*factors[i : i + 2], lambda: 2.0) for i in (0, 2)]
+    experts.lora = ExpertLora(*pairs, dropout=dropout)
+    return experts, parameters
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(9, HIDDEN, generator=g), torch.randint(0, EXPERTS, (9, 2), generator=g), torch.rand(9, 2)
+
+
+def fresh(experts: RoutedExperts, inputs: tuple) -> Tensor:
+    """The output with copies made from the parameters as they are now."""
+    experts.lora.drop_copies()
+    with torch.no_grad():
+        return experts(*inputs)
+
+
+def replace_twice(p: nn.Parameter) -> None:
+    """Ends at the address at which it began, if the allocator reuses what it got back."""
+    p.data = torch.randn_like(p)
+    p.data = torch.randn_like(p)
+
+
+WRITES = {
+    "in place": lambda p: p.add_(0.1),
+    "through data": lambda p: p.data.mul_(3.0),
+    "new data": lambda p: setattr(p, "data", torch.randn_like(p)),
+    "new data twice": replace_twice,
+    "hot swap": lambda p: p.data.copy_(torch.randn_like(p)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_inference_sees_parameters_that_were_written(write, dtype, inputs):
+    experts, parameters = make_experts(dtype)
+    with torch.no_grad():
+        before = experts(*inputs)
+        for p in parameters:
+            write(p)
+        after = experts(*inputs)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, fresh(experts, inputs))
+
+
+def test_a_hand_written_step_on_one_value_is_seen_after_backward(inputs):
+    experts, parameters = make_experts()
+    experts(*inputs).sum().backward()
+    expert = inputs[1][0, 0]
+    parameters[2].data[expert * RANK, 3] += 7.0  # through .data, between the sampled values
+    with torch.no_grad():
+        got = experts(*inputs)
+    assert torch.equal(got, fresh(experts, inputs))
+
+
+def test_unchanged_parameters_are_converted_once():
+    lora = make_experts()[0].lora
+    assert all(a is b for a, b in zip(lora.operands(), lora.operands(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_operands_are_copies_in_the_canonical_layout(dtype):
+    lora = make_experts(dtype)[0].lora
+    for factor, operand, view in zip(lora._factors(), lora.operands(), lora.tensors(), strict=True):
+        if factor is None:
+            continue
+        assert torch.equal(operand, view.to(torch.bfloat16)) and operand.is_contiguous()
+        assert operand.untyped_storage().data_ptr() != factor.parameter.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_draws_the_same_dropout_masks(reentrant, inputs):
+    results = []
+    for wrapped in (True, False):
+        experts, parameters = make_experts(dropout=0.3)
+        x = inputs[0].clone().requires_grad_()
+        torch.manual_seed(3)
+        run = (lambda *a, e=experts: checkpoint(e, *a, use_reentrant=reentrant)) if wrapped else experts
+        run(x, *inputs[1:]).sum().backward()
+        results.append([x.grad, *(p.grad for p in parameters)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [(0, 2), (1, 3), (0, 1), (2, 3)], ids=["a", "b", "gate_up", "down"])
+def test_frozen_factors_leave_the_other_gradients_alone(frozen, inputs):
+    experts, parameters = make_experts()
+    experts(*inputs).sum().backward()
+    want = [p.grad for p in parameters]
+    experts, parameters = make_experts()
+    for index in frozen:
+        parameters[index].requires_grad_(False)
+    experts(*inputs).sum().backward()
+    for index, p in enumerate(parameters):
+        assert p.grad is None if index in frozen else torch.equal(p.grad, want[index])
+
+
+def test_gradient_of_routing_weights_alone(inputs):
+    experts, _ = make_experts()
+    experts.lora = None
+    weights = inputs[2].clone().requires_grad_()
+    experts(*inputs[:2], weights).sum().backward()
+    assert torch.count_nonzero(weights.grad) == weights.numel()
+
+
+def test_autocast_returns_the_dtype_of_the_input(inputs):
+    experts, parameters = make_experts()
+    x = inputs[0].clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = experts(x, *inputs[1:])
+    out.sum().backward()
+    assert out.dtype == x.grad.dtype == parameters[0].grad.dtype == torch.float32
+
+
+def test_parameters_made_in_inference_mode(inputs):
+    want = fresh(make_experts()[0], inputs)
+    with torch.inference_mode():
+        assert torch.equal(make_experts()[0](*inputs), want)
+
+
+def test_another_default_device_is_ignored(inputs):
+    experts, parameters = make_experts(dropout=0.1)
+    with torch.device("meta"):
+        experts(*inputs).sum().backward()
+        gate, _, _ = experts.unpack_expert(0)
+    assert parameters[0].grad.device.type == gate.device.type == "cpu"
+
+
+def test_no_slots(inputs):
+    experts, _ = make_experts()
+    x, ids, weights = inputs
+    assert torch.count_nonzero(experts(x, ids[:, :0], weights[:, :0])) == 0
+
+
+def test_copies_and_pickles_are_refused_with_the_remedy():
+    with pytest.raises(TypeError, match="save_pretrained"):
+        copy.deepcopy(nn.Sequential(make_experts()[0]))
+
+
+def test_moves_and_state_dicts_hold_no_experts():
+    model = nn.Sequential(make_experts()[0])
+    before = model[0].gate_up_proj
+    model.to(torch.float16).to("meta")
+    assert model[0].gate_up_proj is before
+    assert model.state_dict() == {}
+    with pytest.raises(RuntimeError, match="Unexpected key.*0.down_proj"):
+        model.load_state_dict({"0.down_proj": torch.zeros(EXPERTS, HIDDEN, INTER)})
+
+
+def test_calls_from_two_threads_while_the_pool_is_replaced(inputs):
+    experts, _ = make_experts()
+    want, wrong = fresh(experts, inputs), []
+    before = native().num_threads()
+
+    def call() -> None:
+        for _ in range(50):
+            with torch.no_grad():
+                if not torch.equal(experts(*inputs), want):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for count in (1, 2, 3) * 5:
+        native().set_threads(count, 1)
+        assert native().num_threads() == count
+    for thread in threads:
+        thread.join()
+    native().set_threads(before, 1)
+    assert not wrong
+
+
+EXIT_WHILE_COMPUTING = """
+import threading, torch
+from kt_sft.native import native
+layer, tokens = native().MoeLayer(1, 512, 512), 1 << 15
+zero = torch.zeros(512, 512, dtype=torch.bfloat16)
+layer.load_expert(0, zero, zero, zero)
+x, ids, weights = (torch.zeros(tokens, n, dtype=t) for n, t in ((512, zero.dtype), (1, torch.int64), (1, torch.float)))
+out, started = torch.empty_like(x), threading.Event()
+def generate():
+    while True:
+        started.set()
+        layer.forward(x, ids, weights, lora=(None,) * 3, g=None, u=None, out=out, out_dtype="bf16", dropout_p=0.0,
+                      dropout_seed=0, chunk_size=1024)
+threading.Thread(target=generate, daemon=True).start()
+started.wait()
+"""
+
+
+def test_the_process_ends_quietly_while_a_daemon_thread_computes():
+    """`llamafactory-cli chat` generates in such a thread."""
+    done = subprocess.run([sys.executable, "-c", EXIT_WHILE_COMPUTING], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

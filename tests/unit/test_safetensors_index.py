@@ -1,0 +1,152 @@
+"""Reading and writing safetensors files: damage is found from headers, slices are read without the rest."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kt_sft.errors import FormatError
+from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
+from kt_sft.formats.safetensors_writer import PlannedTensor, write
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a": torch.randn(3, 5, generator=generator),
+        "b.fused": torch.randn(4, 6, 7, generator=generator).to(torch.bfloat16),
+        "c": torch.randn(2, generator=generator),
+    }
+
+
+@pytest.fixture
+def sharded(tmp_path, tensors):
+    save_file({"a": tensors["a"]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({k: tensors[k] for k in ("b.fused", "c")}, tmp_path / "model-00002-of-00002.safetensors")
+    files = {"a": "model-00001-of-00002.safetensors"} | dict.fromkeys(
+        ["b.fused", "c"], "model-00002-of-00002.safetensors"
+    )
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": files}))
+    return tmp_path
+
+
+def test_sharded_and_single_files_give_equal_tensors(sharded, tensors, tmp_path_factory):
+    single = tmp_path_factory.mktemp("single")
+    save_file(tensors, single / "model.safetensors")
+    for directory in (sharded, single):
+        with SafetensorsIndex.from_directory(directory) as index:
+            assert set(index) == set(tensors) and len(index) == 3 and "a" in index
+            for name, value in tensors.items():
+                assert torch.equal(index.read(name), value)
+
+
+def test_slice_of_a_fused_tensor_equals_the_slice(sharded, tensors):
+    with SafetensorsIndex.from_directory(sharded) as index:
+        part = index.read("b.fused", (2, slice(3, 6)))
+        assert part.stride(-1) == 1
+        assert torch.equal(part, tensors["b.fused"][2, 3:6])
+        assert torch.equal(index.read("b.fused", (1,)), tensors["b.fused"][1])
+
+
+def test_tensors_outlive_the_index(sharded, tensors):
+    index = SafetensorsIndex.from_directory(sharded)
+    part = index.read("a")
+    index.close()
+    assert torch.equal(part, tensors["a"])
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(FormatError, match=r"nowhere: model directory: expected a directory, found nothing"):
+        SafetensorsIndex.from_directory(tmp_path / "nowhere")
+
+
+def test_directory_without_safetensors_names_what_it_has(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(FormatError, match=r"found pytorch_model\.bin; use a checkpoint in safetensors"):
+        SafetensorsIndex.from_directory(tmp_path)
+
+
+def test_missing_shard_is_named(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"expected 2 shards, found 1 \(missing: model-00002-of-00002\.safetensors\)"):
+        SafetensorsIndex.from_directory(sharded)
+
+
+@pytest.mark.parametrize("cut_bytes", [1, 200])
+def test_truncated_shard_says_both_sizes(sharded, cut_bytes):
+    shard = sharded / "model-00002-of-00002.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-cut_bytes])
+    with pytest.raises(
+        FormatError, match=rf"truncated file: expected {len(data)} bytes, found {len(data) - cut_bytes} bytes; download"
+    ):
+        SafetensorsIndex.from_directory(sharded)
+
+
+def test_truncated_header(sharded):
+    shard = sharded / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:20])
+    with pytest.raises(FormatError, match="truncated file"):
+        SafetensorsIndex.from_directory(sharded)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"version https://git-lfs.github.com/spec/v1", struct.pack("<Q", 4) + b"oops", struct.pack("<Q", 2) + b"[]"],
+)
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(FormatError, match=r"header (length )?at byte|truncated"):
+        SafetensorsIndex.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": {}}', "{}"])
+def test_damaged_index_is_refused(tmp_path, content):
+    (tmp_path / INDEX_NAME).write_text(content)
+    with pytest.raises(FormatError, match=INDEX_NAME.replace(".", r"\.")):
+        SafetensorsIndex.from_directory(tmp_path)
+
+
+def test_tensor_of_the_index_that_its_shard_lacks(sharded):
+    text = (sharded / INDEX_NAME).read_text().replace('"c"', '"d"')
+    (sharded / INDEX_NAME).write_text(text)
+    with pytest.raises(FormatError, match=r"00002-of-00002\.safetensors: tensor d: expected listed .* found missing"):
+        SafetensorsIndex.from_directory(sharded)
+
+
+def test_expect_checks_presence_shape_and_dtype(sharded):
+    index = SafetensorsIndex.from_directory(sharded)
+    assert index.expect("a", (3, 5), ("F32",)).shape == (3, 5)
+    with pytest.raises(FormatError, match=r"tensor x: expected present, found missing"):
+        index.expect("x", (1,))
+    with pytest.raises(
+        FormatError, match=r"00001-of-00002\.safetensors: tensor a: expected shape \[5, 3\], found \[3, 5\]"
+    ):
+        index.expect("a", (5, 3))
+    with pytest.raises(FormatError, match=r"tensor a: expected dtype BF16, found F32; convert"):
+        index.expect("a", (3, 5), ("BF16",))
+
+
+def test_one_tensor_in_two_shards_is_refused(tmp_path, tensors):
+    for number in (1, 2):
+        save_file({"a": tensors["a"]}, tmp_path / f"{number}.safetensors")
+    with pytest.raises(FormatError, match=r"2\.safetensors: tensor a: .* also in 1\.safetensors"):
+        SafetensorsIndex.from_files([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+
+
+def test_written_file_is_read_by_safetensors(tmp_path, tensors):
+    plan = [PlannedTensor(name, str(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
+    pieces = [tensors["a"], *tensors["b.fused"], tensors["c"]]
+    write(tmp_path / "out.safetensors", plan, pieces)
+    loaded = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+
+
+def test_writer_refuses_pieces_that_do_not_add_up(tmp_path):
+    with pytest.raises(ValueError, match="expected 8 bytes of tensor data, got 4"):
+        write(tmp_path / "out.safetensors", [PlannedTensor("a", "torch.float32", (2,))], [torch.zeros(1)])
