@@ -1,0 +1,125 @@
+"""The two calls a user makes. Both return a stock PeftModel."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
+from torch import nn
+
+from kt_sft.errors import ConfigError
+from kt_sft.integrations.peft.adapter_dir import check_adapter_fits, local_adapter_dir, read_adapter_config
+from kt_sft.integrations.peft.binding import bind_expert_lora, expose_placeholders, hidden_numel, restore_linear_dropout
+from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_faults, expert_targets, prepare_lora_config
+from kt_sft.models.spec import iter_routed_experts
+
+HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def get_peft_model(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    *,
+    expert_lora: bool | None = None,
+    adapter_name: str = "default",
+    **kwargs,
+) -> PeftModel:
+    """A new LoRA adapter on a model from `load_model`, routed experts included where asked.
+
+    Args:
+        model: a model with `RoutedExperts`; changed in place, as PEFT does.
+        lora_config: PEFT's config; `target_modules` may be `"all"`, `"all-linear"`, or name the experts.
+        expert_lora: LoRA on every routed expert; None follows `model.kt_config`, then the target (see
+            `prepare_lora_config`).
+        **kwargs: passed to `peft.get_peft_model`.
+    Raises:
+        ConfigError: an adapter is already there, or the config asks for what expert LoRA cannot do.
+    """
+    if not isinstance(lora_config, LoraConfig) or lora_config.peft_type != PeftType.LORA or kwargs.get("mixed"):
+        kind = type(lora_config).__name__ + (" with mixed=True" if kwargs.get("mixed") else "")
+        raise ConfigError(f"lora_config: expected a plain peft.LoraConfig, got {kind}; only LoRA is supported")
+    _check_has_no_adapter(model)
+    config = prepare_lora_config(model, lora_config, expert_lora)
+    expose_placeholders(model)
+    with _quiet_about_experts():
+        peft_model = peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+    return _bind(peft_model, config, adapter_name)
+
+
+def load_adapter(
+    model: nn.Module, adapter_dir: str | Path, is_trainable: bool = False, *, adapter_name: str = "default", **kwargs
+) -> PeftModel:
+    """A saved adapter on a model from `load_model`; takes the arguments of `PeftModel.from_pretrained`.
+
+    The adapter is compared with the model before anything changes. Expert LoRA is in use if the adapter has it.
+
+    Args:
+        adapter_dir: what `save_pretrained` wrote, ours or plain PEFT's; or a name on the hub.
+        is_trainable: continue training it, with the dropout it was trained with; otherwise frozen and in eval mode.
+    Raises:
+        FormatError: the directory is missing, damaged, or made for another model.
+        ConfigError: an adapter is already there, or this one needs what expert LoRA cannot do.
+    """
+    _check_has_no_adapter(model)
+    hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+    folder = local_adapter_dir(adapter_dir, subfolder=kwargs.pop("subfolder", None), **hub)
+    config = read_adapter_config(folder)
+    faults = expert_faults(config, expert_targets(config, [name for name, _ in iter_routed_experts(model)]))
+    if faults:
+        raise ConfigError(f"{folder}: {fault}" for fault in faults)
+    check_adapter_fits(model, config, folder)
+
+    config.inference_mode = not is_trainable
+    kwargs.setdefault("key_mapping", getattr(model, "_checkpoint_conversion_mapping", None))
+    build = {key: kwargs[key] for key in ("autocast_adapter_dtype", "low_cpu_mem_usage") if key in kwargs}
+    _remove_offload_hooks(model)
+    expose_placeholders(model)
+    model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    with _quiet_about_experts():
+        peft_model = model_class(model, config, adapter_name, **build)
+    # Bound before the weights are read: accelerate, which PEFT may call then, would count placeholders as memory.
+    _bind(peft_model, config, adapter_name)
+    result = peft_model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
+    if result.missing_keys:
+        warnings.warn(f"{folder}: the adapter lacks {result.missing_keys}", stacklevel=2)
+    return peft_model
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters, the routed experts counted although `parameters()` does not show them."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters()) + hidden_numel(model)
+
+
+def _bind(peft_model: PeftModel, config: ExpertLoraConfig, adapter_name: str) -> PeftModel:
+    dropout = config.adapter_dropout or 0.0
+    if dropout:
+        restore_linear_dropout(peft_model, adapter_name, dropout)
+    return bind_expert_lora(peft_model, dropout=dropout)
+
+
+@contextmanager
+def _quiet_about_experts() -> Iterator[None]:
+    """PEFT warns of every layer type that it does not list, ours included."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*RoutedExperts")
+        yield
+
+
+def _check_has_no_adapter(model: nn.Module) -> None:
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ConfigError("model: it already carries an adapter; call model.unload() or merge_and_unload() first")
+
+
+def _remove_offload_hooks(model: nn.Module) -> None:
+    """As `PeftModel.from_pretrained` does for models that accelerate has spread over devices."""
+    if {"cpu", "disk"} & set((getattr(model, "hf_device_map", None) or {}).values()):
+        from accelerate.hooks import remove_hook_from_submodules
+
+        remove_hook_from_submodules(model)

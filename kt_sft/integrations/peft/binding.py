@@ -1,0 +1,268 @@
+"""PEFT's wrappers around the routed experts, made to serve the kernels.
+
+PEFT nests one ParamWrapper per targeted parameter around the experts module: ParamWrapper(down_proj) over
+ParamWrapper(gate_up_proj) over RoutedExperts. Their own forward would build W + delta for every expert at each step.
+Here they only pass through, and the experts compute with the wrappers' lora_A and lora_B.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import peft
+import torch
+from packaging.version import Version
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from kt_sft.errors import ConfigError
+from kt_sft.integrations.peft.targets import PROJECTIONS, expert_targets
+from kt_sft.models.spec import iter_routed_experts
+from kt_sft.nn.expert_lora import ExpertLora, LoraFactor, LoraPair
+
+# Up to 0.18 ParamWrapper read a parameter [experts, out, in] as if it were [experts, in, out]: lora_A then has the
+# output's width and lora_B the input's.
+PEFT_SWAPS_FACTORS = Version(peft.__version__).release < (0, 19)
+
+
+class ExpertParamWrapper(ParamWrapper):
+    """A ParamWrapper whose LoRA is computed by the experts it wraps. Made from PEFT's by changing its class."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        experts = self.get_base_layer()
+        if _is_stale(self, experts.lora):
+            experts.lora = _expert_lora(self, experts.lora.dropout)
+        return self.base_layer(x, *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the delta to the packed weights; rounded to bf16 once, one expert unpacked at a time."""
+        _merge([self], safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        if self.merged:
+            raise ValueError(
+                f"unmerge: adapter {self.merged_adapters[0]!r} was rounded into the bf16 experts and cannot be "
+                "taken out exactly; load the base model again"
+            )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The experts without wrappers; both projections are merged in one pass over the experts."""
+        if merge:
+            _merge(list(_chain(self)), safe_merge=safe_merge, adapter_names=adapter_names)
+        experts = self.get_base_layer()
+        experts.lora = None
+        _expose(experts)
+        return experts
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """PEFT's own entry, read at each use: `set_scale` and rsLoRA need nothing of ours."""
+
+    wrapper: ParamWrapper
+    adapter: str
+
+    def __call__(self) -> float:
+        return float(self.wrapper.scaling[self.adapter])
+
+
+@dataclass(frozen=True)
+class _IsActive:
+    wrappers: tuple[ParamWrapper, ...]
+    adapter: str
+
+    def __call__(self) -> bool:
+        return all(
+            not wrapper.disable_adapters and not wrapper.merged and self.adapter in wrapper.active_adapters
+            for wrapper in self.wrappers
+        )
+
+
+def bind_expert_lora(peft_model: PeftModel, *, dropout: float = 0.0) -> PeftModel:
+    """Bind the wrappers that PEFT built to the experts; idempotent.
+
+    Call it right after PEFT has wrapped the model: until then the experts ignore their LoRA.
+
+    Args:
+        dropout: on the LoRA branch's input of every expert, in train mode.
+    """
+    wrapped = {}
+    for module in peft_model.modules():
+        if isinstance(module, ParamWrapper):
+            wrapped.setdefault(id(module.get_base_layer()), module)  # the outermost comes first
+    for _, experts in iter_routed_experts(peft_model):
+        outermost = wrapped.get(id(experts))
+        if outermost is not None:
+            for wrapper in _chain(outermost):
+                wrapper.__class__ = ExpertParamWrapper
+            experts.lora = _expert_lora(outermost, dropout)
+    hide_placeholders(peft_model)
+    peft_model.get_nb_trainable_parameters = types.MethodType(_get_nb_trainable_parameters, peft_model)
+    tuner = peft_model.base_model
+    tuner._check_new_adapter_config = types.MethodType(_check_new_adapter_config, tuner)
+    return peft_model
+
+
+def restore_linear_dropout(peft_model: PeftModel, adapter: str, dropout: float) -> None:
+    """Give the ordinary LoRA layers the user's dropout, which the config had to hide from ParamWrapper."""
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and adapter in module.lora_dropout:
+            module.lora_dropout[adapter] = nn.Dropout(dropout).train(module.training)
+
+
+def hide_placeholders(model: nn.Module) -> None:
+    """Take the experts' placeholders out of `parameters()`: they have no storage to broadcast, move or save."""
+    for _, experts in iter_routed_experts(model):
+        for name in PROJECTIONS:
+            parameter = experts._parameters.pop(name, None)
+            if parameter is not None:
+                experts.__dict__[name] = parameter
+
+
+def expose_placeholders(model: nn.Module) -> None:
+    """The reverse of `hide_placeholders`; PEFT finds the parameters to wrap through `named_parameters()`."""
+    for _, experts in iter_routed_experts(model):
+        _expose(experts)
+
+
+def hidden_numel(model: nn.Module) -> int:
+    """Number of expert weights that `parameters()` no longer shows."""
+    return sum(
+        experts.__dict__[name].numel()
+        for _, experts in iter_routed_experts(model)
+        for name in PROJECTIONS
+        if name in experts.__dict__
+    )
+
+
+def _expose(experts: nn.Module) -> None:
+    for name in PROJECTIONS:
+        parameter = experts.__dict__.pop(name, None)
+        if parameter is not None:
+            experts.register_parameter(name, parameter)
+
+
+def _chain(outermost: nn.Module) -> Iterator[ParamWrapper]:
+    """The wrappers around one experts module, outermost first."""
+    while isinstance(outermost, ParamWrapper):
+        yield outermost
+        outermost = outermost.base_layer
+
+
+def _expert_lora(outermost: ParamWrapper, dropout: float) -> ExpertLora:
+    wrappers = tuple(_chain(outermost))
+    adapters = list(dict.fromkeys(name for wrapper in wrappers for name in wrapper.lora_A))
+    if len(adapters) != 1:
+        raise ConfigError(f"expert LoRA: expected one adapter, found {adapters}; unload one before loading the next")
+    pairs = {wrapper.parameter_name: _pair(wrapper, adapters[0]) for wrapper in wrappers}
+    return ExpertLora(
+        gate_up=pairs.get("gate_up_proj"),
+        down=pairs.get("down_proj"),
+        dropout=dropout,
+        active=_IsActive(wrappers, adapters[0]),
+    )
+
+
+def _pair(wrapper: ParamWrapper, adapter: str) -> LoraPair:
+    """PEFT's factors in our roles: a meets the input, b makes the output.
+
+    lora_A is `[experts * rank, x]`, lora_B `[y, rank * experts]`; which of x and y is `in` and which `out` depends on
+    PEFT's version. The widths tell it unless they are equal.
+    """
+    num_experts, out_width, in_width = wrapper.get_param().shape
+    lora_a, lora_b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    widths = (lora_a.shape[1], lora_b.shape[0])
+    if widths not in ((out_width, in_width), (in_width, out_width)):
+        raise ConfigError(
+            f"expert LoRA: {wrapper.parameter_name} needs widths {in_width} and {out_width}, got {widths}"
+        )
+    swapped = PEFT_SWAPS_FACTORS if in_width == out_width else widths == (out_width, in_width)
+    of_lora_a = LoraFactor(lora_a, layout="expert_major", num_experts=num_experts)
+    of_lora_b = LoraFactor(lora_b, layout="expert_minor", num_experts=num_experts)
+    a, b = (of_lora_b, of_lora_a) if swapped else (of_lora_a, of_lora_b)
+    return LoraPair(a=a, b=b, scaling=_Scaling(wrapper, adapter))
+
+
+def _is_stale(wrapper: ParamWrapper, lora: ExpertLora) -> bool:
+    """Whether PEFT has put other Parameter objects in place since binding (`load_state_dict(assign=True)`)."""
+    pair = lora.gate_up if wrapper.parameter_name == "gate_up_proj" else lora.down
+    bound = {id(pair.a.parameter), id(pair.b.parameter)}
+    return any(
+        id(layer.weight) not in bound for factors in (wrapper.lora_A, wrapper.lora_B) for layer in factors.values()
+    )
+
+
+@torch.no_grad()
+def _merge(wrappers: list[ParamWrapper], *, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    for adapter in dict.fromkeys(name for w in wrappers for name in check_adapters_to_merge(w, adapter_names)):
+        todo = [w for w in wrappers if adapter in w.lora_A and adapter not in w.merged_adapters]
+        if not todo:
+            continue
+        experts = todo[0].get_base_layer()
+        deltas = {w.parameter_name: _Delta(w, adapter) for w in todo}
+        num_experts = todo[0].get_param().shape[0]
+        if safe_merge:
+            for index in range(num_experts):
+                if not all(part.isfinite().all() for part in _merged(experts, index, deltas)):
+                    raise ValueError(
+                        f"safe_merge: adapter {adapter!r} makes expert {index} not finite; nothing was merged"
+                    )
+        for index in range(num_experts):
+            experts.load_expert(index, *_merged(experts, index, deltas))
+        for wrapper in todo:
+            wrapper.merged_adapters.append(adapter)
+
+
+class _Delta:
+    """scaling * b_e^T a_e of one projection, for one expert at a time in f32."""
+
+    def __init__(self, wrapper: ParamWrapper, adapter: str):
+        pair = _pair(wrapper, adapter)
+        self.a = pair.a.canonical().detach().float().cpu()  # [experts, rank, in]
+        self.b = pair.b.canonical().detach().float().cpu()  # [experts, rank, out]
+        self.scaling = pair.scaling()
+
+    def of(self, index: int) -> Tensor:
+        return self.scaling * (self.b[index].T @ self.a[index])  # [out, in]
+
+
+def _merged(experts: nn.Module, index: int, deltas: dict[str, _Delta]) -> tuple[Tensor, Tensor, Tensor]:
+    """One expert's gate, up `[inter, hidden]` and down `[hidden, inter]` with the deltas added."""
+    gate, up, down = experts.unpack_expert(index)
+    if "gate_up_proj" in deltas:
+        gate_delta, up_delta = deltas["gate_up_proj"].of(index).chunk(2)
+        gate, up = (gate.float() + gate_delta).to(gate.dtype), (up.float() + up_delta).to(up.dtype)
+    if "down_proj" in deltas:
+        down = (down.float() + deltas["down_proj"].of(index)).to(down.dtype)
+    return gate, up, down
+
+
+def _get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:
+    """PEFT's count plus the experts, which `parameters()` does not show."""
+    trainable, total = type(self).get_nb_trainable_parameters(self)
+    return trainable, total + hidden_numel(self)
+
+
+def _check_new_adapter_config(self: nn.Module, config) -> None:
+    """Run by PEFT before it injects a further adapter: expert LoRA holds one."""
+    experts = [name.replace(".base_layer", "") for name, _ in iter_routed_experts(self.model)]
+    holders = [
+        name for name, other in self.peft_config.items() if other is not config and expert_targets(other, experts)
+    ]
+    if holders or (len(self.peft_config) > 1 and expert_targets(config, experts)):
+        present = holders or [name for name, other in self.peft_config.items() if other is not config]
+        raise ConfigError(
+            f"expert LoRA: a model holds one adapter at a time and has {present[0]!r}; "
+            "call unload() before loading another one"
+        )
+    type(self)._check_new_adapter_config(self, config)

@@ -1,0 +1,288 @@
+"""From the user's LoraConfig to one that PEFT accepts for routed experts.
+
+Three things stand between the two. Routed experts are Parameters, so `target_modules` never reaches them: they go into
+`target_parameters`. DeepSeek-V2's router is an `nn.Linear`, so `all-linear` would train it: it is excluded. PEFT's
+ParamWrapper refuses dropout: the config says 0 while the user's value travels beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from kt_sft.errors import ConfigError, nearest
+from kt_sft.models.spec import iter_routed_experts
+
+logger = logging.getLogger(__name__)
+
+SIDE_FILE = "kt_sft.json"
+MAX_RANK = 256
+ALL_LINEAR = ("all", "all-linear")
+PROJECTIONS = ("gate_up_proj", "down_proj")
+# How checkpoints and older adapters call the matrices of one expert -> the fused parameter that holds them.
+ALIASES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
+ALIASES |= {"down_proj": "down_proj", "w2": "down_proj"}
+
+
+class ExpertLoraConfig(LoraConfig):
+    """A LoraConfig that keeps, outside PEFT's fields, what plain PEFT could not load.
+
+    `lora_dropout` must be 0 in `adapter_config.json` as soon as `target_parameters` is set, or PEFT's ParamWrapper
+    raises at load. The user's value is `adapter_dropout`; `save_pretrained` writes it to `kt_sft.json` beside it.
+    """
+
+    adapter_dropout = None  # float once it has been moved; no annotation, or asdict would write it
+    model_type = None
+
+    @classmethod
+    def of(cls, config: LoraConfig) -> ExpertLoraConfig:
+        """A copy of `config` with this class; dropout still where the user put it."""
+        copied = copy.deepcopy(config)
+        copied.__class__ = cls
+        return copied
+
+    def move_dropout(self, saved: float | None = None) -> None:
+        """Take the dropout out of PEFT's sight; `saved` is the value found beside a loaded adapter."""
+        if self.adapter_dropout is None:
+            self.adapter_dropout = self.lora_dropout if saved is None else saved
+        self.lora_dropout = 0.0
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        beside = {"model_type": self.model_type}
+        if self.adapter_dropout is not None:
+            beside["lora_dropout"] = self.adapter_dropout
+        Path(save_directory, SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n")
+
+
+def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: bool | None = None) -> ExpertLoraConfig:
+    """The config to build the adapter with; the user's object is left alone. Preparing twice changes nothing.
+
+    Args:
+        model: a model with `RoutedExperts`, before any adapter.
+        lora_config: PEFT's own config. `target_modules` may also be `"all"`, and may name experts: `experts`,
+            `gate_up_proj`, `mlp.experts.down_proj`, a module path, or a regular expression. A name that an `nn.Linear`
+            bears (`down_proj` where dense or shared MLPs exist) means those, not the experts.
+        expert_lora: True for LoRA on every routed expert (only on the matrices that the target names, if it names any);
+            False for none; None asks `model.kt_config.expert_lora`, and None there means when the target is all-linear
+            or names experts.
+    Raises:
+        ConfigError: options that expert LoRA cannot honour, names that match nothing, nothing to train.
+    """
+    config = ExpertLoraConfig.of(lora_config)
+    config.model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if expert_lora is None:
+        expert_lora = getattr(getattr(model, "kt_config", None), "expert_lora", None)
+
+    experts = [name for name, _ in iter_routed_experts(model)]
+    faults = _unknown_parameters(model, config, experts)
+    named = _take_expert_names(model, config, experts)
+    shorthand = _is_shorthand(config.target_modules)
+    if shorthand:
+        config.target_modules = "all-linear"
+        config = _maybe_include_all_linear_layers(config, model)
+        config.target_modules -= set(router_linears(model))
+    if expert_lora is False and named:
+        logger.warning("expert LoRA is off: the routed experts named in the LoRA target are left out")
+    selected = set() if expert_lora is False else named
+    if not selected and (expert_lora or (expert_lora is None and shorthand)):
+        selected = {f"{name}.{projection}" for name in experts for projection in PROJECTIONS}
+    selected = {parameter for parameter in selected if _is_kept(config, parameter)}
+
+    _exclude(config, [name for name in router_linears(model) if _is_matched(config, name)], what="router")
+    _exclude(config, [name for name in experts if _is_matched(config, name)], what="")
+    others = [entry for entry in config.target_parameters or [] if not _matches(entry, _expert_parameters(experts))]
+    config.target_parameters = (others + _compact(model, experts, selected)) or None
+    if config.target_modules is None and config.target_parameters and not lora_config.target_parameters:
+        logger.info("target_modules is not set: PEFT's default for %s applies besides the experts", config.model_type)
+
+    faults += _faults(config, selected, experts, expert_lora)
+    if faults:
+        raise ConfigError(faults)
+    if selected:
+        config.move_dropout()
+    return config
+
+
+def expert_targets(config: LoraConfig, experts: Iterable[str]) -> list[str]:
+    """Full names of the experts' parameters that `config.target_parameters` names, in PEFT's nesting order."""
+    entries = config.target_parameters or []
+    return [name for name in _expert_parameters(experts) if any(_is_suffix(entry, name) for entry in entries)]
+
+
+def effective_rank(config: LoraConfig, parameter: str) -> int:
+    """The rank that PEFT gives to a parameter or module of this name."""
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), parameter), config.r)
+
+
+def router_linears(model: nn.Module) -> list[str]:
+    """Routers that are `nn.Linear` (DeepSeek-V2's `mlp.gate`), so that a LoRA target could hit them.
+
+    A router is a Linear beside the experts, or inside a sibling whose class says router or gate, with one output per
+    expert. Routers that hold a bare Parameter cannot be hit.
+    """
+    found = []
+    for name, experts in iter_routed_experts(model):
+        block_name = name.rpartition(".")[0]
+        block = model.get_submodule(block_name)
+        for child_name, child in block.named_children():
+            if child is experts or not (isinstance(child, nn.Linear) or re.search("Router|Gate", type(child).__name__)):
+                continue
+            for inner_name, inner in child.named_modules(prefix=f"{block_name}.{child_name}".lstrip(".")):
+                if isinstance(inner, nn.Linear) and inner.out_features == experts.gate_up_proj.shape[0]:
+                    found.append(inner_name)
+    return found
+
+
+def _expert_parameters(experts: Iterable[str]) -> list[str]:
+    return [f"{name}.{projection}" for name in experts for projection in PROJECTIONS]
+
+
+def _is_suffix(entry: str, name: str) -> bool:
+    """PEFT's rule for list entries."""
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _matches(entry: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if _is_suffix(entry, name)]
+
+
+def _is_shorthand(target: object) -> bool:
+    entries = [target] if isinstance(target, str) else list(target or [])
+    return len(entries) == 1 and entries[0].lower() in ALL_LINEAR
+
+
+def _take_expert_names(model: nn.Module, config: LoraConfig, experts: list[str]) -> set[str]:
+    """Full names of the experts' parameters that the user named; list entries that only name experts are taken out."""
+    named = {p for entry in config.target_parameters or [] for p in _matches(entry, _expert_parameters(experts))}
+    target = config.target_modules
+    if not target or _is_shorthand(target):
+        return named
+
+    spelled: dict[str, set[str]] = {}  # every way to spell an expert's matrices -> the parameters meant
+    for name in experts:
+        spelled[name] = {f"{name}.{projection}" for projection in PROJECTIONS}
+        for projection in PROJECTIONS:
+            spelled[f"{name}.{projection}"] = {f"{name}.{projection}"}
+        for alias, projection in ALIASES.items():
+            spelled[f"{name}.{alias}"] = spelled[f"{name}.0.{alias}"] = {f"{name}.{projection}"}
+    if isinstance(target, str):
+        return named.union(*(spelled[name] for name in spelled if re.fullmatch(target, name)))
+
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kept = set()
+    for entry in target:
+        meant = [] if _matches(entry, linears) else _matches(entry, spelled)
+        if not meant:
+            kept.add(entry)
+        elif entry in ALIASES:
+            logger.info("LoRA target %s: the model has no dense layer of that name; taken as the routed experts", entry)
+        named.update(*(spelled[name] for name in meant))
+    config.target_modules = kept
+    return named
+
+
+def _is_kept(config: LoraConfig, parameter: str) -> bool:
+    """Whether exclude_modules and layers_to_transform leave this expert parameter in; PEFT itself would not look."""
+    probe = copy.copy(config)
+    for name in (parameter.rpartition(".")[0], parameter):
+        probe.target_modules = {name.rpartition(".")[2]}  # PEFT looks at the layer's number for suffixes only
+        if not check_target_module_exists(probe, name):
+            return False
+    return True
+
+
+def _is_matched(config: LoraConfig, module_name: str) -> bool:
+    return bool(config.target_modules) and bool(check_target_module_exists(config, module_name))
+
+
+def _exclude(config: LoraConfig, names: list[str], *, what: str) -> None:
+    """Add full module names to `exclude_modules`, whichever form the user gave."""
+    if not names:
+        return
+    if what:
+        logger.info("LoRA target: %s %s stays frozen", what, ", ".join(names))
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, names)])
+    else:
+        config.exclude_modules = set(config.exclude_modules or ()) | set(names)
+
+
+def _every_parameter(model: nn.Module, experts: list[str]) -> set[str]:
+    return {name for name, _ in model.named_parameters()} | set(_expert_parameters(experts))
+
+
+def _unknown_parameters(model: nn.Module, config: LoraConfig, experts: list[str]) -> list[str]:
+    if not config.target_parameters:
+        return []
+    every = _every_parameter(model, experts)
+    tails = {".".join(name.split(".")[-3:]) for name in _expert_parameters(experts)}
+    return [
+        f"target_parameters: {entry!r} names no parameter of the model; {nearest(entry, tails)}"
+        for entry in config.target_parameters
+        if not _matches(entry, every)
+    ]
+
+
+def _compact(model: nn.Module, experts: list[str], selected: set[str]) -> list[str]:
+    """`mlp.experts.down_proj` instead of one name per layer, where it means exactly the selected parameters."""
+    every = _every_parameter(model, experts)
+    entries = []
+    for projection in PROJECTIONS:
+        names = {name for name in selected if name.rpartition(".")[2] == projection}
+        suffixes = {".".join(name.split(".")[-3:]) for name in names}
+        if len(suffixes) == 1 and set(_matches(next(iter(suffixes)), every)) == names:
+            entries += suffixes
+        else:
+            entries += sorted(names)
+    return entries
+
+
+def _faults(config: LoraConfig, selected: set[str], experts: list[str], expert_lora: bool | None) -> list[str]:
+    faults = []
+    if expert_lora and not experts:
+        faults.append("expert_lora=True: the model has no routed experts; load it with kt_sft.load_model")
+    for entry in config.modules_to_save or []:
+        hit = [name for name in experts if re.match(rf"(^|.*\.){entry}($|\..*)", name)]
+        if hit:
+            faults.append(
+                f"modules_to_save: {entry!r} contains the frozen routed experts {hit[0]}; name their siblings"
+            )
+    if not config.target_modules and not config.target_parameters and config.target_modules is not None:
+        faults.append("LoRA target: nothing is left to train; name linear layers, 'experts', or 'all-linear'")
+    return faults + expert_faults(config, selected)
+
+
+def expert_faults(config: LoraConfig, selected: Iterable[str]) -> list[str]:
+    """What LoRA on the selected expert parameters cannot honour, one sentence each; none if nothing is selected."""
+    if not selected:
+        return []
+    off = "or set expert_lora=False to train without the experts"
+    faults = []
+    for option in ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "arrow_config"):
+        if getattr(config, option, None):
+            faults.append(f"{option}: expert LoRA does not support it; remove {option}, {off}")
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        faults.append(f"alora_invocation_tokens: expert LoRA does not support aLoRA; remove it, {off}")
+    init = config.init_lora_weights
+    if not isinstance(init, bool) and str(init).lower() != "gaussian":
+        faults.append(f"init_lora_weights: expert LoRA needs True, False or 'gaussian', got {init!r}; change it, {off}")
+    ranks = {effective_rank(config, parameter): parameter for parameter in sorted(selected)}
+    for rank, parameter in ranks.items():
+        if not 1 <= rank <= MAX_RANK:
+            faults.append(
+                f"r: expert LoRA needs a rank of 1 to {MAX_RANK}, got {rank} for {parameter}; lower it, {off}"
+            )
+    dropout = config.lora_dropout
+    if not 0.0 <= dropout < 1.0:
+        faults.append(f"lora_dropout: expected 0 <= p < 1, got {dropout}")
+    return faults
