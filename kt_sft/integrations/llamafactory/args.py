@@ -1,0 +1,196 @@
+"""Our configuration keys in LLaMA-Factory: their fields, the checks on a configuration, the KTConfig they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from kt_sft.config import KTConfig
+from kt_sft.errors import ConfigError, nearest
+
+# Key -> (type, help). Keys that LLaMA-Factory already has keep their own field. Default None: "as KTConfig has it".
+KEYS: dict[str, tuple[type, str]] = {
+    "kt_method": (str, "Weight format of the routed experts in memory: BF16 (AMXBF16 is another name for it)."),
+    "kt_weight_path": (str, "Checkpoint directory to read the experts from; default: model_name_or_path."),
+    "kt_expert_checkpoint_path": (str, "Another name of kt_weight_path."),
+    "kt_optimize_rule": (str, "Placement rules; refused until they exist."),
+    "cpu_infer": (int, "CPU threads of the expert kernels; default: the physical cores it may use."),
+    "kt_threadpool_count": (int, "Groups of threads; default: one per NUMA node."),
+    "chunk_size": (int, "Tokens per pass of the expert kernels; default 1024."),
+    "kt_expert_lora": (bool, "LoRA on the routed experts; default: if lora_target is `all` or names experts."),
+    "kt_cpu_activation": (str, "Expert activations until backward: retain (default) or recompute."),
+    "kt_maxlen": (int, "No effect: cutoff_len and max_new_tokens bound the length."),
+    "mode": (str, "No effect."),
+    "kt_mode": (str, "No effect."),
+    "kt_use_cuda_graph": (bool, "No effect."),
+    "kt_force_think": (bool, "No effect: use enable_thinking."),
+}
+NO_EFFECT = ("kt_maxlen", "mode", "kt_mode", "kt_use_cuda_graph", "kt_force_think")
+KEY_OF_SETTING = {  # KTConfig field -> key
+    "method": "kt_method",
+    "threads": "cpu_infer",
+    "threadpool_count": "kt_threadpool_count",
+    "chunk_size": "chunk_size",
+    "expert_lora": "kt_expert_lora",
+    "cpu_activation": "kt_cpu_activation",
+    "weight_path": "kt_weight_path",
+}
+MAX_LORA_RANK = 256  # of the expert kernels
+STAGES = ("pt", "sft", "dpo", "kto")
+
+# Keys of LLaMA-Factory that cannot go with use_kt: key -> what is wrong; any value but None and False is refused.
+REFUSED = {
+    "use_dora": "DoRA is not computed for routed experts; remove use_dora",
+    "quantization_bit": "the experts have their own format (kt_method); remove quantization_bit",
+    "export_quantization_bit": "the export is bf16; remove export_quantization_bit and quantize the exported model",
+    "pissa_init": "PiSSA changes the base weights, which the expert kernels keep packed; remove pissa_init",
+    "use_llama_pro": "block expansion does not reach the routed experts; remove use_llama_pro",
+    "use_unsloth": "unsloth replaces the model code; remove use_unsloth",
+    "enable_liger_kernel": "liger replaces the experts module; remove enable_liger_kernel",
+    "mixture_of_depths": "mixture-of-depths replaces the layers; remove mixture_of_depths",
+    "train_from_scratch": "the experts are read from a checkpoint; remove train_from_scratch",
+    "use_mca": "Megatron training loads the model by itself; unset USE_MCA",
+    "use_hyper_parallel": "HyperParallel loads the model by itself; remove use_hyper_parallel",
+    "fsdp": "FSDP shards parameters, and routed experts are none; remove fsdp, use DDP or DeepSpeed ZeRO-2",
+    "kt_use_lora_experts": "extra LoRA experts on the GPU are not supported; remove kt_use_lora_experts",
+    "kt_optimize_rule": "placement rules are not supported yet: routed experts are computed on the CPU, all else where "
+    "LLaMA-Factory puts it; remove kt_optimize_rule",
+}
+
+
+def model_arguments(base: type) -> type:
+    """LLaMA-Factory's ModelArguments with the keys it lacks, and `kt_active`, which follows `use_kt` after parsing."""
+    present = {field.name for field in dataclasses.fields(base)}
+    added: list[tuple[str, Any, Any]] = [
+        (key, kind | None, dataclasses.field(default=None, metadata={"help": f"{text} (kt_sft)"}))
+        for key, (kind, text) in KEYS.items()
+        if key not in present
+    ]
+    added.append(("kt_active", bool, dataclasses.field(default=False, init=False)))
+    # The same name in the same module as the stock class, so that it pickles.
+    namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
+    return dataclasses.make_dataclass(base.__name__, added, bases=(base,), namespace=namespace)
+
+
+def kt_config(model_args: Any) -> KTConfig:
+    """The expert settings of parsed model arguments.
+
+    Raises:
+        ConfigError: lists every wrong value under the name of its key.
+    """
+    values = {field: getattr(model_args, key, None) for field, key in KEY_OF_SETTING.items()}
+    values["weight_path"] = values["weight_path"] or getattr(model_args, "kt_expert_checkpoint_path", None)
+    try:
+        return KTConfig(**{field: value for field, value in values.items() if value is not None})
+    except ConfigError as error:
+        raise ConfigError([_under_key(fault) for fault in error.faults]) from None
+
+
+def check_known(
+    args: dict[str, Any] | list[str], dataclass_types: Iterable[type], option_strings: Iterable[str]
+) -> None:
+    """Refuse keys that no dataclass has, with the nearest known one.
+
+    Args:
+        args: what LLaMA-Factory read: a mapping from a file, or command line words.
+        option_strings: options of the argument parser; as there, an unambiguous beginning of one is enough.
+
+    Raises:
+        ConfigError: lists every unknown key.
+    """
+    known = [field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init]
+    if isinstance(args, dict):
+        unknown = [key for key in args if key not in known]
+    else:
+        words = [word.split("=", 1)[0] for word in args if word.startswith("--")]
+        options = list(option_strings)
+        unknown = [word[2:] for word in words if not any(option.startswith(word) for option in options)]
+    if unknown:
+        raise ConfigError([f"{key}: unknown key; {nearest_key(key, known)}" for key in unknown])
+
+
+def nearest_key(key: str, known: list[str]) -> str:
+    """The hint of `errors.nearest`, without its list of all names: there are over three hundred."""
+    hint = nearest(key, known)
+    return hint if hint.startswith("did you mean") else "remove it, or see configs/README.md for the keys"
+
+
+def no_effect(model_args: Any) -> list[str]:
+    """Keys that are set and accepted but do nothing."""
+    return [key for key in NO_EFFECT if getattr(model_args, key, None) is not None]
+
+
+def check(*groups: Any) -> None:
+    """Refuse a configuration with `use_kt: true` that cannot work, before any model or data is read.
+
+    Args:
+        groups: the parsed argument objects of LLaMA-Factory, any of them.
+
+    Raises:
+        ConfigError: lists every fault.
+    """
+    faults = list(_faults(groups))
+    model_args = next(group for group in groups if hasattr(group, "use_kt"))
+    try:
+        kt_config(model_args)
+    except ConfigError as error:
+        faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+
+
+def is_zero3(deepspeed: Any) -> bool:
+    """Whether a `deepspeed` value (path of a JSON file, or its content) asks for ZeRO stage 3."""
+    if isinstance(deepspeed, str):
+        try:
+            with open(deepspeed, encoding="utf-8") as file:
+                deepspeed = json.load(file)
+        except (OSError, ValueError):
+            return False  # LLaMA-Factory reports a bad file itself
+    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
+    return isinstance(zero, dict) and zero.get("stage") == 3
+
+
+ZERO3_FAULT = "deepspeed: ZeRO-3 shards parameters, and routed experts are none; use a ZeRO-2 configuration"
+
+
+def expert_lora(config: KTConfig, lora_target: list[str]) -> bool | None:
+    """LoRA on the routed experts: as set, else yes for `all`; None leaves it to the names in the target.
+
+    It has to be decided here: LLaMA-Factory replaces `all` by the names of the linear layers, which experts are not.
+    """
+    return True if config.expert_lora is None and list(lora_target) == ["all"] else config.expert_lora
+
+
+def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
+    for key, sentence in REFUSED.items():
+        value = _value(groups, key)
+        if value not in (None, False, "", []):
+            yield f"{key}: {sentence}"
+    if (kind := _value(groups, "finetuning_type")) != "lora":
+        yield f"finetuning_type: expected lora with use_kt, found {kind!r}; set finetuning_type: lora"
+    if (stage := _value(groups, "stage")) not in STAGES:
+        yield f"stage: expected one of {', '.join(STAGES)} with use_kt, found {stage!r}; a value head is not supported"
+    if (backend := _value(groups, "infer_backend")) not in ("huggingface", "ktransformers"):
+        yield f"infer_backend: expected huggingface with use_kt, found {str(backend)!r}; export for other engines"
+    rank, on_experts = _value(groups, "lora_rank"), _value(groups, "kt_expert_lora")
+    if on_experts is None:
+        on_experts = list(_value(groups, "lora_target") or []) == ["all"]
+    if on_experts and not 1 <= rank <= MAX_LORA_RANK:
+        yield f"lora_rank: expected 1 to {MAX_LORA_RANK}, found {rank}; lower it or set kt_expert_lora: false"
+    first, second = _value(groups, "kt_weight_path"), _value(groups, "kt_expert_checkpoint_path")
+    if first and second and first != second:
+        yield "kt_expert_checkpoint_path: differs from kt_weight_path, which means the same; remove one of them"
+    if len(_value(groups, "adapter_name_or_path") or []) > 1 and not _value(groups, "export_dir"):
+        yield "adapter_name_or_path: expected one with use_kt, found several; merge them with llamafactory-cli export"
+
+
+def _value(groups: tuple[Any, ...], key: str) -> Any:
+    return next((getattr(group, key) for group in groups if hasattr(group, key)), None)
+
+
+def _under_key(fault: str) -> str:
+    field, colon, rest = fault.partition(":")
+    return f"{KEY_OF_SETTING.get(field, field)}{colon}{rest}"

@@ -1,0 +1,213 @@
+"""The patch points in LLaMA-Factory: one function per patched module, each replacing global names of that module.
+
+`use_kt` is set back to False right after parsing and `kt_active` takes its place, so LLaMA-Factory's own KT branches,
+which ask for other packages and refuse half of the features, never run. Every replacement leaves a model without
+`kt_config` to the stock code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from kt_sft import env
+from kt_sft.errors import ConfigError, KTError
+from kt_sft.integrations.llamafactory import adapters, args, autoload
+from kt_sft.integrations.peft.adapter_dir import check_adapter_fits, local_adapter_dir, read_adapter_config
+from kt_sft.integrations.transformers import check_model, quantization_config
+
+logger = logging.getLogger(__name__)
+
+
+def patch_parser(parser: ModuleType) -> None:
+    """`ModelArguments`: our keys. `_parse_args`: every command parses through it: checks, switch of flags."""
+    lists = ("_TRAIN_ARGS", "_INFER_ARGS", "_EVAL_ARGS", "_TRAIN_MCA_ARGS")
+    _require(parser, "ModelArguments", "_parse_args", "read_args", *lists)
+    stock_class, stock_parse = parser.ModelArguments, parser._parse_args
+    our_class = args.model_arguments(stock_class)
+    for name in (parser.__name__, stock_class.__module__, parser.__package__):
+        if vars(sys.modules[name]).get("ModelArguments") is stock_class:
+            sys.modules[name].ModelArguments = our_class
+    for classes in (getattr(parser, name) for name in lists):
+        classes[:] = [our_class if kind is stock_class else kind for kind in classes]
+
+    def parse_args(hf_parser: Any, values: Any = None, allow_extra_keys: bool = False) -> tuple[Any, ...]:
+        values = parser.read_args(values)
+        if not allow_extra_keys:
+            args.check_known(values, hf_parser.dataclass_types, hf_parser._option_string_actions)
+        if isinstance(values, dict) and values.get("use_kt") is True and args.is_zero3(values.get("deepspeed")):
+            raise ConfigError(args.ZERO3_FAULT)  # TrainingArguments would first ask for the deepspeed package
+        groups = stock_parse(hf_parser, values, allow_extra_keys=allow_extra_keys)
+        if any(hasattr(group, "use_kt") for group in groups):
+            activate(groups)
+        return groups
+
+    parser._parse_args = parse_args
+    report_errors_in_one_line()
+
+
+def patch_loader(loader: ModuleType) -> None:
+    """`patch_config`: how to load. `init_adapter`: merge or not. `count_parameters`: experts count too."""
+    _require(loader, "patch_config", "init_adapter", "count_parameters")
+    stock_config, stock_init, stock_count = loader.patch_config, loader.init_adapter, loader.count_parameters
+
+    def patch_config(
+        config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool
+    ) -> None:
+        stock_config(config, tokenizer, model_args, init_kwargs, is_trainable)
+        if is_active(model_args):
+            load_experts_apart(model_args, init_kwargs)
+
+    def init_adapter(
+        config: Any, model: nn.Module, model_args: Any, finetuning_args: Any, is_trainable: bool
+    ) -> nn.Module:
+        with adapters.merging(model_args, finetuning_args, is_trainable):
+            return stock_init(config, model, model_args, finetuning_args, is_trainable)
+
+    def count_parameters(model: nn.Module) -> tuple[int, int]:
+        return adapters.count_parameters(model, stock_count)
+
+    loader.patch_config, loader.init_adapter, loader.count_parameters = patch_config, init_adapter, count_parameters
+
+
+def patch_adapter(adapter: ModuleType) -> None:
+    """`get_peft_model`, `PeftModel`: bind expert LoRA. `find_all_linear_modules`: `all` without the router."""
+    _require(adapter, "get_peft_model", "PeftModel", "find_all_linear_modules")
+    adapter.get_peft_model = adapters.get_peft_model
+    adapter.PeftModel = adapters.PeftModelLoader
+    stock_find = adapter.find_all_linear_modules
+
+    def find_all_linear_modules(model: nn.Module, freeze_vision_tower: bool) -> list[str]:
+        return adapters.without_routers(model, stock_find(model, freeze_vision_tower))
+
+    adapter.find_all_linear_modules = find_all_linear_modules
+
+
+def is_active(model_args: Any) -> bool:
+    """Whether this run uses the expert kernels."""
+    return bool(getattr(model_args, "kt_active", False))
+
+
+def activate(groups: tuple[Any, ...]) -> None:
+    """Check a parsed configuration and hand its `use_kt` over to `kt_active`.
+
+    Args:
+        groups: LLaMA-Factory's parsed argument objects; changed in place.
+
+    Raises:
+        ConfigError: the configuration cannot work with use_kt, or a patch point is missing.
+    """
+    model_args = next(group for group in groups if hasattr(group, "use_kt"))
+    if not model_args.use_kt:
+        _warn(
+            "USE_KT=1, but the configuration has no `use_kt: true`: stock LLaMA-Factory runs; add it, or unset USE_KT"
+        )
+        return
+    _require_all_patches()
+    args.check(*groups)
+    if unused := args.no_effect(model_args):
+        _warn(f"without effect in kt_sft: {', '.join(unused)}; remove {'it' if len(unused) == 1 else 'them'}")
+    check_inputs(model_args)
+    finetuning_args = next(group for group in groups if hasattr(group, "lora_target"))
+    model_args.kt_expert_lora = args.expert_lora(args.kt_config(model_args), finetuning_args.lora_target)
+    if model_args.infer_backend == "ktransformers":  # an inference engine of 0.9.4; ours is a Hugging Face model
+        model_args.infer_backend = "huggingface"
+    training_args = next((group for group in groups if hasattr(group, "per_device_train_batch_size")), None)
+    if training_args is not None:
+        use_one_device(training_args)
+    model_args.use_kt, model_args.kt_active = False, True
+
+
+def check_inputs(model_args: Any) -> None:
+    """Look at the model's and the adapter's files now: LLaMA-Factory first tokenises the data set.
+
+    Raises:
+        KTError: what `load_model` and `load_adapter` would raise.
+    """
+    misc = importlib.import_module("llamafactory.extras.misc")
+    path = model_args.model_name_or_path
+    from_hub = {
+        "revision": model_args.model_revision,
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.hf_hub_token,
+    }
+    if not os.path.isdir(path) and (misc.use_modelscope() or misc.use_openmind()):
+        return  # only LLaMA-Factory can ask those hubs
+    on_cpu = model_args.export_dir is not None and model_args.export_device == "cpu"
+    device = torch.device("cpu") if on_cpu else misc.get_current_device()
+    remote = model_args.trust_remote_code
+    model = check_model(path, args.kt_config(model_args), device_map={"": device}, trust_remote_code=remote, **from_hub)
+    for adapter in model_args.adapter_name_or_path or []:
+        folder = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **from_hub)
+        check_adapter_fits(model, read_adapter_config(folder), folder)
+
+
+def use_one_device(training_args: Any) -> None:
+    """One process drives one GPU: without torchrun the trainer would copy the model by nn.DataParallel."""
+    if training_args.n_gpu > 1:
+        _warn(
+            f"{training_args.n_gpu} GPUs are visible, this process uses one; FORCE_TORCHRUN=1 starts a process for each"
+        )
+        training_args._n_gpu = 1
+
+
+def load_experts_apart(model_args: Any, init_kwargs: dict[str, Any]) -> None:
+    """Have from_pretrained build our experts modules, and put everything else on one device.
+
+    `device_map: auto` would take the experts' placeholders for weights and send layers to the disk.
+    """
+    init_kwargs["quantization_config"] = quantization_config(args.kt_config(model_args), model_args.model_name_or_path)
+    device_map = init_kwargs.pop("device_map", None)
+    init_kwargs.pop("offload_folder", None)
+    if device_map is None:
+        return
+    current = importlib.import_module("llamafactory.extras.misc").get_current_device
+    device = torch.device(device_map[""] if isinstance(device_map, dict) else current())
+    if device.type != "cpu":
+        init_kwargs["device_map"] = {"": device}
+
+
+def report_errors_in_one_line() -> None:
+    """Show our own errors as one line and leave with status 2; KT_SFT_TRACEBACK=1 shows the traceback instead."""
+    previous = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KTError):
+            cause = cause.__cause__
+        if cause is None or env.traceback():
+            previous(kind, error, traceback)
+            return
+        sys.stderr.write(f"kt_sft: error: {cause}\n")
+        raise SystemExit(2)
+
+    sys.excepthook = excepthook
+
+
+def _require(module: ModuleType, *names: str) -> None:
+    missing = [name for name in names if not hasattr(module, name)]
+    if missing:
+        raise RuntimeError(f"no {', '.join(missing)} in it; kt_sft knows LLaMA-Factory {autoload.SUPPORTED}")
+
+
+def _require_all_patches() -> None:
+    """Without this, a patch point that was not found would mean stock code on packed experts, unnoticed."""
+    for name in autoload.PATCHES:
+        importlib.import_module(name)
+    if failures := autoload.failures():
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise ConfigError(
+            f"use_kt: LLaMA-Factory could not be patched ({reasons}); pip install llamafactory=={autoload.SUPPORTED}"
+        )
+
+
+def _warn(message: str) -> None:
+    if env.local_rank() == 0:
+        logger.warning("kt_sft: %s", message)
