@@ -1,0 +1,65 @@
+# The doors of this repository. `make help` lists them; each works on its own in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/.stamps
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+export CXX ?= g++
+export HF_HUB_OFFLINE ?= 1
+# torch's OpenMP threads spin after every operation; on a CPU that others use, too, that costs more than all the work.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+NATIVE_SOURCES := $(shell find native -type f)
+NATIVE_LIBRARY := $(wildcard kt_sft/_native*.so)
+# A library that was deleted, or put there by another build, is built again.
+NATIVE_STALE := $(if $(NATIVE_LIBRARY),$(shell find $(NATIVE_LIBRARY) -newer $(STAMPS)/native 2>/dev/null),force)
+CPP_FILES = $(shell find native tests benchmarks -name '*.h' -o -name '*.cc')
+# pytest's default thread count would have two pools fight for the cores in the many small models of the tests.
+TEST_ENV := OMP_NUM_THREADS=1
+
+.PHONY: help setup demo test test-long test-gpu lint format bench clean force
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@echo 'variables: PYTHON=python3.12  CXX=g++-12  TORCH_INDEX=<extra package index for torch>  PYTEST_ARGS="-k name"'
+
+setup: $(STAMPS)/native  ## .venv with pinned packages, native library built; repeats only what changed
+
+$(STAMPS)/packages: constraints.txt pyproject.toml packaging/setup_env.sh $(wildcard packaging/cpu_stubs/*/pyproject.toml)
+	packaging/setup_env.sh $(PYTHON) $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/native: $(STAMPS)/packages setup.py pyproject.toml $(NATIVE_SOURCES) $(NATIVE_STALE)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: setup  ## builds a small MoE, fine-tunes it through LLaMA-Factory, shows answers before and after
+	$(PY) scripts/demo/run_demo.py
+
+test: setup  ## what CI runs
+	$(TEST_ENV) $(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-long: setup  ## everything that this machine can run
+	$(TEST_ENV) $(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu:  ## tests on a CUDA device, with the machine's own Python; installs nothing
+	packaging/test_gpu.sh $(PYTHON) $(PYTEST_ARGS)
+
+bench: setup  ## quick speed measurement of the expert layer; result in benchmarks/results/
+	$(PY) -m benchmarks.bench_moe_layer $(BENCH_ARGS)
+
+lint: $(STAMPS)/packages  ## style of Python and C++, without changing anything
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(STAMPS)/packages  ## the same, changing files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	@$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+clean:  ## build results and outputs; keeps .venv
+	rm -rf build outputs kt_sft/_native*.so kt_sft.egg-info

@@ -1,0 +1,102 @@
+"""The command `kt-sft`; each subcommand shows what another module found out."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from kt_sft.doctor import Report
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+MARKS = {True: "[green]ok[/green]", False: "[red]no[/red]", None: "[dim]-[/dim]"}
+LEVELS = {"error": "[bold red]error[/bold red]", "warning": "[yellow]warning[/yellow]", "note": "[cyan]note[/cyan]"}
+
+
+@app.callback()
+def main() -> None:
+    """Fine-tuning of mixture-of-experts models with the routed experts in CPU kernels."""
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Say what this machine offers, which kernels will run, what to do about each problem; exit code 1 on errors."""
+    from kt_sft.doctor import collect
+
+    report = collect()
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _show(report, Console())
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _show(report: Report, console: Console) -> None:
+    console.print(_machine_table(report))
+    console.print(_kernel_table(report))
+    console.print(_version_table(report))
+    hook = (
+        "[green]active[/green]"
+        if report.hook.get("active")
+        else f"not active: {escape(str(report.hook.get('reason')))}"
+    )
+    console.print(f"LLaMA-Factory hook: {hook}")
+    for name, value in report.environment.items():
+        console.print(f"environment: {name}={escape(value)}")
+    console.print()
+    for finding in report.findings:
+        console.print(f"{LEVELS[finding.level]}: {escape(finding.what)}", soft_wrap=True)
+        console.print(f"    remedy: {escape(finding.remedy)}", soft_wrap=True)
+    verdict = "[green]ready to train[/green]" if report.ok else "[bold red]not ready: see the errors above[/bold red]"
+    console.print(f"\nkt-sft doctor: {verdict}")
+
+
+def _machine_table(report: Report) -> Table:
+    machine, table = report.machine, Table("machine", "")
+    nodes = machine.get("numa_nodes")
+    quota = machine.get("quota_cpus")
+    cores = f"{machine.get('physical_cores') or '?'} physical, {machine.get('logical_cpus') or '?'} logical"
+    table.add_row("CPU", escape(str(machine.get("model_name", "?"))))
+    table.add_row("cores", cores + (f", limited to {quota:g} by the container" if quota else ""))
+    table.add_row("kernel threads", str(report.kernels.get("threads") or "?"))
+    table.add_row(
+        "NUMA nodes", "?" if nodes is None else f"{len(nodes)} (CPUs each: {', '.join(str(len(n)) for n in nodes)})"
+    )
+    if memory := machine.get("memory"):
+        amounts = f"{memory['available_gib']} GiB available of {memory['total_gib']} GiB"
+        table.add_row("memory", f"{amounts} (limit: {memory['limited_by']})")
+    gpus = "; ".join(f"{gpu['name']}, {gpu['memory_gib']} GiB" for gpu in report.gpus)
+    table.add_row("GPUs", escape(gpus) or "none")
+    return table
+
+
+def _kernel_table(report: Report) -> Table:
+    kernels = report.kernels
+    detected = ", ".join(kernels.get("detected") or []) or "none"
+    table = Table(Column("kernel", no_wrap=True), "format", "ISA", "CPU has it", "in use")
+    table.title = f"instruction sets: {detected}; in use: {kernels.get('active') or 'none'}"
+    table.title_justify = "left"
+    for row in kernels.get("rows") or []:
+        marks = MARKS[bool(row["available"])], "[bold green]yes[/bold green]" if row["selected"] else ""
+        table.add_row(row["name"], row["format"], row["isa"], *marks)
+    return table
+
+
+def _version_table(report: Report) -> Table:
+    table = Table("package", "installed", "supported", "")
+    for row in report.versions:
+        table.add_row(
+            row["name"], row["installed"] or "not installed", escape(row["supported"] or ""), MARKS[row["ok"]]
+        )
+    return table
+
+
+if __name__ == "__main__":
+    app()
