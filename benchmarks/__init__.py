@@ -1,0 +1,1 @@
+"""Speed measurements; never part of the test suite. `python -m benchmarks.bench_moe_layer --help`."""
