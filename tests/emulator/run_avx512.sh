@@ -33,12 +33,12 @@ prepare_cache() {
 # make_image BINARY ARGS...: a bootable CD image whose first process runs BINARY with ARGS.
 make_image() {
     local binary="$1"; shift
-    mkdir -p "$work"/root/{bin,dev,proc,sys,tmp} "$work"/iso
-    install -m 755 "$cache/init" "$work/root/init"
-    install -m 755 "$binary" "$work/root/bin/"
-    for word in "/bin/$(basename "$binary")" "$@"; do printf '%s\0' "$word" >>"$work/root/args"; done
-    : >"$work/root/env"; for word in ${AVX512_ENV:-}; do printf '%s\0' "$word" >>"$work/root/env"; done
-    (cd "$work/root" && find . | cpio --quiet -o -H newc >"$work/iso/initrd")
+    mkdir -p "$work"/tree/{bin,dev,proc,sys,tmp} "$work"/iso
+    install -m 755 "$cache/init" "$work/tree/init"
+    install -m 755 "$binary" "$work/tree/bin/"
+    for word in "/bin/$(basename "$binary")" "$@"; do printf '%s\0' "$word" >>"$work/tree/args"; done
+    : >"$work/tree/env"; for word in ${AVX512_ENV:-}; do printf '%s\0' "$word" >>"$work/tree/env"; done
+    (cd "$work/tree" && find . | cpio --quiet -o -H newc >"$work/iso/initrd")
     cp "$cache/vmlinuz" /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$work/iso/"
     # Without noxsaves and clearcpuid (XSAVEC, XSAVES) Linux finds that the model's compacted XSAVE area has an unexpected
     # size and turns AVX off. The other options shorten the boot: no self-tests of the crypto code, no calibration loops.
