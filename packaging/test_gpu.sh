@@ -22,7 +22,4 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   exit 0
 fi
 "$python" setup.py --quiet build_ext --inplace
-status=0
-HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python" -m pytest -m gpu "$@" || status=$?
-(( status != 5 )) || { echo "make test-gpu: no test is marked gpu yet"; exit 0; }
-exit "$status"
+HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m pytest -m gpu "$@"
