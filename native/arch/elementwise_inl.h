@@ -250,11 +250,34 @@ void masked_add(RowMask mask, int64_t col_begin, const float* src, int64_t cols,
 }
 
 template <class V>
+float quantize_row(const bf16_t* x, int64_t cols, int8_t* q) {
+  uint32_t largest = 0;  // bf16 magnitudes order like their bits
+  for (int64_t i = 0; i < cols; ++i) largest = (x[i] & 0x7fffu) > largest ? (x[i] & 0x7fffu) : largest;
+  const float max_abs = bf16_to_f32(static_cast<bf16_t>(largest));
+  const bool finite = largest < 0x7f80u;
+  const typename V::F inverse = V::set1(finite && largest > 0 ? 127.0f / max_abs : 0.0f);
+  int64_t j = 0;
+  for (; finite && j < cols; j += V::W) {
+    float lanes[V::W];
+    const int64_t count = min_i64(V::W, cols - j);
+    V::store(lanes, V::round_even(V::mul(V::load_bf16_n(x + j, count), inverse)));
+    for (int64_t i = 0; i < count; ++i) q[j + i] = static_cast<int8_t>(static_cast<int>(lanes[i]));
+  }
+  for (j = finite ? cols : 0; j < align_up(cols, 64); ++j) q[j] = 0;
+  return finite ? max_abs / 127.0f : __builtin_nanf("");
+}
+
+template <class V>
 constexpr RowOps make_row_ops(Isa isa) {
-  return RowOps{isa,          {{glu_forward<V, Silu>, glu_backward<V, Silu>}},
-                scale_add<V>, to_bf16<V>,
-                dot_rows<V>,  axpy_rows<V>,
-                mask_bf16<V>, masked_add<V>};
+  return RowOps{isa,
+                {{glu_forward<V, Silu>, glu_backward<V, Silu>}},
+                scale_add<V>,
+                to_bf16<V>,
+                dot_rows<V>,
+                axpy_rows<V>,
+                quantize_row<V>,
+                mask_bf16<V>,
+                masked_add<V>};
 }
 
 }  // namespace kts

@@ -14,6 +14,11 @@
 
 namespace kts {
 
+constexpr int64_t kReduceBlock = 256;            // elements of the sum that one pass over the accumulators takes
+constexpr int64_t kAStride = kReduceBlock + 16;  // floats; off a power of two, so rows do not share cache sets
+constexpr int64_t kMaxBlockM = 12;
+static_assert((kMaxBlockM * kAStride + kMaxTaskPanels * kReduceBlock * kPanel) * 4 <= kGemmScratchBytes);
+
 // Weights are asked for this far ahead along a panel: the hardware's streams stop at page ends.
 constexpr int64_t kPrefetchElements = 4 * kTileElements;
 
@@ -195,8 +200,8 @@ void gemm_bf16_forward(const GemmTask& task) {
   const int64_t k_tiles = task.w->k_panels(), panels = task.panel_end - task.panel_begin;
   const bf16_t* packed = static_cast<const bf16_t*>(task.w->data);
   const bool widens = task.m > (kWidenBlocks<V> - 1) * MR;
-  float* a = task.scratch;
-  float* w = task.scratch + kMaxBlockM * kAStride;  // [panels][kReduceBlock][kPanel]
+  float* a = static_cast<float*>(task.scratch);
+  float* w = a + kMaxBlockM * kAStride;  // [panels][kReduceBlock][kPanel]
   for (int64_t k0 = 0; k0 < task.w->k; k0 += kReduceBlock) {
     const int64_t count = min_i64(kReduceBlock, task.w->k - k0), tiles = ceil_div(count, kTileK);
     const bool accumulate = task.accumulate || k0 > 0;
@@ -212,7 +217,7 @@ void gemm_bf16_forward(const GemmTask& task) {
         }
     for (int64_t i = 0; i < task.m; i += MR) {
       const int64_t rows = min_i64(MR, task.m - i);
-      widen_rows<V>(task.a_rows + i, rows, k0, count, a);
+      widen_rows<V>(task.a_rows + i, rows, task.a_offset + k0, count, a);
       for (int64_t p = 0; p < panels; ++p)
         for (int s = 0; s < Step<V>::kPerPanel; ++s) {
           float* c = task.c + i * task.ldc + p * kPanel + s * Step<V>::kCols;
@@ -291,11 +296,11 @@ void input_grad_few_rows(const GemmTask& task) {
   constexpr int64_t kStride = kMaxTaskPanels * kPanel;
   const int64_t k_tiles = task.w->k_panels(), panels = task.panel_end - task.panel_begin;
   const bf16_t* packed = static_cast<const bf16_t*>(task.w->data) + task.panel_begin * 2 * kTileElements;
-  float* a = task.scratch;
-  float* part = task.scratch + kMaxBlockM * kAStride;
+  float* a = static_cast<float*>(task.scratch);
+  float* part = a + kMaxBlockM * kAStride;
   for (int64_t n0 = 0; n0 < task.w->n; n0 += kReduceBlock) {
     const int64_t count = min_i64(kReduceBlock, task.w->n - n0);
-    widen_rows<V>(task.a_rows, MR, n0, count, a);
+    widen_rows<V>(task.a_rows, MR, task.a_offset + n0, count, a);
     for (int64_t j = 0; j < MR * kStride; j += V::W) V::store(part + j, V::zero());
     for (int64_t n = 0; n < count; n += kPanel) {
       const bf16_t* tiles = packed + (n0 + n) / kPanel * k_tiles * 2 * kTileElements;
@@ -330,8 +335,8 @@ void gemm_bf16_input_grad(const GemmTask& task) {
   }
   const int64_t k_tiles = task.w->k_panels(), panels = task.panel_end - task.panel_begin;
   const bf16_t* packed = static_cast<const bf16_t*>(task.w->data) + task.panel_begin * 2 * kTileElements;
-  float* a = task.scratch;
-  float* w = task.scratch + kMaxBlockM * kAStride;
+  float* a = static_cast<float*>(task.scratch);
+  float* w = a + kMaxBlockM * kAStride;
   for (int64_t n0 = 0; n0 < task.w->n; n0 += kReduceBlock) {
     const int64_t count = min_i64(kReduceBlock, task.w->n - n0);
     const bool accumulate = task.accumulate || n0 > 0;
@@ -347,7 +352,7 @@ void gemm_bf16_input_grad(const GemmTask& task) {
     }
     for (int64_t i = 0; i < task.m; i += MR) {
       const int64_t rows = min_i64(MR, task.m - i);
-      widen_rows<V>(task.a_rows + i, rows, n0, count, a);
+      widen_rows<V>(task.a_rows + i, rows, task.a_offset + n0, count, a);
       for (int64_t p = 0; p < panels; ++p)
         for (int s = 0; s < Step<V>::kPerPanel; ++s) {
           const float* from = w + p * kReduceBlock * kPanel + s * Step<V>::kCols;

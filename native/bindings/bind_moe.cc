@@ -15,9 +15,8 @@ namespace kts {
 namespace {
 
 MoeShape make_shape(int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format,
-                    const std::string& activation) {
-  MoeShape shape{num_experts, hidden, inter};
-  if (format != "bf16") throw py::value_error("format: expected bf16, got " + format);
+                    const std::string& activation, int group_size) {
+  MoeShape shape{num_experts, hidden, inter, weight_format(format.c_str(), group_size)};
   if (!activation_from_name(activation.c_str(), &shape.activation))
     throw py::value_error("activation: expected silu, got " + activation);
   if (num_experts <= 0 || hidden <= 0 || inter <= 0)
@@ -168,11 +167,11 @@ void backward(const MoeLayer& layer, const py::object& dout_, const py::object& 
 void bind_moe(py::module_& m) {
   py::class_<MoeLayer>(m, "MoeLayer")
       .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format,
-                       const std::string& activation) {
-             return std::make_unique<MoeLayer>(make_shape(num_experts, hidden, inter, format, activation));
+                       const std::string& activation, int group_size) {
+             return std::make_unique<MoeLayer>(make_shape(num_experts, hidden, inter, format, activation, group_size));
            }),
            py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16",
-           py::arg("activation") = "silu")
+           py::arg("activation") = "silu", py::arg("group_size") = 32)
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
       .def("unpack_expert", &unpack_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
       .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::kw_only(),
@@ -190,10 +189,11 @@ void bind_moe(py::module_& m) {
       .def_property_readonly("inter_stride", [](const MoeLayer& layer) { return layer.shape().inter_stride(); })
       .def_static(
           "packed_bytes_for",
-          [](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format) {
-            return MoeLayer::packed_bytes_for(make_shape(num_experts, hidden, inter, format, "silu"));
+          [](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format, int group_size) {
+            return MoeLayer::packed_bytes_for(make_shape(num_experts, hidden, inter, format, "silu", group_size));
           },
-          py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16");
+          py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16",
+          py::arg("group_size") = 32);
 }
 
 }  // namespace kts

@@ -22,10 +22,11 @@ py::list kernel_rows() {
     py::dict item;
     item["name"] = row.name;
     item["op"] = row.direction == Direction::kForward ? "forward" : "input_grad";
-    item["format"] = "bf16";
+    item["format"] = format_name(row.format);
+    item["rows"] = row.rows == Rows::kBf16 ? "bf16" : "int8";
     item["isa"] = isa_name(row.isa);
     item["available"] = (row.isa & detect_isa()) != 0;
-    item["selected"] = &select_gemm(row.format, row.direction, row.block_m, active_isa()) == &row;
+    item["selected"] = &select_gemm(row.format, row.rows, row.direction, row.block_m, active_isa()) == &row;
     rows.append(item);
   }
   return rows;
@@ -51,6 +52,7 @@ void bind_runtime(py::module_& m) {
   m.def("isa_detected", [] { return isa_names(detect_isa()); });
   m.def("isa_active", &active_isa_name);
   m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("amx_refusal", [] { return std::string(amx_refusal()); });
   m.def("kernel_rows", &kernel_rows);
   m.def("cpu_info", &cpu_info);
   m.def("workspace_growths", &pass_arena_growths);

@@ -6,8 +6,9 @@ namespace kts {
 void gemm(Direction direction, const GemmTask& task) {
   KTS_DCHECK(task.panel_end - task.panel_begin <= kMaxTaskPanels);
   KTS_DCHECK(task.ldc >= (task.panel_end - task.panel_begin) * kPanel);
+  KTS_DCHECK(!task.accumulate || direction == Direction::kInputGrad || task.w->format.kind == Format::kBf16);
   if (task.m == 0) return;
-  select_gemm(task.w->format, direction, task.m, active_isa()).run(task);
+  select_gemm(task.w->format.kind, task.rows(), direction, task.m, active_isa()).run(task);
 }
 
 }  // namespace kts

@@ -3,9 +3,9 @@
 
 namespace kts {
 
-#define KTS_KERNEL(ns, name, isa, format, direction, block_m, block_n, macs) \
-  namespace ns {                                                             \
-  void name(const GemmTask& task);                                           \
+#define KTS_KERNEL(ns, name, isa, format, rows, direction, block_m, block_n, max_m, macs, weight_cycles) \
+  namespace ns {                                                                                         \
+  void name(const GemmTask& task);                                                                       \
   }
 #include "kernels.inc"
 #undef KTS_KERNEL
@@ -13,28 +13,30 @@ namespace kts {
 const std::vector<KernelRow>& kernel_table() {
   // Never destroyed: a daemon thread may compute while the process exits.
   static const auto& table = *new std::vector<KernelRow>{
-#define KTS_KERNEL(ns, name, isa, format, direction, block_m, block_n, macs) \
-  {#name, isa, Format::format, Direction::direction, block_m, block_n, macs, &ns::name},
+#define KTS_KERNEL(ns, name, isa, format, rows, direction, block_m, block_n, max_m, macs, weight_cycles) \
+  {#name, isa,  Format::format, Rows::rows, Direction::direction, block_m, block_n,                      \
+   max_m, macs, weight_cycles,  &ns::name},
 #include "kernels.inc"
 #undef KTS_KERNEL
   };
   return table;
 }
 
-// Cycles per column of the sum. Rows beyond the last whole block run in a narrower micro-kernel: their sums hide less
-// latency, so a partial block is charged half of the missing rows.
+// Cycles per weight. Rows beyond the last whole block run in a narrower micro-kernel: their sums hide less latency, so a
+// partial block is charged half of the missing rows.
 static double estimated_cost(const KernelRow& row, int64_t m) {
   const double whole = static_cast<double>(align_up(m, row.block_m));
-  return 0.5 * (whole + static_cast<double>(m)) / row.macs_per_cycle;
+  return row.weight_cycles + 0.5 * (whole + static_cast<double>(m)) / row.macs_per_cycle;
 }
 
-const KernelRow& select_gemm(Format format, Direction direction, int64_t m, IsaSet isa) {
+const KernelRow& select_gemm(Format format, Rows rows, Direction direction, int64_t m, IsaSet isa) {
   const KernelRow* best = nullptr;
   for (const KernelRow& row : kernel_table()) {
-    if ((row.isa & isa) == 0 || row.format != format || row.direction != direction) continue;
+    if ((row.isa & isa) == 0 || row.format != format || row.rows != rows || row.direction != direction) continue;
+    if (row.max_m > 0 && m > row.max_m) continue;
     if (best == nullptr || estimated_cost(row, m) < estimated_cost(*best, m)) best = &row;
   }
-  if (best == nullptr) fail("no kernel for this weight format and instruction set");
+  if (best == nullptr) fail("no kernel for this weight format, row format and instruction set");
   return *best;
 }
 

@@ -25,13 +25,13 @@ const char* MoeLayer::expert_data(int64_t expert) const {
 }
 
 PackedMatrix MoeLayer::gate(int64_t expert) const {
-  return {shape_.format, shape_.inter, shape_.hidden, expert_data(expert)};
+  return packed_view(shape_.format, shape_.inter, shape_.hidden, expert_data(expert));
 }
 PackedMatrix MoeLayer::up(int64_t expert) const {
-  return {shape_.format, shape_.inter, shape_.hidden, expert_data(expert) + gate_bytes_};
+  return packed_view(shape_.format, shape_.inter, shape_.hidden, expert_data(expert) + gate_bytes_);
 }
 PackedMatrix MoeLayer::down(int64_t expert) const {
-  return {shape_.format, shape_.hidden, shape_.inter, expert_data(expert) + 2 * gate_bytes_};
+  return packed_view(shape_.format, shape_.hidden, shape_.inter, expert_data(expert) + 2 * gate_bytes_);
 }
 
 void MoeLayer::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_stride, const bf16_t* up_w,
@@ -45,8 +45,7 @@ void MoeLayer::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_st
   runtime().pool->parallel_for(2 * inter_panels + packed[2].n_panels(), [&](int64_t task, int) {
     const int which = task < inter_panels ? 0 : task < 2 * inter_panels ? 1 : 2;
     const int64_t panel = task - which * inter_panels;
-    pack_panels(source[which], stride[which], packed[which].n, packed[which].k, panel, panel + 1,
-                const_cast<void*>(packed[which].data));
+    pack_panels(source[which], stride[which], packed[which], panel, panel + 1);
   });
   loaded_[static_cast<size_t>(expert)] = 1;
 }

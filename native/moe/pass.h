@@ -19,8 +19,8 @@ struct RowBlock {
 };
 
 struct ThreadScratch {
-  float* gemm = nullptr;  // gemm_scratch_floats()
-  float* sum0 = nullptr;  // [kRowBlock, 128]
+  std::byte* gemm = nullptr;  // kGemmScratchBytes
+  float* sum0 = nullptr;      // [kRowBlock, 128]
   float* sum1 = nullptr;
   float* tokens = nullptr;  // [tokens, 128] sums of all experts for the columns of a task
 };

@@ -9,7 +9,7 @@ static void plan_scratch(Pass& pass, int threads, Arena& arena) {
   pass.scratch = arena.take<ThreadScratch>(threads);
   for (int t = 0; t < threads; ++t) {
     ThreadScratch scratch;
-    scratch.gemm = arena.take<float>(gemm_scratch_floats());
+    scratch.gemm = arena.take<std::byte>(kGemmScratchBytes);
     scratch.sum0 = arena.take<float>(kSum);
     scratch.sum1 = arena.take<float>(kSum);
     scratch.tokens = arena.take<float>(pass.input.tokens * kMaxTaskPanels * kPanel);

@@ -136,40 +136,43 @@ KTS_TEST(thin_products_touch_nothing_beyond_their_rows) {
       }
 }
 
-KTS_TEST(kernel_rows_read_no_further_than_their_rows_and_packed_bytes) {
+// Values are checked in gemm_rows_test.cc; here a read or write beyond the end faults.
+KTS_TEST(kernel_rows_stay_inside_their_rows_and_packed_bytes) {
   for (const KernelRow& row : kernel_table()) {
     if ((detect_isa() & row.isa) == 0) continue;
+    const WeightFormat format{row.format, row.format == Format::kInt4 ? 32 : 0};
     for (const int64_t k : {1, 31, 33, 257, 300})
       for (const int64_t n : {1, 40, 130}) {
         const bool forward = row.direction == Direction::kForward;
-        const int64_t m = 13, inner = forward ? k : n, panels = ceil_div(forward ? n : k, kPanel),
-                      used = min_i64(panels, kMaxTaskPanels);
+        const int64_t m = row.max_m == 0 ? 13 : row.max_m, inner = forward ? k : n;
+        const int64_t panels = ceil_div(forward ? n : k, kPanel), used = min_i64(panels, kMaxTaskPanels);
         Random random(static_cast<uint64_t>(k * 1000 + n));
-        Guarded<bf16_t> w(n * k), packed(packed_bytes(Format::kBf16, n, k) / static_cast<int64_t>(sizeof(bf16_t)));
+        Guarded<bf16_t> w(n * k);
+        Guarded<char> memory(packed_bytes(format, n, k));
         fill(w, random);
-        pack_panels(w.get(), k, n, k, 0, ceil_div(n, kPanel), packed.get());
-        const PackedMatrix matrix{Format::kBf16, n, k, packed.get()};
+        const PackedMatrix matrix = packed_view(format, n, k, memory.get());
+        pack_panels(w.get(), k, matrix, 0, matrix.n_panels());
         std::vector<std::unique_ptr<Guarded<bf16_t>>> rows;
+        std::vector<std::unique_ptr<Guarded<int8_t>>> q_rows;
         std::vector<const bf16_t*> pointers;
+        std::vector<const int8_t*> q_pointers;
+        const std::vector<float> q_scales(static_cast<size_t>(m), 0.5f);
         for (int64_t i = 0; i < m; ++i) {
           rows.push_back(std::make_unique<Guarded<bf16_t>>(inner));
           fill(*rows.back(), random);
           pointers.push_back(rows.back()->get());
+          q_rows.push_back(std::make_unique<Guarded<int8_t>>(align_up(k, 64)));
+          for (int64_t t = 0; t < align_up(k, 64); ++t)
+            (*q_rows.back())[t] = t < k ? static_cast<int8_t>(t % 255 - 127) : 0;
+          q_pointers.push_back(q_rows.back()->get());
         }
-        Guarded<float> scratch(align_up(gemm_scratch_floats(), 16)), c(m * used * kPanel);
-        const GemmTask task{pointers.data(), m,     &matrix,      panels - used, panels, c.get(),
-                            used * kPanel,   false, scratch.get()};
+        Guarded<char> scratch(kGemmScratchBytes);
+        Guarded<float> c(m * used * kPanel);
+        GemmTask task{pointers.data(), m, &matrix, panels - used, panels, c.get(), used * kPanel, false, scratch.get()};
+        if (row.rows == Rows::kInt8) task.q_rows = q_pointers.data(), task.q_scales = q_scales.data();
         row.run(task);
-        for (int64_t i = 0; i < m; ++i)
-          for (int64_t j = 0; j < used * kPanel; ++j) {
-            const int64_t col = (panels - used) * kPanel + j;
-            double want = 0;
-            for (int64_t t = 0; col < (forward ? n : k) && t < inner; ++t)
-              want += static_cast<double>(bf16_to_f32(pointers[static_cast<size_t>(i)][t])) *
-                      bf16_to_f32(forward ? w[col * k + t] : w[t * k + col]);
-            KTS_EXPECT(std::fabs(c[i * used * kPanel + j] - want) <= 1e-6 * static_cast<double>(inner + 1))
-                << row.name << " n=" << n << " k=" << k << " at " << i << ", " << j;
-          }
+        for (int64_t i = 0; i < m * used * kPanel; ++i)
+          KTS_EXPECT(std::isfinite(c[i])) << row.name << " n=" << n << " k=" << k << " at " << i;
       }
   }
 }

@@ -47,6 +47,9 @@ struct RowOps {
   // q_offset.
   void (*axpy_rows)(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows,
                     int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols);
+  // x [cols] -> q = round(x / scale), to nearest even, scale = max |x| / 127, returned; zeros up to a multiple of 64.
+  // The scale is NaN when x holds a NaN or infinity, 0 when x is all zeros.
+  float (*quantize_row)(const bf16_t* x, int64_t cols, int8_t* q);
   // dst[j] = kept(col_begin + j) ? src[j] : 0
   void (*mask_bf16)(RowMask mask, int64_t col_begin, const bf16_t* src, int64_t cols, bf16_t* dst);
   // dst[j] += kept(col_begin + j) ? src[j] : 0

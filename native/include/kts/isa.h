@@ -10,18 +10,29 @@ enum Isa : uint32_t {
   kScalar = 1u << 0,  // plain C++: the reference of the tests, too slow for work
   kAvx2 = 1u << 1,    // AVX2 + FMA
   kAvx512 = 1u << 2,  // AVX-512 F, BW, DQ, VL
+  kAvx512Vnni = 1u << 3,
+  kAvx512Bf16 = 1u << 4,
+  kAmxBf16 = 1u << 5,  // AMX-TILE + AMX-BF16, granted by the operating system
+  kAmxInt8 = 1u << 6,
 };
 using IsaSet = uint32_t;
 
 const char* isa_name(Isa isa);
 
-// What this CPU and operating system can run; computed once.
+// What this CPU and operating system can run; computed once. A test that emulates instructions may define
+// `extern "C" unsigned kts_emulated_isa()`, whose levels are added.
 IsaSet detect_isa();
+
+// Why AMX is not in detect_isa(): empty when it is there, else one phrase for people.
+const char* amx_refusal();
 
 // What selection may use: detect_isa() narrowed by set_isa().
 IsaSet active_isa();
 std::string active_isa_name();
 std::vector<std::string> isa_names(IsaSet set);
+
+// Every level, narrowest first.
+const std::vector<Isa>& isa_levels();
 
 // Narrows selection to the named level and those below it. Throws std::invalid_argument for an unknown name or one
 // that the CPU lacks. "auto" takes the restriction away.

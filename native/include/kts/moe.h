@@ -15,7 +15,7 @@ struct MoeShape {
   int64_t num_experts = 0;
   int64_t hidden = 0;
   int64_t inter = 0;
-  Format format = Format::kBf16;
+  WeightFormat format;
   Activation activation = Activation::kSilu;
 
   // Row stride, in elements, of g, u and h buffers.

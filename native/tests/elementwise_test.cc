@@ -1,5 +1,5 @@
-// Every row of the kernel table and every row operation against plain loops: small integers, whose sums are exact in
-// f32, so results must be equal; all tails; extremes; NaN.
+// Every row operation against plain loops: small integers, whose sums are exact in f32, so results must be equal; tails;
+// extremes; NaN.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -7,7 +7,6 @@
 
 #include "check.h"
 #include "kts/elementwise.h"
-#include "kts/gemm.h"
 
 namespace kts::test {
 namespace {
@@ -16,146 +15,9 @@ struct Shape {
   int64_t m, n, k;
 };
 
-// Sides that differ and are no multiples of blocks, tiles or panels; every m up to two of the largest block; more than
-// one reduce block.
-std::vector<Shape> shapes() {
-  std::vector<Shape> all = {{1, 1, 1},   {2, 15, 31},  {3, 17, 33},   {5, 33, 257}, {7, 64, 300}, {13, 100, 47},
-                            {24, 31, 5}, {25, 47, 64}, {12, 300, 31}, {6, 513, 16}, {200, 40, 70}};
-  for (int64_t m = 1; m <= 26; ++m) all.push_back({m, 37, 45});
-  return all;
-}
-
-struct Problem {
-  std::vector<bf16_t> w, forward_a, grad_a;
-  std::vector<bf16_t> packed;
-  PackedMatrix matrix;
-  Shape shape;
-
-  Problem(const Shape& s, Random& random, bool integers) : shape(s) {
-    const auto fill = [&](std::vector<bf16_t>& v, int64_t count) {
-      v.resize(static_cast<size_t>(count));
-      for (bf16_t& x : v) x = f32_to_bf16(integers ? static_cast<float>(random.integer(-8, 8)) : random.real());
-    };
-    fill(w, s.n * s.k);
-    fill(forward_a, s.m * s.k);
-    fill(grad_a, s.m * s.n);
-    packed.resize(static_cast<size_t>(packed_bytes(Format::kBf16, s.n, s.k)) / sizeof(bf16_t),
-                  0x7fc0);  // NaN: padding must be written
-    pack_panels(w.data(), s.k, s.n, s.k, 0, ceil_div(s.n, kPanel), packed.data());
-    matrix = {Format::kBf16, s.n, s.k, packed.data()};
-  }
-
-  double value(int64_t n, int64_t k) const { return bf16_to_f32(w[static_cast<size_t>(n * shape.k + k)]); }
-
-  // Runs a row over all panels, kMaxTaskPanels at a time, and returns c [m, padded columns].
-  std::vector<float> run(const KernelRow& row, bool accumulate, int64_t* ldc) const {
-    const bool forward = row.direction == Direction::kForward;
-    const int64_t cols = forward ? shape.n : shape.k, inner = forward ? shape.k : shape.n;
-    const std::vector<bf16_t>& a = forward ? forward_a : grad_a;
-    *ldc = align_up(cols, kPanel);
-    std::vector<float> c(static_cast<size_t>(shape.m * *ldc), accumulate ? 3.0f : std::nanf(""));
-    std::vector<const bf16_t*> rows;
-    for (int64_t i = 0; i < shape.m; ++i) rows.push_back(a.data() + i * inner);
-    std::vector<float> scratch(static_cast<size_t>(gemm_scratch_floats()) + 16, std::nanf(""));
-    float* aligned = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / sizeof(float);
-    const int64_t panels = ceil_div(cols, kPanel);
-    for (int64_t p = 0; p < panels; p += kMaxTaskPanels)
-      row.run({rows.data(), shape.m, &matrix, p, min_i64(p + kMaxTaskPanels, panels), c.data() + p * kPanel, *ldc,
-               accumulate, aligned});
-    return c;
-  }
-
-  double expected(Direction direction, int64_t i, int64_t col, double* mass) const {
-    double sum = 0;
-    *mass = 0;
-    const bool forward = direction == Direction::kForward;
-    const int64_t inner = forward ? shape.k : shape.n;
-    for (int64_t t = 0; t < inner; ++t) {
-      const double a = bf16_to_f32((forward ? forward_a : grad_a)[static_cast<size_t>(i * inner + t)]);
-      const double term = a * (forward ? value(col, t) : value(t, col));
-      sum += term;
-      *mass += std::fabs(term);
-    }
-    return sum;
-  }
-};
-
-void check_row(const KernelRow& row, const Shape& shape, bool integers, bool accumulate) {
-  Random random(static_cast<uint64_t>(shape.m * 1000003 + shape.n * 1009 + shape.k));
-  const Problem problem(shape, random, integers);
-  int64_t ldc = 0;
-  const std::vector<float> c = problem.run(row, accumulate, &ldc);
-  const int64_t cols = row.direction == Direction::kForward ? shape.n : shape.k;
-  const int64_t terms = row.direction == Direction::kForward ? shape.k : shape.n;
-  for (int64_t i = 0; i < shape.m; ++i)
-    for (int64_t j = 0; j < ldc; ++j) {
-      double mass = 0;
-      double want = accumulate ? 3.0 : 0.0;
-      if (j < cols) want += problem.expected(row.direction, i, j, &mass);
-      const double got = c[static_cast<size_t>(i * ldc + j)];
-      const double bound = integers ? 0.0 : 1.2e-7 * static_cast<double>(terms + 1) * (mass + 3.0);
-      KTS_EXPECT(std::fabs(got - want) <= bound) << row.name << " m=" << shape.m << " n=" << shape.n << " k=" << shape.k
-                                                 << " at [" << i << ", " << j << "]: " << got << " != " << want;
-    }
-}
-
 bool runs_here(Isa isa) { return (detect_isa() & isa) != 0; }
 
 }  // namespace
-
-KTS_TEST(kernel_rows_are_exact_on_small_integers) {
-  for (const KernelRow& row : kernel_table())
-    if (runs_here(row.isa))
-      for (const Shape& shape : shapes()) check_row(row, shape, true, shape.m % 2 == 0);
-}
-
-KTS_TEST(kernel_rows_meet_the_bound_on_reals) {
-  for (const KernelRow& row : kernel_table())
-    if (runs_here(row.isa))
-      for (const Shape& shape : shapes()) check_row(row, shape, false, shape.m % 2 == 1);
-}
-
-KTS_TEST(rows_of_absent_isas_are_named) {
-  std::string names;
-  for (const KernelRow& row : kernel_table())
-    if (!runs_here(row.isa)) names += std::string(names.empty() ? "" : ", ") + row.name;
-  if (!names.empty()) KTS_SKIP("this CPU cannot run " + names);
-}
-
-KTS_TEST(kernels_carry_nan_to_their_row_only) {
-  for (const KernelRow& row : kernel_table()) {
-    if (!runs_here(row.isa)) continue;
-    Random random(5);
-    Problem problem({14, 40, 50}, random, false);
-    problem.forward_a[3 * 50 + 7] = problem.grad_a[3 * 40 + 7] = 0x7fc0;
-    int64_t ldc = 0;
-    const std::vector<float> c = problem.run(row, false, &ldc);
-    const int64_t cols = row.direction == Direction::kForward ? 40 : 50;
-    for (int64_t i = 0; i < 14; ++i)
-      for (int64_t j = 0; j < cols; ++j)
-        KTS_EXPECT(std::isnan(c[static_cast<size_t>(i * ldc + j)]) == (i == 3)) << row.name << " row " << i;
-  }
-}
-
-KTS_TEST(a_row_does_not_depend_on_its_neighbours) {
-  for (const KernelRow& row : kernel_table()) {
-    if (!runs_here(row.isa)) continue;
-    Random random(6);
-    const Problem whole({29, 70, 600}, random, false);
-    int64_t ldc = 0;
-    const std::vector<float> all = whole.run(row, false, &ldc);
-    for (const int64_t i : {int64_t{0}, int64_t{11}, int64_t{28}}) {
-      Problem one = whole;
-      one.shape.m = 1;
-      one.matrix.data = one.packed.data();
-      one.forward_a.assign(whole.forward_a.begin() + i * 600, whole.forward_a.begin() + (i + 1) * 600);
-      one.grad_a.assign(whole.grad_a.begin() + i * 70, whole.grad_a.begin() + (i + 1) * 70);
-      const std::vector<float> single = one.run(row, false, &ldc);
-      KTS_EXPECT(std::memcmp(single.data(), all.data() + i * ldc, static_cast<size_t>(ldc) * sizeof(float)) == 0)
-          << row.name << " row " << i;
-    }
-  }
-}
 
 namespace {
 

@@ -1,0 +1,102 @@
+// Packed weights: ONE copy of W [n, k] (a torch Linear weight: n outputs, k inputs) that both products read.
+//
+// Tiles of 16 n, two of them side by side a panel of 32 n; the tiles of a panel are one contiguous stream along k.
+//   bf16: tile of 16 n x 32 k, 1 KiB   t = (n / 32 * ceil(k / 32) + k / 32) * 2 + n % 32 / 16
+//         element t * 512 + k % 32 / 2 * 32 + n % 16 * 2 + k % 2
+//   int8: tile of 16 n x 64 k, 1 KiB   t = (n / 32 * ceil(k / 64) + k / 64) * 2 + n % 32 / 16
+//         byte t * 1024 + k % 64 / 4 * 64 + n % 16 * 4 + k % 4         two's complement, -127 .. 127
+//   int4: tile of 16 n x 64 k, 512 B   t as int8
+//         byte t * 512 + k % 32 / 4 * 64 + n % 16 * 4 + k % 4          low half: k % 64 < 32, high half: the others;
+//         holds q + 8, q in -8 .. 7
+// so a dword holds one n and the 2 (bf16) or 4 (int8, int4) consecutive k that AMX and the dot instructions take, and
+// 32 consecutive k of any tile are contiguous rows of 64 bytes.
+// Values beyond n and k are zero. W[n, k] = q * scale:
+//   int8: scale f32 [align_up(n, 32)], one per output channel n
+//   int4: scale bf16, index (n / 32 * ceil(k / group) + k / group) * 32 + n % 32. Every scale has at most 5 significant
+//         bits, so q * scale is a bf16 number: all kernels compute with the very same weights.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kts/base.h"
+#include "kts/types.h"
+
+namespace kts {
+
+enum class Format : int { kBf16 = 0, kInt8 = 1, kInt4 = 2 };
+
+struct WeightFormat {
+  Format kind = Format::kBf16;
+  int group = 0;  // int4: consecutive k that share a scale: 32, 64 or 128
+
+  bool operator==(const WeightFormat&) const = default;
+};
+
+inline constexpr int kTileN = 16;
+inline constexpr int kTileK = 32;   // k of a bf16 tile
+inline constexpr int kTileKQ = 64;  // k of an int8 or int4 tile
+inline constexpr int kPanel = 32;   // columns of both directions come in panels of this width
+inline constexpr int kTileElements = kTileN * kTileK;
+inline constexpr int kTileBytes = 1024;  // bf16 and int8
+inline constexpr int kTileBytesInt4 = 512;
+
+// A view of packed weights; the memory belongs to the layer.
+struct PackedMatrix {
+  WeightFormat format;
+  int64_t n = 0;
+  int64_t k = 0;
+  const void* data = nullptr;
+  const void* scales = nullptr;          // int8: f32, int4: bf16; as above
+  const int32_t* column_sums = nullptr;  // int8: sum over k of q [align_up(n, 32)]
+
+  int64_t n_panels() const { return ceil_div(n, kPanel); }
+  int64_t k_panels() const { return ceil_div(k, kPanel); }
+  int64_t k_groups() const { return ceil_div(k, format.group); }
+  const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
+  const float* int8_scales() const { return static_cast<const float*>(scales); }
+  const bf16_t* int4_scales() const { return static_cast<const bf16_t*>(scales); }
+};
+
+// Bytes of values, scales and sums, a multiple of 64; all zero bytes of it are read as zero weights but for int4.
+int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k);
+
+// The view of packed_bytes() bytes at `memory`, 64-byte aligned.
+PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* memory);
+
+// Quantises (kts/quant.h) and packs panels [panel_begin, panel_end) of w [n, k], row stride in elements. Panels are
+// independent.
+void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end);
+
+// The stored weights: writes rows of w [n, k] that belong to the given panels. bf16 is rounded from q * scale.
+void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, bf16_t* w, int64_t stride);
+void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, float* w, int64_t stride);
+
+// Integer of one int8 or int4 weight, by the formulas above: for tests and scalar kernels.
+KTS_INLINE int packed_integer(const PackedMatrix& w, int64_t n, int64_t k) {
+  const int64_t tile = (n / kPanel * ceil_div(w.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
+  if (w.format.kind == Format::kInt8)
+    return static_cast<int8_t>(w.bytes()[tile * kTileBytes + k % kTileKQ / 4 * 64 + n % kTileN * 4 + k % 4]);
+  const uint8_t pair = w.bytes()[tile * kTileBytesInt4 + k % kPanel / 4 * 64 + n % kTileN * 4 + k % 4];
+  return (k % kTileKQ < kPanel ? pair & 15 : pair >> 4) - 8;
+}
+
+// Scale of one int8 or int4 weight.
+KTS_INLINE float packed_scale(const PackedMatrix& w, int64_t n, int64_t k) {
+  if (w.format.kind == Format::kInt8) return w.int8_scales()[n];
+  return bf16_to_f32(w.int4_scales()[(n / kPanel * w.k_groups() + k / w.format.group) * kPanel + n % kPanel]);
+}
+
+// One weight, without the scale of int8.
+KTS_INLINE float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k) {
+  if (w.format.kind == Format::kInt8) return static_cast<float>(packed_integer(w, n, k));
+  if (w.format.kind == Format::kInt4) return static_cast<float>(packed_integer(w, n, k)) * packed_scale(w, n, k);
+  const int64_t tile = (n / kPanel * w.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
+  return bf16_to_f32(
+      static_cast<const bf16_t*>(w.data)[tile * kTileElements + k % kTileK / 2 * 32 + n % kTileN * 2 + k % 2]);
+}
+
+const char* format_name(Format format);
+// Throws std::invalid_argument for an unknown name or group.
+WeightFormat weight_format(const char* name, int group);
+
+}  // namespace kts
