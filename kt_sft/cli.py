@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from kt_sft.doctor import Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+FORMAT_ORDER = {"bf16": 0, "int8": 1, "int4": 2}
+PRODUCTS = {"forward": "forward", "input_grad": "gradient"}
 MARKS = {True: "[green]ok[/green]", False: "[red]no[/red]", None: "[dim]-[/dim]"}
 LEVELS = {"error": "[bold red]error[/bold red]", "warning": "[yellow]warning[/yellow]", "note": "[cyan]note[/cyan]"}
 
@@ -26,6 +28,7 @@ def main() -> None:
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every kernel, not only those in use.")] = False,
 ) -> None:
     """Say what this machine offers, which kernels will run, what to do about each problem; exit code 1 on errors."""
     from kt_sft.doctor import collect
@@ -34,13 +37,15 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        _show(report, Console())
+        _show(report, Console(), verbose)
     raise typer.Exit(0 if report.ok else 1)
 
 
-def _show(report: Report, console: Console) -> None:
+def _show(report: Report, console: Console, verbose: bool) -> None:
     console.print(_machine_table(report))
     console.print(_kernel_table(report))
+    if verbose:
+        console.print(_every_kernel_table(report))
     console.print(_version_table(report))
     hook = (
         "[green]active[/green]"
@@ -78,14 +83,29 @@ def _machine_table(report: Report) -> Table:
 
 
 def _kernel_table(report: Report) -> Table:
+    """The kernels in use, one line per weight format and kind of product."""
     kernels = report.kernels
     detected = ", ".join(kernels.get("detected") or []) or "none"
-    table = Table(Column("kernel", no_wrap=True), "format", "ISA", "CPU has it", "in use")
-    table.title = f"instruction sets: {detected}; in use: {kernels.get('active') or 'none'}"
+    table = Table("weights", "activations", "product", Column("kernels in use", overflow="fold"))
+    table.title = f"instruction sets: {detected}; in use: {kernels.get('active') or 'none'}; AMX: {kernels.get('amx')}"
     table.title_justify = "left"
+    used: dict[tuple[str, str, str], list[str]] = {}
     for row in kernels.get("rows") or []:
+        names = used.setdefault((row["format"], row["rows"], row["op"]), [])
+        if row["selected"]:
+            names.append(row["name"])
+    inference = kernels.get("inference_activations") or {}
+    for (weights, activations, op), names in sorted(used.items(), key=lambda item: FORMAT_ORDER[item[0][0]]):
+        default = activations == inference.get(weights) and op == "forward" and weights != "bf16"
+        table.add_row(weights, activations + (" (inference)" if default else ""), PRODUCTS[op], ", ".join(names) or "-")
+    return table
+
+
+def _every_kernel_table(report: Report) -> Table:
+    table = Table(Column("kernel", no_wrap=True), "weights", "activations", "ISA", "CPU has it", "in use")
+    for row in report.kernels.get("rows") or []:
         marks = MARKS[bool(row["available"])], "[bold green]yes[/bold green]" if row["selected"] else ""
-        table.add_row(row["name"], row["format"], row["isa"], *marks)
+        table.add_row(row["name"], row["format"], row["rows"], row["isa"], *marks)
     return table
 
 

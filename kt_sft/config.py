@@ -9,9 +9,27 @@ from typing import Any
 from kt_sft.errors import ConfigError, nearest
 
 # Accepted spellings -> weight format. Only formats whose kernels exist are listed.
-METHODS = {"BF16": "BF16", "AMXBF16": "BF16"}
+METHODS = {
+    "BF16": "BF16",
+    "INT8": "INT8",
+    "INT4": "INT4",
+    "AMXBF16": "BF16",
+    "AMXINT8": "INT8",
+    "AMXINT4": "INT4",
+    "MOE_INT8": "INT8",
+    "MOE_INT4": "INT4",
+}
+INT4_GROUP_SIZES = (32, 64, 128)
+EXPERT_ACTIVATIONS = ("auto", "bf16", "int8")
+CPU_LINEARS = ("auto", "off", "bf16", "int8")
 CPU_ACTIVATIONS = ("retain", "recompute")
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+_CHOICES = {
+    "expert_activations": EXPERT_ACTIVATIONS,
+    "cpu_activation": CPU_ACTIVATIONS,
+    "cpu_linear": CPU_LINEARS,
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +37,12 @@ class KTConfig:
     """How the routed experts are held and computed.
 
     Args:
-        method: weight format in memory: `BF16` (`AMXBF16` is another name for it).
+        method: weight format in memory: `BF16`, `INT8` (one scale per output channel) or `INT4` (one scale per group of
+            inputs); `AMXBF16`, `AMXINT8`, `MOE_INT8`, `AMXINT4`, `MOE_INT4` are other names for them.
+        int4_group_size: 32, 64 or 128 weights share a scale in `INT4`; sizes need not be multiples of it.
+        expert_activations: `bf16` multiplies bf16 activations with the weights; `int8` quantises them row by row, which
+            needs `INT8` or `INT4` and gives straight-through gradients; `auto` is bf16 in training and wherever
+            gradients are recorded, else int8 if the CPU has int8 dot instructions (docs/numerics.md: errors).
         threads: kernel threads of this process; None: physical cores that the process may use, divided by the
             processes on this machine.
         threadpool_count: groups of threads, one per NUMA node; None: the number of NUMA nodes.
@@ -27,19 +50,25 @@ class KTConfig:
         expert_lora: LoRA on the routed experts; None: yes when the LoRA target is `all` or names experts.
         cpu_activation: `retain` keeps the expert activations for backward, `recompute` computes them again.
         weight_path: checkpoint directory that the experts are read from; None: the model's own.
-        isa: narrows the kernels to `scalar`, `avx2` or `avx512`; None: the widest that the CPU has.
+        cpu_linear: kernels for the frozen linear layers that live on the CPU: `auto` (bf16 where that is faster than
+            torch), `off`, `bf16`, `int8`.
+        isa: narrows the kernels to `scalar`, `avx2`, `avx512`, `avx512_vnni`, `avx512_bf16`, `amx_bf16` or `amx_int8`,
+            each with all before it; None: everything that the CPU has.
 
     Raises:
         ConfigError: lists every fault at once.
     """
 
     method: str = "BF16"
+    int4_group_size: int = 32
+    expert_activations: str = "auto"
     threads: int | None = None
     threadpool_count: int | None = None
     chunk_size: int = 1024
     expert_lora: bool | None = None
     cpu_activation: str = "retain"
     weight_path: str | None = None
+    cpu_linear: str = "auto"
     isa: str | None = None
 
     def __post_init__(self) -> None:
@@ -50,9 +79,21 @@ class KTConfig:
         if self.weight_path is not None:
             object.__setattr__(self, "weight_path", str(self.weight_path))
 
+    @property
+    def weight_format(self) -> str:
+        """The method as the kernels call it: `bf16`, `int8` or `int4`."""
+        return self.method.lower()
+
     def _faults(self) -> Iterator[str]:
         if not isinstance(self.method, str) or self.method.upper() not in METHODS:
             yield _unknown("method", self.method, METHODS)
+        elif self.expert_activations == "int8" and METHODS[self.method.upper()] == "BF16":
+            yield "expert_activations: int8 needs method INT8 or INT4, found BF16; set one of them, or leave it auto"
+        if type(self.int4_group_size) is not int or self.int4_group_size not in INT4_GROUP_SIZES:
+            yield f"int4_group_size: expected one of 32, 64, 128, found {self.int4_group_size!r}"
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                yield _unknown(name, getattr(self, name), known)
         for name, optional in (("threads", True), ("threadpool_count", True), ("chunk_size", False)):
             value = getattr(self, name)
             if value is None and optional:
@@ -61,8 +102,6 @@ class KTConfig:
                 yield f"{name}: expected a whole number >= 1{' or nothing' if optional else ''}, found {value!r}"
         if self.expert_lora is not None and not isinstance(self.expert_lora, bool):
             yield f"expert_lora: expected true, false or nothing, found {self.expert_lora!r}"
-        if self.cpu_activation not in CPU_ACTIVATIONS:
-            yield _unknown("cpu_activation", self.cpu_activation, CPU_ACTIVATIONS)
         if self.weight_path is not None and not str(self.weight_path).strip():
             yield "weight_path: expected a checkpoint directory or nothing, found an empty string"
         if self.isa is not None and self.isa not in ISAS:

@@ -18,6 +18,8 @@ from kt_sft.errors import GIB, KTError
 # Shown in this order; ranges come from the metadata of the installed kt_sft, so that they are stated once.
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "llamafactory", "deepspeed")
 REQUIRED = frozenset({"torch", "transformers", "peft", "accelerate"})
+FORMATS = ("bf16", "int8", "int4")
+NO_AMX = "the CPU has no AMX"
 BUILD_REMEDY = "in a clone: make setup; otherwise: pip install --force-reinstall --no-deps kt_sft"
 
 
@@ -79,7 +81,7 @@ def _native(report: Report) -> None:
         library = native()
     except ImportError as error:
         report.machine.update(_cpu_without_library())
-        report.kernels = {"built": False, "detected": [], "active": None, "rows": [], "threads": None}
+        report.kernels = {"built": False, "detected": [], "active": None, "rows": [], "threads": None, "amx": None}
         report.add("error", f"the native library is missing: {_first_line(error)}", BUILD_REMEDY)
         return
     report.machine.update(library.cpu_info())
@@ -97,7 +99,12 @@ def _native(report: Report) -> None:
         "active": library.isa_active(),
         "rows": [dict(row) for row in library.kernel_rows()],
         "threads": library.default_threads(),
+        "amx": library.amx_refusal() or "yes",
+        "inference_activations": {name: library.default_rows(name) for name in FORMATS},
     }
+    if library.amx_refusal() not in ("", NO_AMX):
+        remedy = "use Linux 5.16 or later; in a container its seccomp profile must let arch_prctl pass"
+        report.add("warning", f"the CPU has AMX, but it cannot be used: {library.amx_refusal()}", remedy)
     if "avx2" not in report.kernels["detected"]:
         remedy = (
             "use a machine with AVX2: Intel since 2013, AMD since 2015 (virtual machines: expose the host's CPU flags)"

@@ -20,7 +20,7 @@ class Variable:
 
 VARIABLES: tuple[Variable, ...] = (
     Variable("USE_KT", "1 installs the LLaMA-Factory hook; unset or 0 leaves LLaMA-Factory untouched"),
-    Variable("KT_SFT_ISA", "narrows the kernels to scalar, avx2 or avx512; overrides KTConfig.isa"),
+    Variable("KT_SFT_ISA", "narrows the kernels: scalar, avx2, avx512, ..., amx_int8; overrides KTConfig.isa"),
     Variable("KT_SFT_THREADS", "number of kernel threads in this process; overrides KTConfig.threads"),
     Variable("KT_SFT_TRACEBACK", "1 shows the traceback of an error instead of its one-line message"),
     Variable("TORCH_DEVICE_BACKEND_AUTOLOAD", "0 keeps torch from loading entry points, and so our hook", "torch"),

@@ -60,20 +60,32 @@ def estimate(
     return MemoryEstimate(sum(packed_bytes), staging, rest_bytes, ranks)
 
 
-def check(needed: MemoryEstimate, available: AvailableMemory) -> None:
+def check(
+    needed: MemoryEstimate, available: AvailableMemory, smaller: Mapping[str, MemoryEstimate] | None = None
+) -> None:
     """Raise unless the model fits.
+
+    Args:
+        smaller: what other weight formats would need, by name; the message names those that fit.
 
     Raises:
         NotEnoughMemory: needed and available in GiB, with what limits it.
     """
-    if needed.total_bytes > available.bytes:
-        raise NotEnoughMemory(
-            f"memory for the model ({needed.describe()})",
-            needed_bytes=needed.total_bytes,
-            available_bytes=available.bytes,
-            limited_by=available.limited_by,
-            remedy="free memory, raise the container's limit, or use a machine with more",
-        )
+    if needed.total_bytes <= available.bytes:
+        return
+    fitting = [
+        f"{name} needs {other.total_bytes / GIB:.1f} GiB"
+        for name, other in (smaller or {}).items()
+        if other.total_bytes <= available.bytes
+    ]
+    others = f"use a smaller format of the experts ({', '.join(fitting)}), or " if fitting else ""
+    raise NotEnoughMemory(
+        f"memory for the model ({needed.describe()})",
+        needed_bytes=needed.total_bytes,
+        available_bytes=available.bytes,
+        limited_by=available.limited_by,
+        remedy=f"{others}free memory, raise the container's limit, or use a machine with more",
+    )
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> AvailableMemory:

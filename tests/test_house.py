@@ -51,6 +51,7 @@ CPP_MAY_INCLUDE = {
     "gemm": {"kts", "gemm", "arch"},
     "runtime": {"kts", "runtime"},
     "quant": {"kts", "quant", "gemm"},
+    "linear": {"kts", "linear", "gemm"},
     "moe": {"kts", "moe", "quant", "gemm", "runtime"},
     "bindings": {"kts", "bindings", "moe", "quant", "runtime"},
 }
@@ -72,7 +73,7 @@ def without_comments(text: str) -> str:
 
 def cpp_functions(text: str) -> Iterator[tuple[int, int]]:
     """(first line, lines) of every braced body that follows a parameter list, found by matching braces."""
-    code = without_comments(text)
+    code = re.sub(r"(?m)^\s*#.*$", "", without_comments(text))
     stack: list[tuple[bool, int]] = []
     since = 0  # where the text that may introduce the next brace begins
     for match in re.finditer(r"[{};]", code):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,12 +18,17 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
-from kt_sft.errors import ConfigError
+from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
+from kt_sft.nn.packed_linear import has_rounded_linears, saving_packed_weights
 
+logger = logging.getLogger(__name__)
+
+# Of the weights, rel-L2, for normally distributed ones (docs/numerics.md).
+FORMAT_ERRORS = {"int8": "0.9 %", "int4": "8 to 10 %"}
 _UNITS = {
     "B": 1,
     "KB": 10**3,
@@ -58,7 +64,9 @@ def save_full_model(
     """Write config, weights and experts so that stock `from_pretrained` reads them; also `model.save_pretrained`.
 
     Files are written aside and renamed when all are complete. Experts have the keys of the checkpoint that the model
-    came from and the model's dtype. Memory: one expert beside the model.
+    came from and the model's dtype. Memory: one expert and the weights of packed linear layers beside the model. INT8
+    and INT4 experts are read from the checkpoint again, merged adapters included; if it is gone, what is packed is
+    written and a warning says so, as it does for linear layers in int8.
 
     Args:
         save_kwargs: further arguments of transformers' `save_pretrained`.
@@ -74,16 +82,23 @@ def save_full_model(
     if not is_main_process:
         return
     limit_bytes = parse_size(max_shard_size)
+    if has_rounded_linears(model):
+        logger.warning(
+            "linear layers are saved as int8 rounded them, with a relative error of about %s: load with "
+            "cpu_linear: bf16 or off to save them exactly",
+            FORMAT_ERRORS["int8"],
+        )
     target = Path(save_directory)
     target.mkdir(parents=True, exist_ok=True)
     staging = target / f".saving-{os.getpid()}"
     staging.mkdir()
     try:
-        type(model).save_pretrained(
-            model, staging, max_shard_size=max_shard_size, save_original_format=save_original_format, **save_kwargs
-        )
+        with saving_packed_weights(model):
+            type(model).save_pretrained(
+                model, staging, max_shard_size=max_shard_size, save_original_format=save_original_format, **save_kwargs
+            )
         plan = _plan(model, save_original_format)
-        _write_experts(staging, plan, limit_bytes)
+        _write_experts(staging, plan, _Unpacker(), limit_bytes)
         _write_index(staging)
         _publish(staging, target)
     finally:
@@ -149,7 +164,33 @@ def _tensor_parts(layer: LayerSource, module: nn.Module) -> Iterator[tuple[str, 
             yield layer.single[projection, expert], [_Part(module, expert, projection)]
 
 
-def _write_experts(folder: Path, plan: list[tuple[PlannedTensor, list[_Part]]], limit_bytes: int) -> None:
+class _Unpacker:
+    """Gives an expert's matrices as exactly as anybody still knows them; warns once where that is not exact."""
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def __call__(self, experts: nn.Module, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        origin = experts.origin(index)
+        reason = "their weights were set by load_expert"
+        if origin is not None:
+            try:
+                return origin()
+            except FormatError as error:
+                reason = str(error)
+        if not self._has_warned:
+            name = experts.weight_format
+            logger.warning(
+                "experts are saved as %s rounded them, with a relative error of about %s: %s",
+                *(name.upper(), FORMAT_ERRORS[name], reason),
+            )
+            self._has_warned = True
+        return experts.unpack_expert(index)
+
+
+def _write_experts(
+    folder: Path, plan: list[tuple[PlannedTensor, list[_Part]]], unpack: _Unpacker, limit_bytes: int
+) -> None:
     """Fill shards in layer order, each up to the limit (a larger single tensor has a shard of its own)."""
     shards: list[list[tuple[PlannedTensor, list[_Part]]]] = []
     used_bytes = 0
@@ -161,16 +202,16 @@ def _write_experts(folder: Path, plan: list[tuple[PlannedTensor, list[_Part]]], 
         used_bytes += entry[0].num_bytes
     for number, shard in enumerate(hf_logging.tqdm(shards, desc="Writing expert shards"), 1):
         tensors = [tensor for tensor, _ in shard]
-        pieces = _pieces(tensors[0].dtype, (part for _, parts in shard for part in parts))
+        pieces = _pieces(tensors[0].dtype, (part for _, parts in shard for part in parts), unpack)
         write(folder / f"experts-{number:05d}.safetensors", tensors, pieces)
 
 
-def _pieces(dtype: str, parts: Iterable[_Part]) -> Iterator[Tensor]:
+def _pieces(dtype: str, parts: Iterable[_Part], unpack: _Unpacker) -> Iterator[Tensor]:
     unpacked: tuple[nn.Module, int] | None = None
     matrices: dict[str, Tensor] = {}
     for part in parts:
         if unpacked != (part.module, part.expert):
-            matrices = dict(zip(_PROJECTIONS, part.module.unpack_expert(part.expert), strict=True))
+            matrices = dict(zip(_PROJECTIONS, unpack(part.module, part.expert), strict=True))
             unpacked = (part.module, part.expert)
         yield matrices[part.projection].to(getattr(torch, dtype.removeprefix("torch.")))
 

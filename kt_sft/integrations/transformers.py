@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import cached_file
-from transformers.utils import logging as hf_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kt_sft import env, memory
 from kt_sft.config import ISAS, KTConfig
 from kt_sft.errors import ConfigError, FormatError, UnsupportedHardware, UnsupportedModel, nearest
 from kt_sft.formats.safetensors_index import SafetensorsIndex
+from kt_sft.integrations.expert_files import stream_experts
+from kt_sft.integrations.linears import pack_linears
 from kt_sft.integrations.saving import save_full_model
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts
@@ -115,7 +116,7 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
         model = AutoModelForCausalLM.from_config(model_config, **remote)
     specs = find_experts(model)
     on_cpu = _uses_main_memory(from_pretrained_kwargs.get("device_map"))
-    _check_memory(specs, _rest_bytes(model, specs) if on_cpu else 0)
+    _check_memory(specs, _rest_bytes(model, specs) if on_cpu else 0, config)
     if Path(path).is_dir() and not hub_kwargs.get("subfolder"):
         with SafetensorsIndex.from_directory(path) as own:
             files = sorted({str(own.info(name).file) for name in own})
@@ -137,11 +138,12 @@ def prepare_native(config: KTConfig) -> None:
         if isa not in ISAS:
             raise ConfigError(f"KT_SFT_ISA: expected one of {', '.join(ISAS)}, found {isa!r}; {nearest(isa, ISAS)}")
         if isa not in detected:
+            reason = f"{library.amx_refusal()}; " if isa.startswith("amx") and library.amx_refusal() else ""
             raise UnsupportedHardware(
                 "kernel level",
                 needed=isa,
                 found=", ".join(detected),
-                remedy="unset isa to use the widest that the CPU has",
+                remedy=f"{reason}unset isa to use the widest that the CPU has",
             )
         library.set_isa(isa)
     elif "avx2" not in detected:
@@ -204,7 +206,7 @@ class KTExpertsQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or []
         self._layers, self._index = _open_experts(model, specs, files, self.kt_config.weight_path)
         rest_bytes = _rest_bytes(model, specs) if _uses_main_memory(kwargs.get("device_map")) else 0
-        _check_memory(specs, rest_bytes)
+        _check_memory(specs, rest_bytes, self.kt_config)
         _swap_experts(model, specs, self.kt_config)
         model._keys_to_ignore_on_load_unexpected = [
             *(model._keys_to_ignore_on_load_unexpected or []),
@@ -215,8 +217,9 @@ class KTExpertsQuantizer(HfQuantizer):
         """All other weights are in: pack the experts, then leave an ordinary-looking model."""
         assert self._index is not None
         with self._index as index:
-            _stream_experts(model, self._layers, index)
+            stream_experts(model, self._layers, index)
         self._layers, self._index = {}, None
+        pack_linears(model, self.kt_config)
         self.remove_quantization_config(model)
         with suppress(AttributeError):
             del model._keys_to_ignore_on_load_unexpected
@@ -346,11 +349,17 @@ def _uses_main_memory(device_map: dict[str, Any] | str | None) -> bool:
     return any(str(device) == "cpu" for device in device_map.values())
 
 
-def _check_memory(specs: dict[str, ExpertsSpec], rest_bytes: int) -> None:
-    packed_bytes = native().MoeLayer.packed_bytes_for
-    sizes = [packed_bytes(spec.num_experts, spec.hidden, spec.inter, "bf16") for spec in specs.values()]
-    needed = memory.estimate(specs, sizes, rest_bytes, ranks=env.local_world_size())
-    memory.check(needed, memory.available_memory())
+def _check_memory(specs: dict[str, ExpertsSpec], rest_bytes: int, config: KTConfig) -> None:
+    def needed(weight_format: str) -> memory.MemoryEstimate:
+        packed_bytes = native().MoeLayer.packed_bytes_for
+        sizes = [
+            packed_bytes(spec.num_experts, spec.hidden, spec.inter, weight_format, config.int4_group_size)
+            for spec in specs.values()
+        ]
+        return memory.estimate(specs, sizes, rest_bytes, ranks=env.local_world_size())
+
+    smaller = {method: needed(method.lower()) for method in ("INT8", "INT4") if method != config.method}
+    memory.check(needed(config.weight_format), memory.available_memory(), smaller)
 
 
 def _swap_experts(model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig) -> None:
@@ -360,7 +369,13 @@ def _swap_experts(model: PreTrainedModel, specs: dict[str, ExpertsSpec], config:
         # transformers builds the model under a meta-device context that must not reach our placeholders.
         with torch.device("cpu"):
             experts = RoutedExperts(
-                spec, chunk_size=config.chunk_size, cpu_activation=config.cpu_activation, dtype=dtype
+                spec,
+                weight_format=config.weight_format,
+                group_size=config.int4_group_size,
+                expert_activations=config.expert_activations,
+                chunk_size=config.chunk_size,
+                cpu_activation=config.cpu_activation,
+                dtype=dtype,
             )
         for parameter in experts.parameters():
             parameter._is_hf_initialized = True
@@ -374,17 +389,3 @@ def _unread_patterns(model: PreTrainedModel, specs: dict[str, ExpertsSpec]) -> I
     text_config = model.config.get_text_config()
     for extra in range(getattr(text_config, "num_nextn_predict_layers", None) or 0):
         yield rf"^model\.layers\.{text_config.num_hidden_layers + extra}\."
-
-
-def _stream_experts(model: nn.Module, layers: dict[str, LayerSource], index: SafetensorsIndex) -> None:
-    """Pack every expert, one at a time; nothing but the packed copy stays in anonymous memory."""
-    total = sum(layer.spec.num_experts for layer in layers.values())
-    with hf_logging.tqdm(total=total, desc="Packing experts", unit="expert", disable=env.local_rank() > 0) as bar:
-        for name, layer in layers.items():
-            experts = model.get_submodule(name)
-            for expert in range(layer.spec.num_experts):
-                gate, up, down = (index.read(part.key, part.rows).to(torch.bfloat16) for part in layer.expert(expert))
-                experts.load_expert(expert, gate, up, down)
-                bar.update()
-    packed_bytes = sum(model.get_submodule(name).packed_bytes for name in layers)
-    logger.info("packed %d experts of %d layers in %.2f GiB", total, len(layers), packed_bytes / (1 << 30))

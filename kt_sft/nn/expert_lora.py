@@ -7,12 +7,38 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from kt_sft.native import native
 from kt_sft.ops.moe import LoraTensors
 
 EXPERT_MAJOR = "expert_major"  # stored [num_experts * rank, dim]
 EXPERT_MINOR = "expert_minor"  # stored [dim, rank * num_experts], expert index fastest
 _SAMPLES = 64  # values that tell a copy from its parameter; ten microseconds per look
+
+
+class _ExpertMinorView(torch.autograd.Function):
+    """`[dim, rank * num_experts]` seen as `[num_experts, rank, dim]`; the gradient goes back by blocks, in parallel.
+
+    torch's own strided copy of the gradient takes several times as long, at one token as long as the kernels.
+    """
+
+    @staticmethod
+    def forward(ctx, stored, num_experts):
+        return _expert_minor_view(stored, num_experts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if grad.device.type == "cpu" and grad.dtype == torch.float32 and grad.is_contiguous():
+            stored = torch.empty(grad.shape[2], grad.shape[1] * grad.shape[0], dtype=torch.float32, device="cpu")
+            native().gradient_to_expert_minor(grad, stored)
+            return stored, None
+        return grad.permute(2, 1, 0).reshape(grad.shape[2], -1), None
+
+
+def _expert_minor_view(stored: Tensor, num_experts: int) -> Tensor:
+    return stored.view(stored.shape[0], -1, num_experts).permute(2, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -25,26 +51,27 @@ class LoraFactor:
 
     def canonical(self) -> Tensor:
         """Differentiable view `[num_experts, rank, dim]`."""
-        return self._view(self.parameter)
+        if self.layout == EXPERT_MAJOR:
+            return self._expert_major(self.parameter)
+        return _ExpertMinorView.apply(self.parameter, self.num_experts)
 
     def operand(self) -> Tensor:
-        """bf16 CPU copy `[num_experts, rank, dim]`, contiguous; never the parameter's own memory."""
-        stored = self.parameter.detach().to("cpu", torch.bfloat16, copy=True)
+        """f32 CPU copy `[num_experts, rank, dim]`, contiguous; never the parameter's own memory."""
         if self.layout == EXPERT_MAJOR:
-            return self._view(stored)
-        # [rank, num_experts, dim] in between: two plain transposes are 2 to 3 times as fast as one permutation.
-        rank_major = stored.t().contiguous().view(-1, self.num_experts, stored.shape[0])
-        return rank_major.transpose(0, 1).contiguous()
+            return self._expert_major(self.parameter.detach().to("cpu", torch.float32, copy=True))
+        stored = self.parameter.detach().to("cpu", torch.float32).contiguous()
+        shape = (self.num_experts, stored.shape[1] // self.num_experts, stored.shape[0])
+        operand = torch.empty(shape, dtype=torch.float32, device="cpu")
+        native().operand_from_expert_minor(stored, operand)
+        return operand
 
     def sample(self) -> float:
         """Sum over a few values of the parameter."""
         stored = self.parameter.detach().reshape(-1)
         return stored[:: stored.numel() // _SAMPLES + 1].sum(dtype=torch.float64).item()
 
-    def _view(self, stored: Tensor) -> Tensor:
-        if self.layout == EXPERT_MAJOR:
-            return stored.view(self.num_experts, -1, stored.shape[-1])
-        return stored.view(stored.shape[0], -1, self.num_experts).permute(2, 1, 0)
+    def _expert_major(self, stored: Tensor) -> Tensor:
+        return stored.view(self.num_experts, -1, stored.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -80,7 +107,7 @@ class ExpertLora:
         return tuple(None if f is None else f.canonical() for f in self._factors())
 
     def operands(self) -> LoraTensors:
-        """bf16 copies of the same, made again when a parameter changed.
+        """f32 CPU copies of the same, made again when a parameter changed.
 
         Writes through `.data` (DeepSpeed, PEFT's hot swap, hand-written steps) leave the version alone. Those of a
         training step come after a backward, which ends all copies; others show in a sample of the values.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,7 @@ from kt_sft.nn.expert_lora import ExpertLora
 from kt_sft.ops.moe import NO_LORA, MoeCall, moe
 
 PLACEHOLDERS = ("gate_up_proj", "down_proj")
+Matrices = tuple[Tensor, Tensor, Tensor]  # gate, up [inter, hidden], down [hidden, inter] of one expert
 
 
 class RoutedExperts(nn.Module):
@@ -18,6 +22,9 @@ class RoutedExperts(nn.Module):
 
     Args:
         spec: sizes and activation.
+        weight_format: `bf16`, `int8` or `int4`; what is loaded is rounded to it.
+        group_size: weights that share a scale in `int4`.
+        expert_activations: `bf16`, `int8` (quantised row by row) or `auto`, see `rows`.
         chunk_size: tokens per native pass.
         cpu_activation: `retain` or `recompute` gate and up products in backward.
         dtype: that the placeholders show to PEFT.
@@ -27,31 +34,78 @@ class RoutedExperts(nn.Module):
     """
 
     def __init__(
-        self, spec: ExpertsSpec, *, chunk_size: int = 1024, cpu_activation: str = "retain", dtype=torch.bfloat16
+        self,
+        spec: ExpertsSpec,
+        *,
+        weight_format: str = "bf16",
+        group_size: int = 32,
+        expert_activations: str = "auto",
+        chunk_size: int = 1024,
+        cpu_activation: str = "retain",
+        dtype=torch.bfloat16,
     ):
         super().__init__()
         self.num_experts = spec.num_experts
         self.hidden_dim = spec.hidden
         self.intermediate_dim = spec.inter
         self.spec = spec
+        self.weight_format = weight_format
+        self.group_size = group_size
+        self.expert_activations = expert_activations
         self.chunk_size = chunk_size
         self.retain = cpu_activation == "retain"
-        self.layer = native().MoeLayer(spec.num_experts, spec.hidden, spec.inter, "bf16", spec.activation)
+        sizes = (spec.num_experts, spec.hidden, spec.inter)
+        self.layer = native().MoeLayer(*sizes, weight_format, spec.activation, group_size)
         self.lora: ExpertLora | None = None
+        self._origins: dict[int, Callable[[], Matrices]] = {}
         self.gate_up_proj = _placeholder((spec.num_experts, 2 * spec.inter, spec.hidden), dtype)
         self.down_proj = _placeholder((spec.num_experts, spec.hidden, spec.inter), dtype)
 
-    def load_expert(self, index: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        """Packs gate, up `[inter, hidden]` and down `[hidden, inter]`, bf16; the tensors are free afterwards."""
-        self.layer.load_expert(index, gate, up, down)
+    def load_expert(
+        self, index: int, gate: Tensor, up: Tensor, down: Tensor, *, origin: Callable[[], Matrices] | None = None
+    ) -> None:
+        """Packs gate, up `[inter, hidden]` and down `[hidden, inter]`, bf16; the tensors are free afterwards.
 
-    def unpack_expert(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies (gate, up, down) of one expert as they were loaded."""
+        Args:
+            origin: gives the same three again at any later time; kept only where packing rounds.
+        """
+        self.layer.load_expert(index, gate, up, down)
+        self._origins.pop(index, None)
+        if origin is not None and not self.is_exact:
+            self._origins[index] = origin
+
+    def unpack_expert(self, index: int) -> Matrices:
+        """Copies (gate, up, down) of one expert as they are packed, in bf16: as they were loaded if `is_exact`."""
         kind = {"dtype": torch.bfloat16, "device": "cpu"}
         gate, up = (torch.empty(self.intermediate_dim, self.hidden_dim, **kind) for _ in range(2))
         down = torch.empty(self.hidden_dim, self.intermediate_dim, **kind)
         self.layer.unpack_expert(index, gate, up, down)
         return gate, up, down
+
+    def origin(self, index: int) -> Callable[[], Matrices] | None:
+        """What gives one expert (gate, up, down) in bf16 as it was loaded; None if nobody has that any more.
+
+        Calling it raises FormatError where the checkpoint is gone or changed.
+        """
+        return functools.partial(self.unpack_expert, index) if self.is_exact else self._origins.get(index)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the packed weights are those that were loaded."""
+        return self.weight_format == "bf16"
+
+    def rows(self) -> str:
+        """Activations of a forward pass that starts now: `bf16` or `int8`.
+
+        `auto` takes int8 for inference only, that is in eval mode with gradients off, and where int8 dot instructions
+        make it faster. A pass without gradients in train mode stays bf16: it is the first one of a checkpointed layer,
+        or a reference for the policy in training, and must compute what the pass with gradients computes.
+        """
+        if self.expert_activations != "auto":
+            return self.expert_activations
+        if self.is_exact or self.training or torch.is_grad_enabled():
+            return "bf16"
+        return native().default_rows(self.weight_format)
 
     @property
     def packed_bytes(self) -> int:
@@ -68,7 +122,7 @@ class RoutedExperts(nn.Module):
             )
         shape = hidden_states.shape
         x = hidden_states.reshape(-1, shape[-1])  # [tokens, hidden]
-        call = MoeCall(self.layer, chunk_size=self.chunk_size, retain=self.retain)
+        call = MoeCall(self.layer, rows=self.rows(), chunk_size=self.chunk_size, retain=self.retain)
         lora = NO_LORA
         if self.lora is not None and self.lora.active():
             lora = self.lora.tensors()
@@ -100,7 +154,9 @@ class RoutedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden={self.hidden_dim}, inter={self.intermediate_dim}"
-        return f"{sizes}, {self.spec.activation}, bf16"
+        group = f" in groups of {self.group_size}" if self.weight_format == "int4" else ""
+        rows = "" if self.is_exact else f", activations={self.expert_activations}"
+        return f"{sizes}, {self.spec.activation}, {self.weight_format}{group}{rows}"
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -21,8 +21,10 @@ class MoeCall:
 
     Args:
         layer: `kt_sft._native.MoeLayer`.
+        rows: `bf16` or, with quantised weights, `int8`: activations rounded to integers row by row. Gradients pass
+            straight through that rounding and are those of the stored weights.
         scales: LoRA scale of gate, up and down (PEFT's own entries, never alpha / rank computed again).
-        operands: bf16 CPU copies of the LoRA tensors, contiguous along the last axis, in `LoraTensors` order;
+        operands: f32 CPU copies of the LoRA tensors, contiguous along the last axis, in `LoraTensors` order;
             None: made here.
         dropout: probability of the inverted dropout on the input of the LoRA branches; 0 turns it off.
         seed: of the dropout masks.
@@ -32,6 +34,7 @@ class MoeCall:
     """
 
     layer: object
+    rows: str = "bf16"
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     operands: LoraTensors | None = None
     dropout: float = 0.0
@@ -52,10 +55,19 @@ class MoeCall:
             )
         return self._lora
 
+    def options(self) -> dict[str, object]:
+        """What forward and backward of one call must agree in."""
+        return {
+            "dropout_p": self.dropout,
+            "dropout_seed": self.seed,
+            "chunk_size": self.chunk_size,
+            "rows": self.rows,
+        }
+
 
 def to_operand(tensor: Tensor | None) -> Tensor | None:
-    """bf16 CPU copy of a LoRA factor, contiguous."""
-    return None if tensor is None else tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous()
+    """f32 CPU copy of a LoRA factor, contiguous."""
+    return None if tensor is None else tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def split_projections(lora: LoraTensors, inter: int) -> tuple[tuple, tuple, tuple]:
@@ -110,8 +122,7 @@ def _run_forward(inputs: tuple, lora: LoraTensors, call: MoeCall, *, tape: tuple
     out, out_dtype = _result(x.shape[0], x.shape[1], like)
     g, u = tape
     call.layer.forward(
-        x, ids, weights, lora=call.native_lora(lora), g=g, u=u, out=out, out_dtype=out_dtype,
-        dropout_p=call.dropout, dropout_seed=call.seed, chunk_size=call.chunk_size,
+        x, ids, weights, lora=call.native_lora(lora), g=g, u=u, out=out, out_dtype=out_dtype, **call.options(),
     )  # fmt: skip
     return out.to(like.device, like.dtype)
 
@@ -126,7 +137,7 @@ class _Moe(torch.autograd.Function):
         tape = (None, None)
         if call.retain:
             rows = topk_ids.numel()
-            tape = tuple(_empty((rows, call.layer.inter_stride), torch.bfloat16) for _ in range(2))
+            tape = tuple(_empty((rows, call.layer.inter_stride), torch.float16) for _ in range(2))
         out = _run_forward(inputs, lora, call, tape=tape, like=x)
         ctx.save_for_backward(*inputs, *tape)
         ctx.call = call
@@ -152,8 +163,7 @@ class _Moe(torch.autograd.Function):
         call.layer.backward(
             dout.detach().to("cpu", torch.bfloat16).contiguous(), x, ids, weights, lora=lora, g=g, u=u,
             dx=dx if needs_x else None, dx_dtype=dx_dtype, dtopk_weights=dweights,
-            lora_grads=_native_grads(dlora, lora, call.layer.inter), dropout_p=call.dropout, dropout_seed=call.seed,
-            chunk_size=call.chunk_size,
+            lora_grads=_native_grads(dlora, lora, call.layer.inter), **call.options(),
         )  # fmt: skip
         if call.after_backward is not None:
             call.after_backward()

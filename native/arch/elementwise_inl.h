@@ -1,6 +1,7 @@
 // Row operations written once on Vec (arch/vec_*.h) and instantiated per ISA. Include only from elementwise_<isa>.cc.
 #pragma once
 #include "kts/elementwise.h"
+#include "quantize_inl.h"
 
 namespace kts {
 
@@ -38,32 +39,24 @@ struct Silu {
   }
 };
 
-// Rounds to bf16 through memory-free conversion: what store_bf16 would store, as floats.
-template <class V>
-KTS_INLINE typename V::F rounded(typename V::F v) {
-  alignas(64) bf16_t lanes[V::W];
-  V::store_bf16(lanes, v);
-  return V::load_bf16(lanes);
-}
-
 template <class V, template <class> class Act>
-void glu_forward(const float* g_sum, const float* u_sum, int64_t cols, bf16_t* g_out, bf16_t* u_out, bf16_t* h_out) {
+void glu_forward(const float* g_sum, const float* u_sum, int64_t cols, f16_t* g_out, f16_t* u_out, bf16_t* h_out) {
   for (int64_t j = 0; j < cols; j += V::W) {
     const int64_t n = cols - j;
     const bool whole = n >= V::W;
-    const auto g = rounded<V>(whole ? V::load(g_sum + j) : V::load_n(g_sum + j, n));
-    const auto u = rounded<V>(whole ? V::load(u_sum + j) : V::load_n(u_sum + j, n));
+    const auto g = whole ? V::load(g_sum + j) : V::load_n(g_sum + j, n);
+    const auto u = whole ? V::load(u_sum + j) : V::load_n(u_sum + j, n);
     const auto h = V::mul(Act<V>::value(g), u);
     if (whole) {
       if (g_out != nullptr) {
-        V::store_bf16(g_out + j, g);
-        V::store_bf16(u_out + j, u);
+        V::store_f16(g_out + j, g);
+        V::store_f16(u_out + j, u);
       }
       V::store_bf16(h_out + j, h);
     } else {
       if (g_out != nullptr) {
-        V::store_bf16_n(g_out + j, n, g);
-        V::store_bf16_n(u_out + j, n, u);
+        V::store_f16_n(g_out + j, n, g);
+        V::store_f16_n(u_out + j, n, u);
       }
       V::store_bf16_n(h_out + j, n, h);
     }
@@ -71,19 +64,19 @@ void glu_forward(const float* g_sum, const float* u_sum, int64_t cols, bf16_t* g
 }
 
 template <class V, template <class> class Act>
-float glu_backward(const bf16_t* g_in, const bf16_t* u_in, const float* dh_in, float weight, int64_t cols,
-                   bf16_t* dg_out, bf16_t* du_out, bf16_t* h_out) {
+float glu_backward(const f16_t* g_in, const f16_t* u_in, const float* dh_in, float weight, int64_t cols, bf16_t* dg_out,
+                   bf16_t* du_out, bf16_t* h_out) {
   auto dot = V::zero();
   const auto scale = V::set1(weight);
   for (int64_t j = 0; j < cols; j += V::W) {
     const int64_t n = cols - j;
     const bool whole = n >= V::W;
-    const auto g = whole ? V::load_bf16(g_in + j) : V::load_bf16_n(g_in + j, n);
-    const auto u = whole ? V::load_bf16(u_in + j) : V::load_bf16_n(u_in + j, n);
+    const auto g = whole ? V::load_f16(g_in + j) : V::load_f16_n(g_in + j, n);
+    const auto u = whole ? V::load_f16(u_in + j) : V::load_f16_n(u_in + j, n);
     const auto dh_unweighted = whole ? V::load(dh_in + j) : V::load_n(dh_in + j, n);
     typename V::F value, slope;
     Act<V>::value_and_slope(g, &value, &slope);
-    const auto h = rounded<V>(V::mul(value, u));
+    const auto h = V::mul(value, u);
     dot = V::fma(dh_unweighted, h, dot);
     const auto dh = V::mul(dh_unweighted, scale);
     const auto dg = V::mul(V::mul(dh, u), slope);
@@ -117,7 +110,7 @@ void to_bf16(const float* src, int64_t cols, bf16_t* dst) {
 }
 
 template <class V, int MI, int NJ>
-KTS_INLINE void dot_block(const bf16_t* const* a_rows, const bf16_t* b, int64_t b_stride, int64_t k, float* c,
+KTS_INLINE void dot_block(const bf16_t* const* a_rows, const float* b, int64_t b_stride, int64_t k, float* c,
                           int64_t ldc, bool accumulate) {
   typename V::F sum[MI][NJ];
   for (int i = 0; i < MI; ++i)
@@ -125,7 +118,7 @@ KTS_INLINE void dot_block(const bf16_t* const* a_rows, const bf16_t* b, int64_t 
   int64_t t = 0;
   for (; t + V::W <= k; t += V::W) {
     typename V::F bt[NJ];
-    for (int j = 0; j < NJ; ++j) bt[j] = V::load_bf16(b + j * b_stride + t);
+    for (int j = 0; j < NJ; ++j) bt[j] = V::load(b + j * b_stride + t);
     for (int i = 0; i < MI; ++i) {
       const auto at = V::load_bf16(a_rows[i] + t);
       for (int j = 0; j < NJ; ++j) sum[i][j] = V::fma(at, bt[j], sum[i][j]);
@@ -133,7 +126,7 @@ KTS_INLINE void dot_block(const bf16_t* const* a_rows, const bf16_t* b, int64_t 
   }
   if (t < k) {
     typename V::F bt[NJ];
-    for (int j = 0; j < NJ; ++j) bt[j] = V::load_bf16_n(b + j * b_stride + t, k - t);
+    for (int j = 0; j < NJ; ++j) bt[j] = V::load_n(b + j * b_stride + t, k - t);
     for (int i = 0; i < MI; ++i) {
       const auto at = V::load_bf16_n(a_rows[i] + t, k - t);
       for (int j = 0; j < NJ; ++j) sum[i][j] = V::fma(at, bt[j], sum[i][j]);
@@ -149,7 +142,7 @@ KTS_INLINE void dot_block(const bf16_t* const* a_rows, const bf16_t* b, int64_t 
 // Blocks of 4 x 4 sums on wide registers files, 2 x 4 on sixteen registers. The lanes of one sum do not depend on the
 // block.
 template <class V>
-void dot_rows(const bf16_t* const* a_rows, int64_t m, const bf16_t* b, int64_t b_stride, int64_t n, int64_t k, float* c,
+void dot_rows(const bf16_t* const* a_rows, int64_t m, const float* b, int64_t b_stride, int64_t n, int64_t k, float* c,
               int64_t ldc, bool accumulate) {
   constexpr int kMi = V::W >= 16 ? 4 : 2;
   int64_t i = 0;
@@ -168,15 +161,33 @@ void dot_rows(const bf16_t* const* a_rows, int64_t m, const bf16_t* b, int64_t b
   }
 }
 
-template <class V, int MI, int NJ>
-KTS_INLINE void axpy_block(const float* l, int64_t l_row, int64_t l_term, const bf16_t* const* q_rows, int64_t q_offset,
+template <class V>
+KTS_INLINE typename V::F load_wide(const float* p) {
+  return V::load(p);
+}
+template <class V>
+KTS_INLINE typename V::F load_wide(const bf16_t* p) {
+  return V::load_bf16(p);
+}
+template <class V>
+KTS_INLINE typename V::F load_wide_n(const float* p, int64_t n) {
+  return V::load_n(p, n);
+}
+template <class V>
+KTS_INLINE typename V::F load_wide_n(const bf16_t* p, int64_t n) {
+  return V::load_bf16_n(p, n);
+}
+
+// Q: bf16_t or float.
+template <class V, class Q, int MI, int NJ>
+KTS_INLINE void axpy_block(const float* l, int64_t l_row, int64_t l_term, const Q* const* q_rows, int64_t q_offset,
                            int64_t terms, float* c, int64_t ldc) {
   typename V::F sum[MI][NJ];
   for (int i = 0; i < MI; ++i)
     for (int j = 0; j < NJ; ++j) sum[i][j] = V::load(c + i * ldc + j * V::W);
   for (int64_t t = 0; t < terms; ++t) {
     typename V::F q[NJ];
-    for (int j = 0; j < NJ; ++j) q[j] = V::load_bf16(q_rows[t] + q_offset + j * V::W);
+    for (int j = 0; j < NJ; ++j) q[j] = load_wide<V>(q_rows[t] + q_offset + j * V::W);
     for (int i = 0; i < MI; ++i) {
       const auto left = V::set1(l[i * l_row + t * l_term]);
       for (int j = 0; j < NJ; ++j) sum[i][j] = V::fma(left, q[j], sum[i][j]);
@@ -186,33 +197,33 @@ KTS_INLINE void axpy_block(const float* l, int64_t l_row, int64_t l_term, const 
     for (int j = 0; j < NJ; ++j) V::store(c + i * ldc + j * V::W, sum[i][j]);
 }
 
-template <class V>
-void axpy_tail(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows,
-               int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols) {
+template <class V, class Q>
+void axpy_tail(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const Q* const* q_rows, int64_t q_offset,
+               int64_t terms, float* c, int64_t ldc, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {
     auto sum = V::load_n(c + i * ldc, cols);
     for (int64_t t = 0; t < terms; ++t)
-      sum = V::fma(V::set1(l[i * l_row + t * l_term]), V::load_bf16_n(q_rows[t] + q_offset, cols), sum);
+      sum = V::fma(V::set1(l[i * l_row + t * l_term]), load_wide_n<V>(q_rows[t] + q_offset, cols), sum);
     V::store_n(c + i * ldc, cols, sum);
   }
 }
 
-template <class V>
-void axpy_rows(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows,
-               int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols) {
+template <class V, class Q>
+void axpy_rows(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const Q* const* q_rows, int64_t q_offset,
+               int64_t terms, float* c, int64_t ldc, int64_t cols) {
   constexpr int kNj = V::W >= 16 ? 4 : 2;
   int64_t j = 0;
   for (; j + kNj * V::W <= cols; j += kNj * V::W) {
     int64_t i = 0;
     for (; i + 4 <= rows; i += 4)
-      axpy_block<V, 4, kNj>(l + i * l_row, l_row, l_term, q_rows, q_offset + j, terms, c + i * ldc + j, ldc);
+      axpy_block<V, Q, 4, kNj>(l + i * l_row, l_row, l_term, q_rows, q_offset + j, terms, c + i * ldc + j, ldc);
     for (; i < rows; ++i)
-      axpy_block<V, 1, kNj>(l + i * l_row, l_row, l_term, q_rows, q_offset + j, terms, c + i * ldc + j, ldc);
+      axpy_block<V, Q, 1, kNj>(l + i * l_row, l_row, l_term, q_rows, q_offset + j, terms, c + i * ldc + j, ldc);
   }
   for (; j + V::W <= cols; j += V::W)
     for (int64_t i = 0; i < rows; ++i)
-      axpy_block<V, 1, 1>(l + i * l_row, l_row, l_term, q_rows, q_offset + j, terms, c + i * ldc + j, ldc);
-  if (j < cols) axpy_tail<V>(l, l_row, l_term, rows, q_rows, q_offset + j, terms, c + j, ldc, cols - j);
+      axpy_block<V, Q, 1, 1>(l + i * l_row, l_row, l_term, q_rows, q_offset + j, terms, c + i * ldc + j, ldc);
+  if (j < cols) axpy_tail<V, Q>(l, l_row, l_term, rows, q_rows, q_offset + j, terms, c + j, ldc, cols - j);
 }
 
 // Hash of (row key, column). The first three lines are a bijective 32-bit mixer (constants: C. Wellons,
@@ -250,31 +261,14 @@ void masked_add(RowMask mask, int64_t col_begin, const float* src, int64_t cols,
 }
 
 template <class V>
-float quantize_row(const bf16_t* x, int64_t cols, int8_t* q) {
-  uint32_t largest = 0;  // bf16 magnitudes order like their bits
-  for (int64_t i = 0; i < cols; ++i) largest = (x[i] & 0x7fffu) > largest ? (x[i] & 0x7fffu) : largest;
-  const float max_abs = bf16_to_f32(static_cast<bf16_t>(largest));
-  const bool finite = largest < 0x7f80u;
-  const typename V::F inverse = V::set1(finite && largest > 0 ? 127.0f / max_abs : 0.0f);
-  int64_t j = 0;
-  for (; finite && j < cols; j += V::W) {
-    float lanes[V::W];
-    const int64_t count = min_i64(V::W, cols - j);
-    V::store(lanes, V::round_even(V::mul(V::load_bf16_n(x + j, count), inverse)));
-    for (int64_t i = 0; i < count; ++i) q[j + i] = static_cast<int8_t>(static_cast<int>(lanes[i]));
-  }
-  for (j = finite ? cols : 0; j < align_up(cols, 64); ++j) q[j] = 0;
-  return finite ? max_abs / 127.0f : __builtin_nanf("");
-}
-
-template <class V>
 constexpr RowOps make_row_ops(Isa isa) {
   return RowOps{isa,
                 {{glu_forward<V, Silu>, glu_backward<V, Silu>}},
                 scale_add<V>,
                 to_bf16<V>,
                 dot_rows<V>,
-                axpy_rows<V>,
+                axpy_rows<V, float>,
+                axpy_rows<V, bf16_t>,
                 quantize_row<V>,
                 mask_bf16<V>,
                 masked_add<V>};

@@ -6,6 +6,17 @@
 
 namespace kts::avx2 {
 
+// Controls of a byte shuffle: byte `byte` of every dword to its top, zeros elsewhere.
+struct TopByte {
+  alignas(32) int8_t control[32];
+};
+constexpr TopByte to_top(int byte) {
+  TopByte table{};
+  for (int i = 0; i < 32; ++i) table.control[i] = static_cast<int8_t>(i % 4 == 3 ? i % 16 / 4 * 4 + byte : -1);
+  return table;
+}
+static constexpr TopByte kToTop[4] = {to_top(0), to_top(1), to_top(2), to_top(3)};
+
 struct Vec {
   using F = __m256;
   using I = __m256i;
@@ -59,6 +70,23 @@ struct Vec {
     _mm_store_si128(reinterpret_cast<__m128i*>(lanes), to_bf16(v));
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
   }
+  KTS_INLINE F from_f16(__m128i bits) { return _mm256_cvtph_ps(bits); }
+  // min and max return their second operand for a NaN.
+  KTS_INLINE __m128i to_f16(F v) {
+    return _mm256_cvtps_ph(max(set1(-65504.0f), min(set1(65504.0f), v)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  KTS_INLINE F load_f16(const f16_t* p) { return from_f16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  KTS_INLINE F load_f16_n(const f16_t* p, int64_t n) {
+    alignas(16) f16_t lanes[W] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return from_f16(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
+  }
+  KTS_INLINE void store_f16(f16_t* p, F v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16(v)); }
+  KTS_INLINE void store_f16_n(f16_t* p, int64_t n, F v) {
+    alignas(16) f16_t lanes[W];
+    _mm_store_si128(reinterpret_cast<__m128i*>(lanes), to_f16(v));
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
   KTS_INLINE I iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
   KTS_INLINE I set1_i(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
   KTS_INLINE I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
@@ -73,9 +101,21 @@ struct Vec {
     return _mm256_and_ps(_mm256_castsi256_ps(kept), v);
   }
 
-  // --- packed bf16 tiles (gemm_bf16_inl.h) ---
+  // --- packed weights (weights_inl.h) ---
+  KTS_INLINE I load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  KTS_INLINE void store_i(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  KTS_INLINE I as_i(F v) { return _mm256_castps_si256(v); }
+  KTS_INLINE F as_f(I v) { return _mm256_castsi256_ps(v); }
+  // 2^24 times byte `byte` of every dword, as a signed number. The shuffle's control stays in memory, which the compiler
+  // cannot be told otherwise: it would keep controls in registers and spill sums.
+  KTS_INLINE F top_byte(I quads, int byte) {
+    I top;
+    asm("vpshufb %2, %1, %0" : "=x"(top) : "x"(quads), "m"(kToTop[byte]));
+    return _mm256_cvtepi32_ps(top);
+  }
+  // One half of every byte -> q (mask 0x0f, bias 0x08) or 16 q (mask 0xf0, bias 0x80).
+  KTS_INLINE I nibbles(I bytes, I mask, I bias) { return _mm256_sub_epi8(_mm256_and_si256(bytes, mask), bias); }
   // A dword holds the pair (k even, k odd) of one n: the two halves as floats.
-  KTS_INLINE I load_pairs(const bf16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   KTS_INLINE F even(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   KTS_INLINE F odd(I pairs) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
@@ -104,6 +144,29 @@ struct Vec {
     const F b = _mm256_unpackhi_ps(even, odd);  // 4 5 6 7 | 12 13 14 15
     *low = _mm256_permute2f128_ps(a, b, 0x20);
     *high = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+  // and back
+  KTS_INLINE void deinterleave(F low, F high, F* even, F* odd) {
+    const F a = _mm256_permute2f128_ps(low, high, 0x20);  // 0 1 2 3 | 8 9 10 11
+    const F b = _mm256_permute2f128_ps(low, high, 0x31);  // 4 5 6 7 | 12 13 14 15
+    *even = _mm256_shuffle_ps(a, b, 0x88);
+    *odd = _mm256_shuffle_ps(a, b, 0xdd);
+  }
+
+  // --- quantize_inl.h ---
+  KTS_INLINE I max_magnitude(I largest, const bf16_t* p) {
+    return _mm256_max_epu16(largest, _mm256_and_si256(load_i(p), _mm256_set1_epi16(0x7fff)));
+  }
+  KTS_INLINE uint32_t largest_u16(I largest) {
+    const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)));
+    return static_cast<uint32_t>(_mm_extract_epi16(least, 0)) ^ 0xffffu;
+  }
+  KTS_INLINE void store_int8(int8_t* q, F a, F b, F c, F d) {
+    const I ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+    const I cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
+    const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing goes by halves of a register
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order));
   }
 };
 

@@ -6,6 +6,17 @@
 
 namespace kts::avx512 {
 
+// Controls of a byte shuffle, per 16 bytes: byte `byte` of every dword to its top, zeros elsewhere.
+struct TopByte {
+  alignas(16) int8_t control[16];
+};
+constexpr TopByte to_top(int byte) {
+  TopByte table{};
+  for (int i = 0; i < 16; ++i) table.control[i] = static_cast<int8_t>(i % 4 == 3 ? i / 4 * 4 + byte : -1);
+  return table;
+}
+static constexpr TopByte kToTop[4] = {to_top(0), to_top(1), to_top(2), to_top(3)};
+
 struct Vec {
   using F = __m512;
   using I = __m512i;
@@ -53,6 +64,15 @@ struct Vec {
   }
   KTS_INLINE void store_bf16(bf16_t* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v)); }
   KTS_INLINE void store_bf16_n(bf16_t* p, int64_t n, F v) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(v)); }
+  KTS_INLINE F from_f16(__m256i bits) { return _mm512_cvtph_ps(bits); }
+  // min and max return their second operand for a NaN.
+  KTS_INLINE __m256i to_f16(F v) {
+    return _mm512_cvtps_ph(max(set1(-65504.0f), min(set1(65504.0f), v)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  KTS_INLINE F load_f16(const f16_t* p) { return from_f16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  KTS_INLINE F load_f16_n(const f16_t* p, int64_t n) { return from_f16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+  KTS_INLINE void store_f16(f16_t* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(v)); }
+  KTS_INLINE void store_f16_n(f16_t* p, int64_t n, F v) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16(v)); }
   KTS_INLINE I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   KTS_INLINE I set1_i(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }
   KTS_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
@@ -67,7 +87,15 @@ struct Vec {
     return _mm512_maskz_mov_ps(kept, v);
   }
 
-  KTS_INLINE I load_pairs(const bf16_t* p) { return _mm512_loadu_si512(p); }
+  KTS_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
+  KTS_INLINE void store_i(void* p, I v) { _mm512_storeu_si512(p, v); }
+  KTS_INLINE I as_i(F v) { return _mm512_castps_si512(v); }
+  KTS_INLINE F as_f(I v) { return _mm512_castsi512_ps(v); }
+  KTS_INLINE F top_byte(I quads, int byte) {
+    const __m128i control = _mm_load_si128(reinterpret_cast<const __m128i*>(kToTop[byte].control));
+    return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(quads, _mm512_broadcast_i32x4(control)));
+  }
+  KTS_INLINE I nibbles(I bytes, I mask, I bias) { return _mm512_sub_epi8(_mm512_and_si512(bytes, mask), bias); }
   KTS_INLINE F even(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
   KTS_INLINE F odd(I pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
@@ -101,6 +129,25 @@ struct Vec {
     const I high_index = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     *low = _mm512_permutex2var_ps(even, low_index, odd);
     *high = _mm512_permutex2var_ps(even, high_index, odd);
+  }
+  KTS_INLINE void deinterleave(F low, F high, F* even, F* odd) {
+    const I index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    *even = _mm512_permutex2var_ps(low, index, high);
+    *odd = _mm512_permutex2var_ps(low, _mm512_add_epi32(index, _mm512_set1_epi32(1)), high);
+  }
+
+  // --- quantize_inl.h ---
+  KTS_INLINE I max_magnitude(I largest, const bf16_t* p) {
+    return _mm512_max_epu16(largest, _mm512_and_si512(load_i(p), _mm512_set1_epi16(0x7fff)));
+  }
+  KTS_INLINE uint32_t largest_u16(I largest) {
+    const I wide = _mm512_max_epu32(_mm512_srli_epi32(largest, 16), _mm512_and_si512(largest, set1_i(0xffff)));
+    return static_cast<uint32_t>(_mm512_reduce_max_epu32(wide));
+  }
+  KTS_INLINE void store_int8(int8_t* q, F a, F b, F c, F d) {
+    const F all[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i * W), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(all[i])));
   }
 };
 

@@ -45,6 +45,10 @@ struct Vec {
   KTS_INLINE F load_bf16_n(const bf16_t* p, int64_t) { return bf16_to_f32(*p); }
   KTS_INLINE void store_bf16(bf16_t* p, F v) { *p = f32_to_bf16(v); }
   KTS_INLINE void store_bf16_n(bf16_t* p, int64_t, F v) { *p = f32_to_bf16(v); }
+  KTS_INLINE F load_f16(const f16_t* p) { return f16_to_f32(*p); }
+  KTS_INLINE F load_f16_n(const f16_t* p, int64_t) { return f16_to_f32(*p); }
+  KTS_INLINE void store_f16(f16_t* p, F v) { *p = f32_to_f16(v); }
+  KTS_INLINE void store_f16_n(f16_t* p, int64_t, F v) { *p = f32_to_f16(v); }
   KTS_INLINE I iota() { return 0; }
   KTS_INLINE I set1_i(uint32_t v) { return v; }
   KTS_INLINE I add_i(I a, I b) { return a + b; }
@@ -55,6 +59,19 @@ struct Vec {
     return a >> N;
   }
   KTS_INLINE F keep(I h, int32_t threshold, F v) { return static_cast<int32_t>(h >> 8) >= threshold ? v : 0.0f; }
+
+  // --- quantize_inl.h ---
+  // Lanes are pairs of 16-bit magnitudes: the larger of `largest` and |p[0 .. 2 W)|, as bits; then the largest of all.
+  KTS_INLINE I max_magnitude(I largest, const bf16_t* p) {
+    const I a = p[0] & 0x7fffu, b = p[1] & 0x7fffu, pair = a > b ? a : b;
+    return pair > largest ? pair : largest;
+  }
+  KTS_INLINE uint32_t largest_u16(I largest) { return largest; }
+  // Rounds 4 W numbers within -127 .. 127 to nearest even.
+  KTS_INLINE void store_int8(int8_t* q, F a, F b, F c, F d) {
+    const F all[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) q[i] = static_cast<int8_t>(__builtin_rintf(all[i]));
+  }
 };
 
 }  // namespace kts::scalar

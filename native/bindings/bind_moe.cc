@@ -33,11 +33,11 @@ struct LoraArg {
     if (value.is_none()) return;
     const auto parts = value.cast<py::tuple>();
     const std::string base(name);
-    a.emplace(parts[0], (base + ".a").c_str(), "bf16", 3);
-    b.emplace(parts[1], (base + ".b").c_str(), "bf16", 3);
+    a.emplace(parts[0], (base + ".a").c_str(), "f32", 3);
+    b.emplace(parts[1], (base + ".b").c_str(), "f32", 3);
     a->expect_shape({shape.num_experts, -1, in});
     b->expect_shape({shape.num_experts, a->size(1), out});
-    view = {a->bf16(),    a->stride(0), a->stride(1), b->bf16(),
+    view = {a->f32(),     a->stride(0), a->stride(1), b->f32(),
             b->stride(0), b->stride(1), a->size(1),   parts[2].cast<float>()};
   }
 };
@@ -64,6 +64,12 @@ struct LoraGradArg {
   }
 };
 
+Rows rows_from_name(const std::string& name) {
+  if (name == "bf16") return Rows::kBf16;
+  if (name == "int8") return Rows::kInt8;
+  throw py::value_error("rows: expected bf16 or int8, got " + name);
+}
+
 struct CallArgs {
   TensorArg x, ids, weights;
   LoraArg gate, up, down;
@@ -73,7 +79,7 @@ struct CallArgs {
   ForwardTape tape;
 
   CallArgs(const MoeShape& shape, const py::object& x_, const py::object& ids_, const py::object& weights_,
-           const py::tuple& lora_, const py::object& g_, const py::object& u_)
+           const py::tuple& lora_, const py::object& g_, const py::object& u_, const std::string& rows)
       : x(x_, "x", "bf16", 2),
         ids(ids_, "topk_ids", "i64", 2),
         weights(weights_, "topk_weights", "f32", 2),
@@ -84,14 +90,14 @@ struct CallArgs {
     x.expect_shape({tokens, shape.hidden}).expect_contiguous();
     ids.expect_shape({tokens, -1}).expect_contiguous();
     weights.expect_shape({tokens, ids.size(1)}).expect_contiguous();
-    input = {tokens, ids.size(1), x.bf16(), ids.i64(), weights.f32()};
+    input = {tokens, ids.size(1), x.bf16(), ids.i64(), weights.f32(), rows_from_name(rows)};
     lora = {gate.view, up.view, down.view};
     if (g_.is_none()) return;
-    g.emplace(g_, "g", "bf16", 2);
-    u.emplace(u_, "u", "bf16", 2);
+    g.emplace(g_, "g", "f16", 2);
+    u.emplace(u_, "u", "f16", 2);
     g->expect_shape({tokens * input.top_k, shape.inter_stride()}).expect_contiguous();
     u->expect_shape({tokens * input.top_k, shape.inter_stride()}).expect_contiguous();
-    tape = {g->bf16(), u->bf16()};
+    tape = {g->f16(), u->f16()};
   }
 };
 
@@ -120,20 +126,26 @@ void load_expert(MoeLayer& layer, int64_t expert, const py::object& gate_, const
 }
 
 void unpack_expert(const MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_,
-                   const py::object& down_) {
+                   const py::object& down_, const std::string& dtype) {
   const MoeShape& s = layer.shape();
-  const TensorArg gate(gate_, "gate", "bf16", 2), up(up_, "up", "bf16", 2), down(down_, "down", "bf16", 2);
+  const TensorArg gate(gate_, "gate", dtype.c_str(), 2), up(up_, "up", dtype.c_str(), 2),
+      down(down_, "down", dtype.c_str(), 2);
   gate.expect_shape({s.inter, s.hidden});
   up.expect_shape({s.inter, s.hidden});
   down.expect_shape({s.hidden, s.inter});
   const GilRelease release;
-  layer.unpack_expert(expert, gate.bf16(), gate.stride(0), up.bf16(), up.stride(0), down.bf16(), down.stride(0));
+  if (dtype == "bf16") {
+    layer.unpack_expert(expert, gate.bf16(), gate.stride(0), up.bf16(), up.stride(0), down.bf16(), down.stride(0));
+  } else {
+    layer.unpack_expert(expert, gate.f32(), gate.stride(0), up.f32(), up.stride(0), down.f32(), down.stride(0));
+  }
 }
 
 void forward(const MoeLayer& layer, const py::object& x, const py::object& ids, const py::object& weights,
              const py::tuple& lora, const py::object& g, const py::object& u, const py::object& out_,
-             const std::string& out_dtype, float dropout_p, uint64_t dropout_seed, int64_t chunk) {
-  const CallArgs args(layer.shape(), x, ids, weights, lora, g, u);
+             const std::string& out_dtype, float dropout_p, uint64_t dropout_seed, int64_t chunk,
+             const std::string& rows) {
+  const CallArgs args(layer.shape(), x, ids, weights, lora, g, u, rows);
   const OutArg out(out_, "out", out_dtype, args.input.tokens, layer.shape().hidden);
   const GilRelease release;
   layer.forward(args.input, args.lora, {dropout_p, dropout_seed}, chunk, args.tape, out.out);
@@ -142,9 +154,10 @@ void forward(const MoeLayer& layer, const py::object& x, const py::object& ids, 
 void backward(const MoeLayer& layer, const py::object& dout_, const py::object& x, const py::object& ids,
               const py::object& weights, const py::tuple& lora, const py::object& g, const py::object& u,
               const py::object& dx_, const std::string& dx_dtype, const py::object& dweights_,
-              const py::tuple& lora_grads, float dropout_p, uint64_t dropout_seed, int64_t chunk) {
+              const py::tuple& lora_grads, float dropout_p, uint64_t dropout_seed, int64_t chunk,
+              const std::string& rows) {
   const MoeShape& s = layer.shape();
-  const CallArgs args(s, x, ids, weights, lora, g, u);
+  const CallArgs args(s, x, ids, weights, lora, g, u, rows);
   const TensorArg dout(dout_, "dout", "bf16", 2);
   dout.expect_shape({args.input.tokens, s.hidden}).expect_contiguous();
   const OutArg dx(dx_, "dx", dx_dtype, args.input.tokens, s.hidden);
@@ -165,6 +178,11 @@ void backward(const MoeLayer& layer, const py::object& dout_, const py::object& 
 }  // namespace
 
 void bind_moe(py::module_& m) {
+  // int8 rows are the faster ones where the CPU multiplies bytes.
+  m.def("default_rows", [](const std::string& format) {
+    const bool has_dot = (active_isa() & (kAvx512Vnni | kAmxInt8)) != 0;
+    return std::string(has_dot && weight_format(format.c_str(), 32).kind != Format::kBf16 ? "int8" : "bf16");
+  });
   py::class_<MoeLayer>(m, "MoeLayer")
       .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format,
                        const std::string& activation, int group_size) {
@@ -173,16 +191,21 @@ void bind_moe(py::module_& m) {
            py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16",
            py::arg("activation") = "silu", py::arg("group_size") = 32)
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
-      .def("unpack_expert", &unpack_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
+      .def("unpack_expert", &unpack_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"),
+           py::arg("dtype") = "bf16")
       .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::kw_only(),
            py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("out"), py::arg("out_dtype"), py::arg("dropout_p"),
-           py::arg("dropout_seed"), py::arg("chunk_size"))
+           py::arg("dropout_seed"), py::arg("chunk_size"), py::arg("rows") = "bf16")
       .def("backward", &backward, py::arg("dout"), py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
            py::kw_only(), py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("dx"), py::arg("dx_dtype"),
            py::arg("dtopk_weights"), py::arg("lora_grads"), py::arg("dropout_p"), py::arg("dropout_seed"),
-           py::arg("chunk_size"))
+           py::arg("chunk_size"), py::arg("rows") = "bf16")
       .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
       .def_property_readonly("missing_experts", &MoeLayer::missing_experts)
+      .def_property_readonly("format",
+                             [](const MoeLayer& layer) { return std::string(format_name(layer.shape().format.kind)); })
+      .def_property_readonly("group_size", [](const MoeLayer& layer) { return layer.shape().format.group; })
+      .def_property_readonly("num_shards", &MoeLayer::num_shards)
       .def_property_readonly("num_experts", [](const MoeLayer& layer) { return layer.shape().num_experts; })
       .def_property_readonly("hidden", [](const MoeLayer& layer) { return layer.shape().hidden; })
       .def_property_readonly("inter", [](const MoeLayer& layer) { return layer.shape().inter; })

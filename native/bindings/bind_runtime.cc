@@ -25,6 +25,8 @@ py::list kernel_rows() {
     item["format"] = format_name(row.format);
     item["rows"] = row.rows == Rows::kBf16 ? "bf16" : "int8";
     item["isa"] = isa_name(row.isa);
+    item["block_m"] = row.block_m;
+    item["max_m"] = row.max_m;
     item["available"] = (row.isa & detect_isa()) != 0;
     item["selected"] = &select_gemm(row.format, row.rows, row.direction, row.block_m, active_isa()) == &row;
     rows.append(item);
@@ -39,6 +41,7 @@ py::dict cpu_info() {
   item["logical_cpus"] = info.logical_cpus;
   item["physical_cores"] = info.physical_cores;
   item["numa_nodes"] = info.numa_nodes;
+  item["numa_node_ids"] = info.numa_node_ids;
   item["quota_cpus"] = info.quota_cpus > 0.0 ? py::object(py::float_(info.quota_cpus)) : py::object(py::none());
   return item;
 }
@@ -46,8 +49,13 @@ py::dict cpu_info() {
 }  // namespace
 
 void bind_runtime(py::module_& m) {
-  m.def("set_threads", &set_threads, py::arg("threads"), py::arg("pools") = 1, py::call_guard<GilRelease>());
+  m.def("set_threads", &set_threads, py::arg("threads"), py::arg("pools") = 0, py::kw_only(),
+        py::arg("fake_nodes") = false, py::call_guard<GilRelease>(),
+        "Threads beyond max_threads() are not started; pools=0: one per NUMA node. fake_nodes, for tests: any number "
+        "of threads and pools, which share the machine's CPUs.");
   m.def("num_threads", &num_threads, py::call_guard<GilRelease>());
+  m.def("num_pools", &num_pools, py::call_guard<GilRelease>());
+  m.def("max_threads", [] { return max_threads(read_cpu_info()); });
   m.def("default_threads", [] { return default_threads(read_cpu_info()); });
   m.def("isa_detected", [] { return isa_names(detect_isa()); });
   m.def("isa_active", &active_isa_name);

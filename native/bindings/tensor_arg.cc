@@ -28,6 +28,7 @@ constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 std::string dtype_name(const DlTensor& t) {
   if (t.code == kBfloat && t.bits == 16) return "bf16";
+  if (t.code == kFloat && t.bits == 16) return "f16";
   if (t.code == kFloat && t.bits == 32) return "f32";
   if (t.code == kInt && t.bits == 64) return "i64";
   const char* kind = t.code == kFloat ? "f" : t.code == kInt ? "i" : "type code ";

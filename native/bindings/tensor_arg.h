@@ -13,7 +13,7 @@ namespace kts {
 // Keeps the capsule, and so the memory, alive.
 class TensorArg {
  public:
-  // Accepts CPU tensors (pinned ones too) of the dtype name ("bf16", "f32", "i64"), with `dims` dimensions and unit
+  // Accepts CPU tensors (pinned ones too) of the dtype name ("bf16", "f16", "f32", "i64"), with `dims` dimensions and unit
   // inner stride.
   TensorArg(const pybind11::object& tensor, const char* name, const char* dtype, int dims);
 
@@ -25,6 +25,7 @@ class TensorArg {
   const TensorArg& expect_contiguous() const;
 
   bf16_t* bf16() const { return static_cast<bf16_t*>(data_); }
+  f16_t* f16() const { return static_cast<f16_t*>(data_); }
   float* f32() const { return static_cast<float*>(data_); }
   int64_t* i64() const { return static_cast<int64_t*>(data_); }
 

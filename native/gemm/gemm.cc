@@ -3,12 +3,21 @@
 
 namespace kts {
 
+namespace amx {
+void release_tiles();
+}
+
 void gemm(Direction direction, const GemmTask& task) {
   KTS_DCHECK(task.panel_end - task.panel_begin <= kMaxTaskPanels);
   KTS_DCHECK(task.ldc >= (task.panel_end - task.panel_begin) * kPanel);
   KTS_DCHECK(!task.accumulate || direction == Direction::kInputGrad || task.w->format.kind == Format::kBf16);
   if (task.m == 0) return;
   select_gemm(task.w->format.kind, task.rows(), direction, task.m, active_isa()).run(task);
+}
+
+// The ISA check keeps code compiled for AMX from running elsewhere.
+void gemm_end_phase() {
+  if (detect_isa() & (kAmxBf16 | kAmxInt8)) amx::release_tiles();
 }
 
 }  // namespace kts

@@ -54,74 +54,129 @@ void pack_bf16_panel(const bf16_t* w, int64_t stride, const PackedMatrix& packed
     }
 }
 
-void store_int8(const PackedMatrix& packed, int64_t n, int64_t k, int q) {
-  const int64_t tile = (n / kPanel * ceil_div(packed.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
-  writable<int8_t>(packed.data)[tile * kTileBytes + k % kTileKQ / 4 * 64 + n % kTileN * 4 + k % 4] =
-      static_cast<int8_t>(q);
+// Quantised weights go through blocks of one row on the stack: whole tiles and whole groups.
+constexpr int64_t kBlockK = 1024;
+
+// Bytes of tile t (along k) of the panel and half that row n belongs to, at the dword of that row.
+uint8_t* tile_of_row(const PackedMatrix& packed, int64_t n, int64_t t, int64_t tile_bytes) {
+  const int64_t tile = (n / kPanel * ceil_div(packed.k, kTileKQ) + t) * 2 + n % kPanel / kTileN;
+  return writable<uint8_t>(packed.data) + tile * tile_bytes + n % kTileN * 4;
 }
 
-void pack_int8_panel(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel) {
-  const int64_t panel_bytes = kPanel * align_up(packed.k, kTileKQ);
-  std::memset(writable<char>(packed.data) + panel * panel_bytes, 0, static_cast<size_t>(panel_bytes));
-  for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n) {
-    float scale = 0.0f;
-    int32_t sum = 0;
-    if (n < packed.n) {
-      static thread_local std::string row;  // int8 [k]; grows to the widest matrix of the thread
-      if (static_cast<int64_t>(row.size()) < packed.k) row.resize(static_cast<size_t>(packed.k));
-      int8_t* q = reinterpret_cast<int8_t*>(row.data());
-      scale = quantize_row_int8(w + n * stride, packed.k, q);
-      for (int64_t k = 0; k < packed.k; ++k) store_int8(packed, n, k, q[k]), sum += q[k];
+// Dwords of a row <-> rows of 64 bytes of a tile.
+void scatter_dwords(const uint8_t* from, int64_t dwords, uint8_t* tile) {
+  for (int64_t i = 0; i < dwords; ++i) std::memcpy(tile + i * 64, from + i * 4, 4);
+}
+void gather_dwords(const uint8_t* tile, int64_t dwords, uint8_t* to) {
+  for (int64_t i = 0; i < dwords; ++i) std::memcpy(to + i * 4, tile + i * 64, 4);
+}
+
+// The scale is that of the whole row of which w is the part from `before` on.
+void pack_int8_row(const bf16_t* w, const RowPart& part, const PackedMatrix& packed, int64_t n) {
+  const QuantOps& ops = quant_ops(active_isa());
+  const uint32_t largest = ops.largest(w - part.before, part.before + packed.k + part.after);
+  KTS_CHECK(largest < 0x7f80u, "weights: expected finite numbers, found NaN or infinity");
+  const Int8Scale scale = int8_scale(largest);
+  int32_t sum = 0;
+  for (int64_t k = 0; k < packed.k; k += kBlockK) {
+    const int64_t count = min_i64(kBlockK, packed.k - k), padded = align_up(count, kTileKQ);
+    alignas(64) int8_t q[kBlockK];
+    ops.round_int8(w + k, count, scale.inverse, q);
+    std::memset(q + count, 0, static_cast<size_t>(padded - count));
+    for (int64_t i = 0; i < padded; ++i) sum += q[i];
+    for (int64_t i = 0; i < padded; i += kTileKQ)
+      scatter_dwords(reinterpret_cast<const uint8_t*>(q + i), kTileKQ / 4,
+                     tile_of_row(packed, n, (k + i) / kTileKQ, kTileBytes));
+  }
+  writable<float>(packed.scales)[n] = scale.scale;
+  const_cast<int32_t*>(packed.column_sums)[n] = sum;
+}
+
+void pack_int8_panel(const bf16_t* w, int64_t stride, const RowPart& part, const PackedMatrix& packed, int64_t panel) {
+  const int64_t begin = panel * kPanel, end = min_i64(begin + kPanel, packed.n);
+  if (end < begin + kPanel) {
+    const int64_t panel_bytes = kPanel * align_up(packed.k, kTileKQ);
+    std::memset(writable<char>(packed.data) + panel * panel_bytes, 0, static_cast<size_t>(panel_bytes));
+    for (int64_t n = end; n < begin + kPanel; ++n)
+      writable<float>(packed.scales)[n] = 0.0f, const_cast<int32_t*>(packed.column_sums)[n] = 0;
+  }
+  for (int64_t n = begin; n < end; ++n) pack_int8_row(w + n * stride, part, packed, n);
+}
+
+void pack_int4_row(const bf16_t* w, const PackedMatrix& packed, int64_t n) {
+  const int64_t group = packed.format.group;
+  bf16_t* scales = writable<bf16_t>(packed.scales) + n / kPanel * packed.k_groups() * kPanel + n % kPanel;
+  for (int64_t k = 0; k < packed.k; k += kBlockK) {
+    const int64_t count = min_i64(kBlockK, packed.k - k), padded = align_up(count, kTileKQ);
+    alignas(64) int8_t q[kBlockK];
+    for (int64_t i = 0; i < count; i += group)
+      scales[(k + i) / group * kPanel] = f32_to_bf16(quantize_group_int4(w + k + i, min_i64(group, count - i), q + i));
+    std::memset(q + count, 0, static_cast<size_t>(padded - count));
+    for (int64_t i = 0; i < padded; i += kTileKQ) {
+      uint8_t pairs[kPanel];
+      for (int64_t j = 0; j < kPanel; ++j)
+        pairs[j] = static_cast<uint8_t>((q[i + j] + 8) | (q[i + kPanel + j] + 8) << 4);
+      scatter_dwords(pairs, kPanel / 4, tile_of_row(packed, n, (k + i) / kTileKQ, kTileBytesInt4));
     }
-    writable<float>(packed.scales)[n] = scale;
-    const_cast<int32_t*>(packed.column_sums)[n] = sum;
   }
 }
 
 void pack_int4_panel(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel) {
-  const int64_t panel_bytes = kPanel * align_up(packed.k, kTileKQ) / 2, group = packed.format.group;
-  uint8_t* values = writable<uint8_t>(packed.data);
-  bf16_t* scales = writable<bf16_t>(packed.scales);
-  std::memset(values + panel * panel_bytes, 0x88, static_cast<size_t>(panel_bytes));
-  std::memset(scales + panel * packed.k_groups() * kPanel, 0, static_cast<size_t>(packed.k_groups() * kPanel * 2));
-  for (int64_t n = panel * kPanel; n < min_i64((panel + 1) * kPanel, packed.n); ++n)
-    for (int64_t g = 0; g < packed.k_groups(); ++g) {
-      int8_t q[128];
-      const int64_t count = min_i64(group, packed.k - g * group);
-      const float scale = quantize_group_int4(w + n * stride + g * group, count, q);
-      scales[(panel * packed.k_groups() + g) * kPanel + n % kPanel] = f32_to_bf16(scale);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t k = g * group + i;
-        const int64_t tile = (panel * ceil_div(packed.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
-        uint8_t& byte = values[tile * kTileBytesInt4 + k % kPanel / 4 * 64 + n % kTileN * 4 + k % 4];
-        const uint8_t bits = static_cast<uint8_t>(q[i] + 8);
-        byte = k % kTileKQ < kPanel ? static_cast<uint8_t>((byte & 0xf0) | bits)
-                                    : static_cast<uint8_t>((byte & 0x0f) | bits << 4);
-      }
-    }
+  const int64_t begin = panel * kPanel, end = min_i64(begin + kPanel, packed.n);
+  if (end < begin + kPanel) {
+    const int64_t panel_bytes = kPanel * align_up(packed.k, kTileKQ) / 2, panel_scales = packed.k_groups() * kPanel;
+    std::memset(writable<uint8_t>(packed.data) + panel * panel_bytes, 0x88, static_cast<size_t>(panel_bytes));
+    std::memset(writable<bf16_t>(packed.scales) + panel * panel_scales, 0, static_cast<size_t>(panel_scales * 2));
+  }
+  for (int64_t n = begin; n < end; ++n) pack_int4_row(w + n * stride, packed, n);
 }
 
 void store_value(bf16_t* to, float value) { *to = f32_to_bf16(value); }
 void store_value(float* to, float value) { *to = value; }
 
+// The bits, so that NaN keep theirs.
+void store_bits(bf16_t* to, bf16_t bits) { *to = bits; }
+void store_bits(float* to, bf16_t bits) { *to = bf16_to_f32(bits); }
+
+template <class T>
+void unpack_bf16_row(const PackedMatrix& packed, int64_t n, T* w) {
+  for (int64_t k = 0; k < packed.k; k += kTileK) {
+    const int64_t tile = (n / kPanel * packed.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
+    bf16_t bits[kTileK];
+    gather_dwords(packed.bytes() + tile * kTileBytes + n % kTileN * 4, kTileK / 2, reinterpret_cast<uint8_t*>(bits));
+    for (int64_t i = 0; i < min_i64(kTileK, packed.k - k); ++i) store_bits(w + k + i, bits[i]);
+  }
+}
+
+template <class T>
+void unpack_integer_row(const PackedMatrix& packed, int64_t n, T* w) {
+  const bool is_int8 = packed.format.kind == Format::kInt8;
+  for (int64_t k = 0; k < packed.k; k += kTileKQ) {
+    int8_t q[kTileKQ];
+    if (is_int8) {
+      gather_dwords(tile_of_row(packed, n, k / kTileKQ, kTileBytes), kTileKQ / 4, reinterpret_cast<uint8_t*>(q));
+    } else {
+      uint8_t pairs[kPanel];
+      gather_dwords(tile_of_row(packed, n, k / kTileKQ, kTileBytesInt4), kPanel / 4, pairs);
+      for (int64_t i = 0; i < kPanel; ++i) {
+        q[i] = static_cast<int8_t>((pairs[i] & 15) - 8);
+        q[kPanel + i] = static_cast<int8_t>((pairs[i] >> 4) - 8);
+      }
+    }
+    for (int64_t half = k; half < min_i64(k + kTileKQ, packed.k); half += kPanel) {  // within one group
+      const float scale = packed_scale(packed, n, half);
+      for (int64_t i = half; i < min_i64(half + kPanel, packed.k); ++i) store_value(w + i, scale * q[i - k]);
+    }
+  }
+}
+
 template <class T>
 void unpack(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, T* w, int64_t stride) {
   for (int64_t n = panel_begin * kPanel; n < min_i64(panel_end * kPanel, packed.n); ++n) {
-    const float scale = packed.format.kind == Format::kInt8 ? packed.int8_scales()[n] : 1.0f;
-    for (int64_t k = 0; k < packed.k; ++k) {
-      if (packed.format.kind == Format::kBf16) {  // keeps the bits of NaN
-        const int64_t tile = (n / kPanel * packed.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
-        const bf16_t bits = static_cast<const bf16_t*>(
-            packed.data)[tile * kTileElements + k % kTileK / 2 * 32 + n % kTileN * 2 + k % 2];
-        if constexpr (sizeof(T) == sizeof(bf16_t)) {
-          w[n * stride + k] = bits;
-        } else {
-          w[n * stride + k] = bf16_to_f32(bits);
-        }
-      } else {
-        store_value(w + n * stride + k, scale * packed_unscaled(packed, n, k));
-      }
-    }
+    if (packed.format.kind == Format::kBf16)
+      unpack_bf16_row(packed, n, w + n * stride);
+    else
+      unpack_integer_row(packed, n, w + n * stride);
   }
 }
 
@@ -141,10 +196,11 @@ PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* 
   return view;
 }
 
-void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end) {
+void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end,
+                 const RowPart& part) {
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     if (packed.format.kind == Format::kBf16) pack_bf16_panel(w, stride, packed, panel);
-    if (packed.format.kind == Format::kInt8) pack_int8_panel(w, stride, packed, panel);
+    if (packed.format.kind == Format::kInt8) pack_int8_panel(w, stride, part, packed, panel);
     if (packed.format.kind == Format::kInt4) pack_int4_panel(w, stride, packed, panel);
   }
 }

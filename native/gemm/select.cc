@@ -22,11 +22,13 @@ const std::vector<KernelRow>& kernel_table() {
   return table;
 }
 
-// Cycles per weight. Rows beyond the last whole block run in a narrower micro-kernel: their sums hide less latency, so a
-// partial block is charged half of the missing rows.
+// Cycles per weight (units in kts/gemm.h). Rows beyond the last whole block run in a narrower micro-kernel: their sums
+// hide less latency, so a partial block is charged half of the missing rows. A tile of AMX takes its time for 16 rows
+// whether they are there or not.
 static double estimated_cost(const KernelRow& row, int64_t m) {
-  const double whole = static_cast<double>(align_up(m, row.block_m));
-  return row.weight_cycles + 0.5 * (whole + static_cast<double>(m)) / row.macs_per_cycle;
+  const bool tiles = (row.isa & (kAmxBf16 | kAmxInt8)) != 0;
+  const double rows = static_cast<double>(m), whole = static_cast<double>(align_up(m, tiles ? kTileN : row.block_m));
+  return row.weight_cycles + (tiles ? whole : 0.5 * (whole + rows)) / row.macs_per_cycle;
 }
 
 const KernelRow& select_gemm(Format format, Rows rows, Direction direction, int64_t m, IsaSet isa) {

@@ -15,17 +15,35 @@ void scatter_rows(const Pass& pass, const RowBlock& block, bool weighted, const 
   }
 }
 
-void store_tokens(const Pass& pass, const float* tokens, int64_t tokens_stride, int64_t col, int64_t cols,
+void store_tokens(const Pass& pass, int shard, const float* tokens, int64_t tokens_stride, int64_t col, int64_t cols,
                   const MoeOutput& out) {
   const int64_t hidden = pass.shape().hidden;
+  float* f32 = pass.shard_sums == nullptr ? out.f32 : pass.shard_sums + shard * pass.input.tokens * hidden;
   for (int64_t t = 0; t < pass.input.tokens; ++t) {
     const float* from = tokens + t * tokens_stride;
-    if (out.bf16 != nullptr) {
+    if (f32 == nullptr) {
       pass.ops->to_bf16(from, cols, out.bf16 + t * hidden + col);
     } else {
-      std::memcpy(out.f32 + t * hidden + col, from, static_cast<size_t>(cols) * sizeof(float));
+      std::memcpy(f32 + t * hidden + col, from, static_cast<size_t>(cols) * sizeof(float));
     }
   }
+}
+
+void add_shards(const Pass& pass, const MoeOutput& out) {
+  if (pass.shard_sums == nullptr || (out.bf16 == nullptr && out.f32 == nullptr)) return;
+  const int64_t hidden = pass.shape().hidden, tokens = pass.input.tokens;
+  constexpr int64_t kColumns = 1024;
+  const int64_t groups = ceil_div(hidden, kColumns);
+  pass.pool->parallel_for(tokens * groups, [&](int64_t task, int) {
+    const int64_t token = task / groups, col = task % groups * kColumns, cols = min_i64(kColumns, hidden - col);
+    float* sum = pass.shard_sums + token * hidden + col;
+    for (int s = 1; s < pass.num_shards(); ++s) pass.ops->scale_add(1.0f, sum + s * tokens * hidden, cols, sum);
+    if (out.bf16 != nullptr) {
+      pass.ops->to_bf16(sum, cols, out.bf16 + token * hidden + col);
+    } else {
+      std::memcpy(out.f32 + token * hidden + col, sum, static_cast<size_t>(cols) * sizeof(float));
+    }
+  });
 }
 
 }  // namespace kts

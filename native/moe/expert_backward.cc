@@ -6,7 +6,7 @@
 //   dx[token] = sum over its experts of dg Wg + du Wu + s m ((dg Bg) Ag) + s m ((du Bu) Au), in f32, rounded once
 //   dAd = s (w dout Bd)^T (m' h)            dAg, dAu likewise (lora_grad.cc)
 //   dBd = s (w dout)^T (m' h Ad^T)          dBg, dBu likewise
-// The intermediates of rank columns are rounded to bf16 before the scale.
+// act(g) and act'(g) come from the g and u of the tape; the h of d w is not rounded, the h of dAd and dBd is.
 #include <cstring>
 
 #include "../gemm/schedule.h"
@@ -16,61 +16,62 @@ namespace kts {
 
 namespace {
 
-// sum [rows, cols] += mask * (coefficients A): the LoRA branch of an input gradient.
+// sum [rows, cols] += mask * (coefficients A): the LoRA branch of an input gradient, whose first column is `begin` +
+// range.col.
 void add_lora_input_grad(const Pass& pass, const LoraView& view, const float* coefficients, DropoutStream stream,
-                         const RowBlock& block, const ColumnRange& range, const ThreadScratch& scratch) {
-  const bf16_t* rows[kMaxRank];
+                         const RowBlock& block, int64_t begin, const ColumnRange& range, const ThreadScratch& scratch) {
+  const float* rows[kMaxRank];
   rank_rows(view.a + block.expert * view.a_expert, view.a_rank, view.rank, rows);
   float* to = pass.drops() ? scratch.sum1 : scratch.sum0;
   if (pass.drops()) std::memset(to, 0, static_cast<size_t>(block.rows() * range.padded_cols) * sizeof(float));
-  pass.ops->axpy_rows(coefficients + block.begin * view.rank, view.rank, 1, block.rows(), rows, range.col, view.rank,
-                      to, range.padded_cols, range.cols);
+  pass.ops->axpy_factor(coefficients + block.begin * view.rank, view.rank, 1, block.rows(), rows, begin + range.col,
+                        view.rank, to, range.padded_cols, range.cols);
   if (!pass.drops()) return;
   for (int64_t i = 0; i < block.rows(); ++i)
-    pass.ops->masked_add(pass.mask(stream, block.begin + i), range.col, to + i * range.padded_cols, range.cols,
+    pass.ops->masked_add(pass.mask(stream, block.begin + i), begin + range.col, to + i * range.padded_cols, range.cols,
                          scratch.sum0 + i * range.padded_cols);
 }
 
 // dh, and from it dg, du, h and the parts of d topk_weights.
-void dh_task(Pass& pass, const RowBlock& block, const ColumnRange& range, const ThreadScratch& scratch) {
+void dh_task(Pass& pass, int shard, const RowBlock& block, const ColumnRange& range, const ThreadScratch& scratch) {
   const MoeShape& shape = pass.shape();
-  const int64_t stride = shape.inter_stride(), panels = stride / kPanel;
-  const PackedMatrix down = pass.layer->down(block.expert);
+  const int64_t stride = shape.inter_stride(), panels = stride / kPanel, begin = pass.layer->shard(shard).begin;
+  const PackedMatrix down = pass.layer->down(block.expert, shard);
   gemm(Direction::kInputGrad, {pass.dout_rows + block.begin, block.rows(), &down, range.panel_begin, range.panel_end,
                                scratch.sum0, range.padded_cols, false, scratch.gemm});
   if (pass.lora.down.present())
-    add_lora_input_grad(pass, pass.lora.down, pass.dha, DropoutStream::kInter, block, range, scratch);
+    add_lora_input_grad(pass, pass.lora.down, pass.dha, DropoutStream::kInter, block, begin, range, scratch);
   const GluOps& glu = pass.ops->glu[static_cast<int>(shape.activation)];
   for (int64_t i = 0; i < block.rows(); ++i) {
     const int64_t row = block.begin + i;
     for (int64_t p = range.panel_begin; p < range.panel_end; ++p) {
-      const int64_t col = p * kPanel, at = row * stride + col, cols = min_i64(kPanel, shape.inter - col);
-      pass.dweight_parts[row * panels + p] =
-          glu.backward(pass.tape.g + at, pass.tape.u + at, scratch.sum0 + i * range.padded_cols + (col - range.col),
-                       pass.weight(row), cols, pass.dg + at, pass.du + at, pass.h + at);
+      const int64_t col = begin + p * kPanel, at = row * stride + col, cols = min_i64(kPanel, shape.inter - col);
+      const float* dh = scratch.sum0 + i * range.padded_cols + p * kPanel - range.col;
+      pass.dweight_parts[row * panels + col / kPanel] = glu.backward(
+          pass.tape.g + at, pass.tape.u + at, dh, pass.weight(row), cols, pass.dg + at, pass.du + at, pass.h + at);
       if (pass.h_dropped != nullptr)
         pass.ops->mask_bf16(pass.mask(DropoutStream::kInter, row), col, pass.h + at, cols, pass.h_dropped + at);
     }
   }
 }
 
-// dha = s * bf16(dout Bd)
+// dha = s * dout Bd
 void project_dout_to_rank(Pass& pass, const RowBlock& block) {
   const LoraView& view = pass.lora.down;
   float* to = pass.dha + block.begin * view.rank;
   pass.ops->dot_rows(pass.dout_rows + block.begin, block.rows(), view.b + block.expert * view.b_expert, view.b_rank,
                      view.rank, pass.shape().hidden, to, view.rank, false);
-  round_and_scale(to, block.rows() * view.rank, pass.scale_of(view));
+  scale_values(to, block.rows() * view.rank, pass.scale_of(view));
 }
 
-// dxa = s * bf16(dg Bg (+ du Bu where A is shared)); the coefficients of down's gradients get the routing weight.
+// dxa = s * (dg Bg (+ du Bu where A is shared)); the coefficients of down's gradients get the routing weight.
 void project_dgu_to_rank(Pass& pass, const RowBlock& block) {
   const auto project = [&](const LoraView& view, const bf16_t* const* rows, float* to, bool accumulate) {
     pass.ops->dot_rows(rows + block.begin, block.rows(), view.b + block.expert * view.b_expert, view.b_rank, view.rank,
                        pass.shape().inter, to + block.begin * view.rank, view.rank, accumulate);
   };
   const auto finish = [&](const LoraView& view, float* to) {
-    round_and_scale(to + block.begin * view.rank, block.rows() * view.rank, pass.scale_of(view));
+    scale_values(to + block.begin * view.rank, block.rows() * view.rank, pass.scale_of(view));
   };
   const ExpertLora& lora = pass.lora;
   if (lora.gate.present()) {
@@ -92,26 +93,33 @@ void project_dgu_to_rank(Pass& pass, const RowBlock& block) {
     }
 }
 
-void dx_task(Pass& pass, const ColumnRange& range, const ThreadScratch& scratch, const MoeOutput& dx) {
+void dx_task(Pass& pass, int shard, const ColumnRange& range, const ThreadScratch& scratch, const MoeOutput& dx) {
   std::memset(scratch.tokens, 0, static_cast<size_t>(pass.input.tokens * range.padded_cols) * sizeof(float));
   for (int64_t b = 0; b < pass.num_blocks; ++b) {
     const RowBlock& block = pass.blocks[b];
-    const PackedMatrix gate = pass.layer->gate(block.expert), up = pass.layer->up(block.expert);
-    GemmTask task{pass.dg_rows + block.begin, block.rows(),    &gate,
-                  range.panel_begin,          range.panel_end, scratch.sum0,
-                  range.padded_cols,          false,           scratch.gemm};
+    const PackedMatrix gate = pass.layer->gate(block.expert, shard), up = pass.layer->up(block.expert, shard);
+    GemmTask task{pass.dg_rows + block.begin,
+                  block.rows(),
+                  &gate,
+                  range.panel_begin,
+                  range.panel_end,
+                  scratch.sum0,
+                  range.padded_cols,
+                  false,
+                  scratch.gemm,
+                  pass.layer->shard(shard).begin};
     gemm(Direction::kInputGrad, task);
     task.a_rows = pass.du_rows + block.begin;
     task.w = &up;
     task.accumulate = true;
     gemm(Direction::kInputGrad, task);
-    if (pass.lora.gate.present())
-      add_lora_input_grad(pass, pass.lora.gate, pass.dxa_gate, DropoutStream::kHidden, block, range, scratch);
-    if (pass.dxa_up != nullptr)
-      add_lora_input_grad(pass, pass.lora.up, pass.dxa_up, DropoutStream::kHidden, block, range, scratch);
+    if (pass.lora.gate.present() && shard == 0)
+      add_lora_input_grad(pass, pass.lora.gate, pass.dxa_gate, DropoutStream::kHidden, block, 0, range, scratch);
+    if (pass.dxa_up != nullptr && shard == 0)
+      add_lora_input_grad(pass, pass.lora.up, pass.dxa_up, DropoutStream::kHidden, block, 0, range, scratch);
     scatter_rows(pass, block, false, scratch.sum0, range.padded_cols, range.cols, scratch.tokens, range.padded_cols);
   }
-  store_tokens(pass, scratch.tokens, range.padded_cols, range.col, range.cols, dx);
+  store_tokens(pass, shard, scratch.tokens, range.padded_cols, range.col, range.cols, dx);
 }
 
 void store_dtopk_weights(const Pass& pass, float* dtopk_weights) {
@@ -127,36 +135,35 @@ void store_dtopk_weights(const Pass& pass, float* dtopk_weights) {
 }  // namespace
 
 void run_backward(Pass& pass, const MoeGrads& grads) {
-  const MoeShape& shape = pass.shape();
-  const int threads = pass.pool->threads();
-  pass.pool->parallel_for(pass.num_blocks, [&](int64_t task, int) {
-    project_x_to_rank(pass, pass.blocks[task]);
-    if (pass.lora.down.present()) project_dout_to_rank(pass, pass.blocks[task]);
-  });
+  if (pass.lora.present())
+    for_row_pieces(pass, [&](const RowBlock& piece) {
+      project_x_to_rank(pass, piece);
+      if (pass.lora.down.present()) project_dout_to_rank(pass, piece);
+    });
+  quantize_x(pass);
   if (pass.recomputes) run_gate_up(pass);
 
-  const int64_t inter_panels = ceil_div(shape.inter, kPanel);
-  const int64_t inter_width = panels_per_task(inter_panels, pass.num_blocks, threads);
-  const int64_t inter_groups = ceil_div(inter_panels, inter_width);
-  pass.pool->parallel_for(pass.num_blocks * inter_groups, [&](int64_t task, int thread) {
-    dh_task(pass, pass.blocks[task / inter_groups], column_range(task % inter_groups, inter_width, shape.inter),
-            pass.scratch[thread]);
+  const InterTasks inter(pass);
+  for_shards(pass, inter.counts, [&](int shard, int64_t task, int thread) {
+    dh_task(pass, shard, pass.blocks[inter.block(shard, task)], inter.range(pass, shard, task), pass.scratch[thread]);
   });
   if (grads.dtopk_weights != nullptr) store_dtopk_weights(pass, grads.dtopk_weights);
-  if (pass.lora.present())
-    pass.pool->parallel_for(pass.num_blocks, [&](int64_t task, int) { project_dgu_to_rank(pass, pass.blocks[task]); });
+  if (pass.lora.present()) for_row_pieces(pass, [&](const RowBlock& piece) { project_dgu_to_rank(pass, piece); });
 
   const bool wants_dx = grads.dx.bf16 != nullptr || grads.dx.f32 != nullptr;
-  const int64_t panels = ceil_div(shape.hidden, kPanel), width = panels_per_task(panels, 1, threads);
-  const int64_t dx_tasks = wants_dx ? ceil_div(panels, width) : 0;
-  const int64_t lora_tasks = num_lora_grad_tasks(pass, grads.lora);
-  pass.pool->parallel_for(dx_tasks + lora_tasks, [&](int64_t task, int thread) {
+  const HiddenTasks hidden(pass);
+  const int64_t shards = pass.num_shards(), lora_tasks = num_lora_grad_tasks(pass, grads.lora);
+  const int64_t dx_tasks = wants_dx ? hidden.groups : 0;
+  int64_t counts[kMaxShards];
+  for (int64_t s = 0; s < shards; ++s) counts[s] = dx_tasks + (lora_tasks + shards - 1 - s) / shards;
+  for_shards(pass, counts, [&](int shard, int64_t task, int thread) {
     if (task < dx_tasks) {
-      dx_task(pass, column_range(task, width, shape.hidden), pass.scratch[thread], grads.dx);
+      dx_task(pass, shard, hidden.range(pass, task), pass.scratch[thread], grads.dx);
     } else {
-      run_lora_grad_task(pass, grads.lora, task - dx_tasks);
+      run_lora_grad_task(pass, grads.lora, (task - dx_tasks) * shards + shard);
     }
   });
+  add_shards(pass, grads.dx);
 }
 
 }  // namespace kts

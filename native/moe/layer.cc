@@ -6,12 +6,43 @@
 
 namespace kts {
 
+namespace {
+
+constexpr int64_t kShardAlignment = int64_t{2} << 20;  // a huge page belongs to one node
+
+// Shards end at whole tiles and whole int4 groups of down.
+int make_shards(const MoeShape& shape, int wanted, Shard* shards) {
+  const int64_t unit = shape.format.group > kTileKQ ? shape.format.group : kTileKQ;
+  const int64_t units = ceil_div(shape.inter, unit);
+  const int count = static_cast<int>(min_i64(min_i64(wanted, kMaxShards), units));
+  for (int s = 0; s < count; ++s) {
+    const int64_t begin = units * s / count * unit, end = units * (s + 1) / count * unit;
+    shards[s] = {begin, min_i64(end, shape.inter) - begin};
+  }
+  return count;
+}
+
+}  // namespace
+
 MoeLayer::MoeLayer(const MoeShape& shape) : shape_(shape) {
   KTS_CHECK(shape.num_experts > 0 && shape.hidden > 0 && shape.inter > 0,
             "MoeLayer: num_experts, hidden and inter must be positive");
-  gate_bytes_ = kts::packed_bytes(shape.format, shape.inter, shape.hidden);
-  down_bytes_ = kts::packed_bytes(shape.format, shape.hidden, shape.inter);
-  weights_ = PageBuffer(static_cast<size_t>(packed_bytes_for(shape)));
+  KTS_CHECK(shape.hidden <= kMaxInt8RowLength && shape.inter <= kMaxInt8RowLength,
+            "MoeLayer: expected hidden and inter of at most 32768");
+  std::lock_guard<std::mutex> lock(runtime().mutex);
+  num_shards_ = make_shards(shape, runtime().pool->pools(), shards_);
+  int64_t bytes = 0;
+  for (int s = 0; s < num_shards_; ++s) {
+    shard_offset_[s] = bytes;
+    bytes += shape.num_experts * (2 * gate_bytes(s) + down_bytes(s));
+    if (num_shards_ > 1) bytes = align_up(bytes, kShardAlignment);
+  }
+  weights_ = PageBuffer(static_cast<size_t>(bytes));
+  for (int s = 0; s < num_shards_; ++s) {
+    const int64_t end = s + 1 < num_shards_ ? shard_offset_[s + 1] : bytes;
+    place_on_pool(static_cast<char*>(weights_.data()) + shard_offset_[s], static_cast<size_t>(end - shard_offset_[s]),
+                  s);
+  }
   loaded_.assign(static_cast<size_t>(shape.num_experts), 0);
 }
 
@@ -20,43 +51,56 @@ int64_t MoeLayer::packed_bytes_for(const MoeShape& shape) {
                               kts::packed_bytes(shape.format, shape.hidden, shape.inter));
 }
 
-const char* MoeLayer::expert_data(int64_t expert) const {
-  return static_cast<const char*>(weights_.data()) + expert * (2 * gate_bytes_ + down_bytes_);
+const char* MoeLayer::expert_data(int64_t expert, int shard) const {
+  return static_cast<const char*>(weights_.data()) + shard_offset_[shard] +
+         expert * (2 * gate_bytes(shard) + down_bytes(shard));
 }
 
-PackedMatrix MoeLayer::gate(int64_t expert) const {
-  return packed_view(shape_.format, shape_.inter, shape_.hidden, expert_data(expert));
+PackedMatrix MoeLayer::gate(int64_t expert, int shard) const {
+  return packed_view(shape_.format, shards_[shard].size, shape_.hidden, expert_data(expert, shard));
 }
-PackedMatrix MoeLayer::up(int64_t expert) const {
-  return packed_view(shape_.format, shape_.inter, shape_.hidden, expert_data(expert) + gate_bytes_);
+PackedMatrix MoeLayer::up(int64_t expert, int shard) const {
+  return packed_view(shape_.format, shards_[shard].size, shape_.hidden, expert_data(expert, shard) + gate_bytes(shard));
 }
-PackedMatrix MoeLayer::down(int64_t expert) const {
-  return packed_view(shape_.format, shape_.hidden, shape_.inter, expert_data(expert) + 2 * gate_bytes_);
+PackedMatrix MoeLayer::down(int64_t expert, int shard) const {
+  return packed_view(shape_.format, shape_.hidden, shards_[shard].size,
+                     expert_data(expert, shard) + 2 * gate_bytes(shard));
 }
 
 void MoeLayer::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_stride, const bf16_t* up_w,
                            int64_t up_stride, const bf16_t* down_w, int64_t down_stride) {
   KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "load_expert: expert index out of range");
   std::lock_guard<std::mutex> lock(runtime().mutex);
-  const PackedMatrix packed[3] = {gate(expert), up(expert), down(expert)};
-  const bf16_t* source[3] = {gate_w, up_w, down_w};
-  const int64_t stride[3] = {gate_stride, up_stride, down_stride};
-  const int64_t inter_panels = packed[0].n_panels();
-  runtime().pool->parallel_for(2 * inter_panels + packed[2].n_panels(), [&](int64_t task, int) {
-    const int which = task < inter_panels ? 0 : task < 2 * inter_panels ? 1 : 2;
-    const int64_t panel = task - which * inter_panels;
-    pack_panels(source[which], stride[which], packed[which], panel, panel + 1);
-  });
+  for (int s = 0; s < num_shards_; ++s) {
+    const Shard& part = shards_[s];
+    const PackedMatrix packed[3] = {gate(expert, s), up(expert, s), down(expert, s)};
+    const bf16_t* source[3] = {gate_w + part.begin * gate_stride, up_w + part.begin * up_stride, down_w + part.begin};
+    const int64_t stride[3] = {gate_stride, up_stride, down_stride};
+    const int64_t inter_panels = packed[0].n_panels();
+    runtime().pool->parallel_for(2 * inter_panels + packed[2].n_panels(), [&](int64_t task, int) {
+      const int which = task < inter_panels ? 0 : task < 2 * inter_panels ? 1 : 2;
+      const int64_t panel = task - which * inter_panels;
+      const RowPart columns{which == 2 ? part.begin : 0, which == 2 ? shape_.inter - part.begin - part.size : 0};
+      pack_panels(source[which], stride[which], packed[which], panel, panel + 1, columns);
+    });
+  }
   loaded_[static_cast<size_t>(expert)] = 1;
 }
 
-void MoeLayer::unpack_expert(int64_t expert, bf16_t* gate_w, int64_t gate_stride, bf16_t* up_w, int64_t up_stride,
-                             bf16_t* down_w, int64_t down_stride) const {
+template <class T>
+void MoeLayer::unpack_expert(int64_t expert, T* gate_w, int64_t gate_stride, T* up_w, int64_t up_stride, T* down_w,
+                             int64_t down_stride) const {
   KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "unpack_expert: expert index out of range");
-  unpack_panels(gate(expert), 0, gate(expert).n_panels(), gate_w, gate_stride);
-  unpack_panels(up(expert), 0, up(expert).n_panels(), up_w, up_stride);
-  unpack_panels(down(expert), 0, down(expert).n_panels(), down_w, down_stride);
+  for (int s = 0; s < num_shards_; ++s) {
+    const int64_t begin = shards_[s].begin;
+    const PackedMatrix g = gate(expert, s), u = up(expert, s), d = down(expert, s);
+    unpack_panels(g, 0, g.n_panels(), gate_w + begin * gate_stride, gate_stride);
+    unpack_panels(u, 0, u.n_panels(), up_w + begin * up_stride, up_stride);
+    unpack_panels(d, 0, d.n_panels(), down_w + begin, down_stride);
+  }
 }
+template void MoeLayer::unpack_expert(int64_t, bf16_t*, int64_t, bf16_t*, int64_t, bf16_t*, int64_t) const;
+template void MoeLayer::unpack_expert(int64_t, float*, int64_t, float*, int64_t, float*, int64_t) const;
 
 int64_t MoeLayer::missing_experts() const {
   int64_t missing = 0;
@@ -70,7 +114,10 @@ void check_lora(const LoraView& view, const char* message) {
   if (view.present()) KTS_CHECK(view.rank <= kMaxRank && view.a != nullptr && view.b != nullptr, message);
 }
 
-void check_call(const MoeLayer& layer, const ExpertLora& lora, const Dropout& dropout, int64_t chunk) {
+void check_call(const MoeLayer& layer, const MoeInput& input, const ExpertLora& lora, const Dropout& dropout,
+                int64_t chunk) {
+  KTS_CHECK(input.rows == Rows::kBf16 || layer.shape().format.kind != Format::kBf16,
+            "rows: int8 needs int8 or int4 weights, this layer has bf16 weights");
   KTS_CHECK(layer.missing_experts() == 0,
             "MoeLayer: some experts have no weights yet; call load_expert for every expert first");
   KTS_CHECK(chunk > 0, "chunk_size: expected a positive number of tokens");
@@ -95,8 +142,12 @@ Pass make_pass(const MoeLayer& layer, const MoeInput& input, const ExpertLora& l
   pass.layer = &layer;
   pass.ops = &row_ops(active_isa());
   pass.pool = runtime().pool.get();
-  pass.input = {chunk.count, input.top_k, input.x + chunk.begin * layer.shape().hidden, input.topk_ids + pair,
-                input.topk_weights + pair};
+  pass.input = {chunk.count,
+                input.top_k,
+                input.x + chunk.begin * layer.shape().hidden,
+                input.topk_ids + pair,
+                input.topk_weights + pair,
+                input.rows};
   pass.pair_begin = pair;
   pass.lora = lora;
   pass.dropout = lora.present() ? dropout : Dropout{};
@@ -126,7 +177,7 @@ MoeOutput at_token(const MoeOutput& out, int64_t elements) {
 void MoeLayer::forward(const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, int64_t chunk,
                        const ForwardTape& tape, const MoeOutput& out) const {
   std::lock_guard<std::mutex> lock(runtime().mutex);
-  check_call(*this, lora, dropout, chunk);
+  check_call(*this, input, lora, dropout, chunk);
   rest_openmp_threads();
   for (int64_t begin = 0; begin < input.tokens; begin += chunk) {
     Pass pass = make_pass(*this, input, lora, dropout, tape, {begin, min_i64(chunk, input.tokens - begin)});
@@ -138,7 +189,7 @@ void MoeLayer::forward(const MoeInput& input, const ExpertLora& lora, const Drop
 void MoeLayer::backward(const MoeInput& input, const bf16_t* dout, const ExpertLora& lora, const Dropout& dropout,
                         int64_t chunk, const ForwardTape& tape, const MoeGrads& grads) const {
   std::lock_guard<std::mutex> lock(runtime().mutex);
-  check_call(*this, lora, dropout, chunk);
+  check_call(*this, input, lora, dropout, chunk);
   rest_openmp_threads();
   zero_lora_grads(shape_, lora, grads.lora, *runtime().pool);
   for (int64_t begin = 0; begin < input.tokens; begin += chunk) {

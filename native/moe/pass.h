@@ -1,7 +1,9 @@
 // The state of one forward or backward over one chunk of tokens: routing, buffers from the arena, scratch per thread.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
+#include "../gemm/schedule.h"
 #include "dropout.h"
 #include "kts/gemm.h"
 #include "kts/moe.h"
@@ -23,6 +25,14 @@ struct ThreadScratch {
   float* sum0 = nullptr;      // [kRowBlock, 128]
   float* sum1 = nullptr;
   float* tokens = nullptr;  // [tokens, 128] sums of all experts for the columns of a task
+};
+
+// Rows of int8 (MoeInput::rows), quantised once from bf16.
+struct Int8Rows {
+  int8_t* values = nullptr;       // rows of align_up(length, 64)
+  float* scales = nullptr;        // x: one per token
+  const int8_t** rows = nullptr;  // [routed rows]
+  float* row_scales = nullptr;    // [routed rows]
 };
 
 struct Pass {
@@ -48,10 +58,13 @@ struct Pass {
   bf16_t* x_dropped = nullptr;  // [rows, hidden], only with dropout
   bf16_t* h_dropped = nullptr;  // [rows, inter_stride], only with dropout
   bf16_t* h = nullptr;          // [rows, inter_stride]
+  Int8Rows x_int8;              // [tokens], only with int8 rows
+  Int8Rows h_int8;              // [routed rows]
   ForwardTape tape;             // of the chunk; in a recomputing backward it points into the arena
-  float* xa_gate = nullptr;     // [rows, rank] scale * (dropped x) A^T, rounded before the scale
+  float* xa_gate = nullptr;     // [rows, rank] scale * (dropped x) A^T
   float* xa_up = nullptr;       // == xa_gate when A is shared
   float* ha = nullptr;          // [rows, rank] the same of h and down.A; times the routing weight in backward
+  float* shard_sums = nullptr;  // [shards, tokens, hidden], only with several shards
 
   // backward only
   const bf16_t* dout = nullptr;  // [tokens, hidden] of the chunk
@@ -72,8 +85,26 @@ struct Pass {
   RowMask mask(DropoutStream stream, int64_t row) const {
     return row_mask(dropout, stream, static_cast<uint64_t>(pair_begin + routing.row_pair[row]));
   }
+  bool int8_rows() const { return input.rows == Rows::kInt8; }
+  int num_shards() const { return layer->num_shards(); }
   float weight(int64_t row) const { return input.topk_weights[routing.row_pair[row]]; }
 };
+
+// Runs fn(shard, task, thread) for task in [0, tasks[shard]), the tasks of a shard on the pool that owns its memory first.
+template <class Fn>
+void for_shards(const Pass& pass, const int64_t* tasks, Fn&& fn) {
+  if (pass.num_shards() > 1 && pass.pool->pools() == pass.num_shards()) {
+    pass.pool->parallel_for_pools(tasks, fn);
+    return;
+  }
+  int64_t total = 0;
+  for (int s = 0; s < pass.num_shards(); ++s) total += tasks[s];
+  pass.pool->parallel_for(total, [&](int64_t task, int thread) {
+    int shard = 0;
+    while (task >= tasks[shard]) task -= tasks[shard++];
+    fn(shard, task, thread);
+  });
+}
 
 // Lays out every buffer of a pass of at most input.tokens tokens. On a counting arena only arena.used() is meaningful.
 void plan_pass(Pass& pass, int threads, Arena& arena);
@@ -82,14 +113,56 @@ void plan_pass(Pass& pass, int threads, Arena& arena);
 void route_pass(Pass& pass);
 
 // Pointers to the rank rows of a LoRA factor; `rows` holds kMaxRank entries.
-void rank_rows(const bf16_t* factor, int64_t rank_stride, int64_t rank, const bf16_t** rows);
+void rank_rows(const float* factor, int64_t rank_stride, int64_t rank, const float** rows);
 
-// values = scale * bf16(values)
-void round_and_scale(float* values, int64_t count, float scale);
+// values *= scale
+void scale_values(float* values, int64_t count, float scale);
+
+// How the columns of inter, in every shard and for every block, are cut into tasks.
+struct InterTasks {
+  int64_t width[kMaxShards];   // panels
+  int64_t groups[kMaxShards];  // column groups of a block
+  int64_t counts[kMaxShards];
+
+  explicit InterTasks(const Pass& pass);
+  int64_t block(int shard, int64_t task) const { return task / groups[shard]; }
+  ColumnRange range(const Pass& pass, int shard, int64_t task) const {
+    return column_range(task % groups[shard], width[shard], pass.layer->shard(shard).size);
+  }
+};
+
+// How the columns of hidden, once per shard, are cut into tasks.
+struct HiddenTasks {
+  int64_t width;
+  int64_t groups;
+  int64_t counts[kMaxShards];
+
+  explicit HiddenTasks(const Pass& pass);
+  ColumnRange range(const Pass& pass, int64_t task) const { return column_range(task, width, pass.shape().hidden); }
+};
+
+// Runs fn(piece) for pieces of the blocks, in parallel and evenly, however the rows are spread over experts.
+template <class Fn>
+void for_row_pieces(const Pass& pass, Fn&& fn) {
+  constexpr int64_t kMostRows = 32;
+  const int64_t wanted = pass.routing.num_rows / (4 * pass.pool->threads());
+  const int64_t step = wanted < 1 ? 1 : min_i64(wanted, kMostRows);
+  pass.pool->parallel_for(ceil_div(pass.routing.num_rows, step), [&](int64_t task, int) {
+    int64_t row = task * step;
+    const int64_t end = min_i64(row + step, pass.routing.num_rows);
+    const RowBlock* block = std::upper_bound(pass.blocks, pass.blocks + pass.num_blocks, row,
+                                             [](int64_t r, const RowBlock& b) { return r < b.end; });
+    for (; row < end; ++block) {
+      fn(RowBlock{block->expert, row, min_i64(end, block->end)});
+      row = min_i64(end, block->end);
+    }
+  });
+}
 
 // --- the steps of forward (expert_forward.cc) ---
-void project_x_to_rank(Pass& pass, const RowBlock& block);  // xa_gate, xa_up
-void project_h_to_rank(Pass& pass, const RowBlock& block);  // ha
+void project_x_to_rank(Pass& pass, const RowBlock& piece);  // xa_gate, xa_up
+void quantize_x(Pass& pass);                                // x_int8, where the pass has it
+void project_h_to_rank(Pass& pass, const RowBlock& piece);  // ha
 void run_gate_up(Pass& pass);                               // h and, where kept, g and u
 void run_forward(Pass& pass, const MoeOutput& out);
 // Adds scale * (rows A^T) B^T to sums [rows, cols]; `xa` holds the first product.
@@ -99,13 +172,15 @@ void add_lora(const Pass& pass, const float* xa, const LoraView& lora, const Row
 // --- backward (expert_backward.cc) ---
 void run_backward(Pass& pass, const MoeGrads& grads);
 
-// --- combine.cc ---
+// --- combine.cc: rows of experts back to tokens ---
 // tokens[token, :] += weight * sum[row, :] for the rows of the block; weight 1 when `weighted` is false.
 void scatter_rows(const Pass& pass, const RowBlock& block, bool weighted, const float* sum, int64_t ldc, int64_t cols,
                   float* tokens, int64_t tokens_stride);
-// Stores columns [col, col + cols) of all tokens.
-void store_tokens(const Pass& pass, const float* tokens, int64_t tokens_stride, int64_t col, int64_t cols,
+// Stores columns [col, col + cols) of all tokens: in `out`, or with several shards in the shard's part of shard_sums.
+void store_tokens(const Pass& pass, int shard, const float* tokens, int64_t tokens_stride, int64_t col, int64_t cols,
                   const MoeOutput& out);
+// With several shards: out = the sum of their parts, in ascending order.
+void add_shards(const Pass& pass, const MoeOutput& out);
 
 // --- lora_grad.cc: gradients of A and B, accumulated into grads ---
 int64_t num_lora_grad_tasks(const Pass& pass, const ExpertLoraGrads& grads);

@@ -41,6 +41,13 @@ static void plan_lora(Pass& pass, int64_t rows, Arena& arena) {
   if (lora.up.present() && !lora.shares_a()) pass.dxa_up = arena.take<float>(rows * lora.up.rank);
 }
 
+static void plan_int8_rows(Int8Rows& int8, int64_t values, int64_t length, int64_t routed_rows, Arena& arena) {
+  int8.values = arena.take<int8_t>(values * align_up(length, kTileKQ));
+  int8.scales = arena.take<float>(values);
+  int8.rows = arena.take<const int8_t*>(routed_rows);
+  int8.row_scales = arena.take<float>(routed_rows);
+}
+
 void plan_pass(Pass& pass, int threads, Arena& arena) {
   const MoeShape& shape = pass.shape();
   const int64_t rows = pass.input.tokens * pass.input.top_k;
@@ -54,8 +61,8 @@ void plan_pass(Pass& pass, int threads, Arena& arena) {
   pass.h_rows = arena.take<const bf16_t*>(rows);
   pass.h = arena.take<bf16_t>(rows * stride);
   if (pass.recomputes) {
-    pass.tape.g = arena.take<bf16_t>(rows * stride);
-    pass.tape.u = arena.take<bf16_t>(rows * stride);
+    pass.tape.g = arena.take<f16_t>(rows * stride);
+    pass.tape.u = arena.take<f16_t>(rows * stride);
   }
   if (pass.is_backward) {
     pass.dout_rows = arena.take<const bf16_t*>(rows);
@@ -65,6 +72,10 @@ void plan_pass(Pass& pass, int threads, Arena& arena) {
     pass.du = arena.take<bf16_t>(rows * stride);
     pass.dweight_parts = arena.take<float>(rows * (stride / kPanel));
   }
+  if (pass.int8_rows() && (!pass.is_backward || pass.recomputes))
+    plan_int8_rows(pass.x_int8, pass.input.tokens, shape.hidden, rows, arena);
+  if (pass.int8_rows() && !pass.is_backward) plan_int8_rows(pass.h_int8, rows, shape.inter, rows, arena);
+  if (pass.num_shards() > 1) pass.shard_sums = arena.take<float>(pass.num_shards() * pass.input.tokens * shape.hidden);
   plan_lora(pass, rows, arena);
   plan_scratch(pass, threads, arena);
 }
@@ -83,6 +94,10 @@ void route_pass(Pass& pass) {
     const int64_t token = pass.routing.row_token[row];
     pass.x_rows[row] = pass.input.x + token * shape.hidden;
     pass.h_rows[row] = pass.h + row * stride;
+    if (pass.x_int8.values != nullptr)
+      pass.x_int8.rows[row] = pass.x_int8.values + token * align_up(shape.hidden, kTileKQ);
+    if (pass.h_int8.values != nullptr)
+      pass.h_int8.rows[row] = pass.h_int8.values + row * align_up(shape.inter, kTileKQ);
     if (pass.x_dropped != nullptr) {
       pass.xl_rows[row] = pass.x_dropped + row * shape.hidden;
       pass.hl_rows[row] = pass.h_dropped + row * stride;
@@ -95,12 +110,30 @@ void route_pass(Pass& pass) {
   }
 }
 
-void rank_rows(const bf16_t* factor, int64_t rank_stride, int64_t rank, const bf16_t** rows) {
+InterTasks::InterTasks(const Pass& pass) {
+  const int threads = static_cast<int>(ceil_div(pass.pool->threads(), pass.num_shards()));
+  for (int s = 0; s < pass.num_shards(); ++s) {
+    const int64_t panels = ceil_div(pass.layer->shard(s).size, kPanel);
+    width[s] = panels_per_task(panels, pass.num_blocks, threads);
+    groups[s] = ceil_div(panels, width[s]);
+    counts[s] = pass.num_blocks * groups[s];
+  }
+}
+
+HiddenTasks::HiddenTasks(const Pass& pass) {
+  const int threads = static_cast<int>(ceil_div(pass.pool->threads(), pass.num_shards()));
+  const int64_t panels = ceil_div(pass.shape().hidden, kPanel);
+  width = panels_per_task(panels, 1, threads);
+  groups = ceil_div(panels, width);
+  for (int s = 0; s < pass.num_shards(); ++s) counts[s] = groups;
+}
+
+void rank_rows(const float* factor, int64_t rank_stride, int64_t rank, const float** rows) {
   for (int64_t r = 0; r < rank; ++r) rows[r] = factor + r * rank_stride;
 }
 
-void round_and_scale(float* values, int64_t count, float scale) {
-  for (int64_t i = 0; i < count; ++i) values[i] = scale * round_to_bf16(values[i]);
+void scale_values(float* values, int64_t count, float scale) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= scale;
 }
 
 }  // namespace kts

@@ -1,60 +1,23 @@
-// Symmetric int4 per group. Candidates: the signed value of largest magnitude divided by -8 * f and by 7 * f, for
-// factors f around 1, each rounded to 5 significant bits; the one with the least squared error wins.
-#include <cmath>
+// Symmetric int4 per group. The scale is searched: with L the largest magnitude of the group, all magnitudes of 5
+// significant bits in [3/32 L, 5/32 L], about 12, with both signs (-8 .. 7 reaches further to one side), and the least
+// sum of squared errors in f32 wins. 3/32 clips a quarter of L at -8, 5/32 exceeds L / 7 by 9 %: a wider range does not
+// lower the error of groups of 32, 64 or 128 by 0.1 %, for Gaussian, Laplace or Student-t weights.
+// Groups of weights below 7 * 2^-126 have the scale 2^-126; no scale is denormal. Code in arch/quantize_inl.h.
 #include <cstring>
-#include <initializer_list>
 
 #include "kts/base.h"
 #include "kts/quant.h"
 
 namespace kts {
 
-namespace {
-
-constexpr int64_t kMaxGroup = 128;
-constexpr float kFactors[] = {0.76f, 0.80f, 0.84f, 0.88f, 0.92f, 0.96f, 1.0f, 1.04f, 1.08f};
-
-float round_to_5_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits = (bits + (1u << 18)) & ~((1u << 19) - 1);
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-float quantize_one(float w, float inverse) { return std::fmin(std::fmax(std::nearbyintf(w * inverse), -8.0f), 7.0f); }
-
-float squared_error(const float* w, int64_t count, float scale) {
-  const float inverse = 1.0f / scale;
-  float sum = 0.0f;
-  for (int64_t i = 0; i < count; ++i) {
-    const float error = w[i] - scale * quantize_one(w[i], inverse);
-    sum += error * error;
-  }
-  return sum;
-}
-
-}  // namespace
-
 float quantize_group_int4(const bf16_t* w, int64_t count, int8_t* q) {
-  float values[kMaxGroup], largest = 0.0f;
-  KTS_CHECK(count <= kMaxGroup, "int4: expected groups of at most 128");
-  for (int64_t i = 0; i < count; ++i) {
-    values[i] = bf16_to_f32(w[i]);
-    KTS_CHECK(std::isfinite(values[i]), "weights: expected finite numbers, found NaN or infinity");
-    if (std::fabs(values[i]) > std::fabs(largest)) largest = values[i];
-  }
-  float best_scale = 0.0f, best_error = INFINITY;
-  for (const float factor : kFactors)
-    for (const float steps : {-8.0f, 7.0f}) {
-      const float scale = round_to_5_bits(largest / (steps * factor));
-      if (std::fabs(scale) < 1e-30f) continue;
-      const float error = squared_error(values, count, scale);
-      if (error < best_error) best_error = error, best_scale = scale;
-    }
-  const float inverse = best_scale != 0.0f ? 1.0f / best_scale : 0.0f;
-  for (int64_t i = 0; i < count; ++i) q[i] = static_cast<int8_t>(quantize_one(values[i], inverse));
-  return best_scale;
+  KTS_CHECK(count <= 128, "int4: expected groups of at most 128");
+  const QuantOps& ops = quant_ops(active_isa());
+  const uint32_t largest = ops.largest(w, count);
+  KTS_CHECK(largest < 0x7f80u, "weights: expected finite numbers, found NaN or infinity");
+  if (largest != 0) return ops.int4(w, count, largest, q);
+  std::memset(q, 0, static_cast<size_t>(count));
+  return 0.0f;
 }
 
 }  // namespace kts

@@ -1,7 +1,5 @@
 #include "kts/topology.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
@@ -20,7 +18,9 @@ std::string read_line(const std::string& path) {
   return line;
 }
 
-// "0-3,8,10-11" -> CPU numbers; anything else is skipped.
+constexpr int kMaxCpus = 1 << 16;  // of a damaged list
+
+// "0-3,8,10-11" -> numbers of CPUs or nodes; anything else is skipped.
 std::vector<int> parse_cpu_list(const std::string& text) {
   std::vector<int> cpus;
   std::istringstream parts(text);
@@ -30,18 +30,8 @@ std::vector<int> parse_cpu_list(const std::string& text) {
     std::istringstream range(part);
     if (!(range >> first) || first < 0) continue;
     last = range >> dash >> last && dash == '-' ? last : first;
-    for (int cpu = first; cpu <= last && cpu < CPU_SETSIZE; ++cpu) cpus.push_back(cpu);
+    for (int cpu = first; cpu <= last && cpu < kMaxCpus; ++cpu) cpus.push_back(cpu);
   }
-  return cpus;
-}
-
-std::vector<int> affinity_cpus() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  std::vector<int> cpus;
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return {0};
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-    if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
   return cpus;
 }
 
@@ -85,12 +75,27 @@ std::string model_name(const std::string& root) {
   return "unknown";
 }
 
+std::vector<int> intersection(const std::vector<int>& a, const std::vector<int>& b) {
+  std::vector<int> both;
+  for (const int value : a)
+    if (std::find(b.begin(), b.end(), value) != b.end()) both.push_back(value);
+  return both;
+}
+
+// A mask may name CPUs that are switched off.
+std::vector<int> online_only(const std::vector<int>& cpus, const std::string& root) {
+  std::vector<int> online = intersection(cpus, parse_cpu_list(read_line(root + "sys/devices/system/cpu/online")));
+  return online.empty() ? cpus : online;
+}
+
 }  // namespace
 
-CpuInfo read_cpu_info(const std::string& root) {
+CpuInfo read_cpu_info(const std::string& root) { return read_cpu_info(root, affinity_cpus()); }
+
+CpuInfo read_cpu_info(const std::string& root, const std::vector<int>& mask) {
   CpuInfo info;
   info.model_name = model_name(root);
-  const std::vector<int> cpus = affinity_cpus();
+  const std::vector<int> cpus = online_only(mask, root);
   info.logical_cpus = static_cast<int>(cpus.size());
   std::set<std::pair<std::string, std::string>> cores;
   for (const int cpu : cpus) {
@@ -100,21 +105,31 @@ CpuInfo read_cpu_info(const std::string& root) {
   }
   info.physical_cores = static_cast<int>(cores.size());
   info.quota_cpus = cgroup_quota(root);
-  for (const int node : parse_cpu_list(read_line(root + "sys/devices/system/node/online"))) {
-    std::vector<int> members;
-    for (const int cpu :
-         parse_cpu_list(read_line(root + "sys/devices/system/node/node" + std::to_string(node) + "/cpulist")))
-      if (std::find(cpus.begin(), cpus.end(), cpu) != cpus.end()) members.push_back(cpu);
-    if (!members.empty()) info.numa_nodes.push_back(members);
+  const std::string nodes = root + "sys/devices/system/node/";
+  for (const int node : parse_cpu_list(read_line(nodes + "online"))) {
+    const std::vector<int> listed = parse_cpu_list(read_line(nodes + "node" + std::to_string(node) + "/cpulist"));
+    std::vector<int> members = intersection(listed, cpus);
+    if (members.empty()) continue;  // memory only, or outside the mask
+    info.numa_nodes.push_back(std::move(members));
+    info.numa_node_ids.push_back(node);
   }
-  if (info.numa_nodes.empty()) info.numa_nodes.push_back(cpus);
+  if (info.numa_nodes.empty()) {
+    info.numa_nodes.push_back(cpus);
+    info.numa_node_ids.push_back(-1);
+  }
   return info;
 }
 
-int default_threads(const CpuInfo& info) {
-  int threads = info.physical_cores;
+int max_threads(const CpuInfo& info) {
+  int threads = info.logical_cpus;
   if (info.quota_cpus > 0.0) threads = std::min(threads, static_cast<int>(info.quota_cpus));
   return std::max(threads, 1);
+}
+
+int default_threads(const CpuInfo& info) { return std::min(std::max(info.physical_cores, 1), max_threads(info)); }
+
+int default_pools(const CpuInfo& info, int threads) {
+  return std::min(static_cast<int>(info.numa_nodes.size()), threads);
 }
 
 }  // namespace kts

@@ -1,6 +1,7 @@
 #include "kts/workspace.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <new>
 #include <utility>
@@ -9,13 +10,32 @@
 
 namespace kts {
 
-PageBuffer::PageBuffer(size_t bytes) : bytes_(bytes) {
-  if (bytes == 0) return;
+namespace {
+
+char* map_pages(size_t bytes) {
   // Not MAP_NORESERVE: the kernel then refuses what cannot fit at all, instead of killing the process later.
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  madvise(memory, bytes, MADV_HUGEPAGE);
-  data_ = memory;
+  return static_cast<char*>(memory);
+}
+
+// Maps too much and gives back both ends: mmap alone aligns to small pages.
+char* map_aligned(size_t bytes) {
+  if (bytes > SIZE_MAX / 4) throw std::bad_alloc();
+  const size_t kept = static_cast<size_t>(align_up(static_cast<int64_t>(bytes), sysconf(_SC_PAGESIZE)));
+  char* all = map_pages(kept + kHugePage);
+  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(all) % kHugePage) % kHugePage;
+  if (before > 0) munmap(all, before);
+  munmap(all + before + kept, kHugePage - before);
+  return all + before;
+}
+
+}  // namespace
+
+PageBuffer::PageBuffer(size_t bytes) : bytes_(bytes) {
+  if (bytes == 0) return;
+  data_ = bytes < kHugePage ? map_pages(bytes) : map_aligned(bytes);
+  madvise(data_, bytes, MADV_HUGEPAGE);
 }
 
 PageBuffer::~PageBuffer() {
@@ -40,7 +60,8 @@ Arena pass_arena(size_t bytes) {
   static PageBuffer& pass_memory = *new PageBuffer;
   if (bytes > pass_memory.bytes()) {
     pass_memory = PageBuffer();
-    pass_memory = PageBuffer(static_cast<size_t>(align_up(static_cast<int64_t>(bytes), int64_t{1} << 21)));
+    pass_memory =
+        PageBuffer(static_cast<size_t>(align_up(static_cast<int64_t>(bytes), static_cast<int64_t>(kHugePage))));
     ++growths;
   }
   return Arena(pass_memory.data(), pass_memory.bytes());

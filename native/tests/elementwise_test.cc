@@ -36,7 +36,9 @@ KTS_TEST(dot_rows_is_exact_on_small_integers) {
     if (!runs_here(ops->isa)) continue;
     for (const Shape& s : {Shape{1, 1, 1}, {3, 5, 7}, {4, 4, 16}, {5, 8, 33}, {9, 13, 100}, {2, 256, 31}}) {
       Random random(7);
-      const auto a = random_bf16(random, s.m * s.k, true), b = random_bf16(random, s.n * (s.k + 3), true);
+      const auto a = random_bf16(random, s.m * s.k, true);
+      std::vector<float> b(static_cast<size_t>(s.n * (s.k + 3)));
+      for (float& v : b) v = static_cast<float>(random.integer(-8, 8));
       std::vector<const bf16_t*> rows;
       for (int64_t i = 0; i < s.m; ++i) rows.push_back(a.data() + i * s.k);
       std::vector<float> c(static_cast<size_t>(s.m * s.n), 2.0f);
@@ -45,8 +47,7 @@ KTS_TEST(dot_rows_is_exact_on_small_integers) {
         for (int64_t j = 0; j < s.n; ++j) {
           float want = 2.0f;
           for (int64_t t = 0; t < s.k; ++t)
-            want += bf16_to_f32(a[static_cast<size_t>(i * s.k + t)]) *
-                    bf16_to_f32(b[static_cast<size_t>(j * (s.k + 3) + t)]);
+            want += bf16_to_f32(a[static_cast<size_t>(i * s.k + t)]) * b[static_cast<size_t>(j * (s.k + 3) + t)];
           KTS_EXPECT(c[static_cast<size_t>(i * s.n + j)] == want)
               << isa_name(ops->isa) << " m=" << s.m << " n=" << s.n << " k=" << s.k;
         }
@@ -118,6 +119,32 @@ KTS_TEST(bf16_rounding_is_to_nearest_even_and_keeps_nan_and_infinity) {
   }
 }
 
+KTS_TEST(f16_rounding_is_to_nearest_even_and_saturates) {
+  const float values[] = {0.0f,     -0.0f,   1.0f,     1.00048828125f, 1.00146484375f, 65504.0f, 65519.0f,
+                          -1e30f,   6.1e-5f, 3.1e-8f,  2.9e-8f,        -5.96e-8f,      1e-45f,   0.333333f,
+                          INFINITY, 0.1f,    -2049.0f, 4097.5f,        6.097555e-5f,   1e-7f,    12345.678f};
+  const f16_t known[] = {0x0000, 0x8000, 0x3c00, 0x3c00, 0x3c02, 0x7bff, 0x7bff};
+  for (size_t i = 0; i < std::size(known); ++i) KTS_EXPECT(f32_to_f16(values[i]) == known[i]) << values[i];
+  for (uint32_t bits = 0; bits < 0x10000u; ++bits) {  // every f16 number goes there and back
+    const float value = f16_to_f32(static_cast<f16_t>(bits));
+    if ((bits & 0x7c00u) != 0x7c00u) {
+      KTS_EXPECT(f32_to_f16(value) == bits) << bits;
+    }
+  }
+  KTS_EXPECT(std::isnan(f16_to_f32(f32_to_f16(std::nanf("")))));
+  for (const RowOps* ops : all_ops) {
+    if (!runs_here(ops->isa)) continue;
+    std::vector<float> g(values, values + std::size(values)), u(g.size(), 1.0f);
+    g.push_back(std::nanf("")), u.push_back(1.0f);
+    std::vector<f16_t> got(g.size()), other(g.size());
+    std::vector<bf16_t> h(g.size());
+    ops->glu[0].forward(g.data(), u.data(), static_cast<int64_t>(g.size()), got.data(), other.data(), h.data());
+    for (size_t i = 0; i + 1 < g.size(); ++i)
+      KTS_EXPECT(got[i] == f32_to_f16(g[i])) << isa_name(ops->isa) << " " << g[i];
+    KTS_EXPECT(std::isnan(f16_to_f32(got.back()))) << isa_name(ops->isa);
+  }
+}
+
 KTS_TEST(silu_matches_double_precision_and_carries_nan) {
   std::vector<float> g;
   for (float v = -100.0f; v <= 100.0f; v += 0.37f) g.push_back(v);
@@ -126,20 +153,22 @@ KTS_TEST(silu_matches_double_precision_and_carries_nan) {
   for (const RowOps* ops : all_ops) {
     if (!runs_here(ops->isa)) continue;
     std::vector<float> u(g.size(), 1.0f), dh(g.size(), 1.0f);
-    std::vector<bf16_t> gb(g.size()), ub(g.size()), h(g.size()), dg(g.size()), du(g.size()), h2(g.size());
+    std::vector<f16_t> gb(g.size()), ub(g.size());
+    std::vector<bf16_t> h(g.size()), dg(g.size()), du(g.size()), h2(g.size());
     ops->glu[0].forward(g.data(), u.data(), cols, gb.data(), ub.data(), h.data());
     ops->glu[0].backward(gb.data(), ub.data(), dh.data(), 2.0f, cols, dg.data(), du.data(), h2.data());
     for (size_t i = 0; i + 1 < g.size(); ++i) {
-      const double x = bf16_to_f32(gb[i]), s = 1.0 / (1.0 + std::exp(-x));
+      const double x = f16_to_f32(gb[i]), exact = g[i], s = 1.0 / (1.0 + std::exp(-x));
       const auto near = [](bf16_t got, double want) {
         return std::fabs(bf16_to_f32(got) - want) <= std::fabs(want) / 256 * 1.001 + 1e-30;
       };
-      KTS_EXPECT(near(h[i], x * s)) << isa_name(ops->isa) << " silu(" << x << ") = " << bf16_to_f32(h[i]);
+      KTS_EXPECT(near(h[i], exact / (1.0 + std::exp(-exact))))
+          << isa_name(ops->isa) << " silu(" << x << ") = " << bf16_to_f32(h[i]);
       KTS_EXPECT(near(du[i], 2 * x * s)) << isa_name(ops->isa) << " du at " << x;
       if (std::fabs(x + 1.278) > 0.1) {
         KTS_EXPECT(near(dg[i], 2 * s * (1 + x * (1 - s)))) << isa_name(ops->isa) << " slope at " << x;
       }
-      KTS_EXPECT(h[i] == h2[i]) << isa_name(ops->isa) << " h differs between forward and backward at " << x;
+      KTS_EXPECT(near(h2[i], x * s)) << isa_name(ops->isa) << " h of backward at " << x;
     }
     KTS_EXPECT(std::isnan(bf16_to_f32(h.back())) && std::isnan(bf16_to_f32(dg.back()))) << isa_name(ops->isa);
   }
@@ -163,6 +192,49 @@ KTS_TEST(dropout_masks_are_equal_on_every_isa) {
     for (size_t i = 0; i < 101; ++i) wide[i] = bf16_to_f32(src[i]);
     ops->masked_add(mask, 11, wide.data(), 101, sum.data());
     for (size_t i = 0; i < 101; ++i) KTS_EXPECT(sum[i] == 1.0f + bf16_to_f32(want[i])) << isa_name(ops->isa);
+  }
+}
+
+KTS_TEST(quantised_rows_are_equal_on_every_isa) {
+  uint64_t seed = 20;
+  for (const float size : {1.0f, 1e-37f, 2e-40f, 1e38f})
+    for (const int64_t cols : {1, 3, 31, 32, 63, 64, 65, 127, 200, 1408}) {
+      Random random(seed++);
+      std::vector<bf16_t> x = random_bf16(random, cols, false);
+      for (bf16_t& v : x) v = f32_to_bf16(bf16_to_f32(v) * size);
+      const size_t padded = static_cast<size_t>(align_up(cols, 64));
+      float largest = 0.0f;
+      for (const bf16_t v : x) largest = std::fmax(largest, std::fabs(bf16_to_f32(v)));
+      const bool tiny = largest < 127.0f * 0x1p-126f;
+      const float scale = tiny ? 0x1p-126f : largest / 127.0f, inverse = tiny ? 0x1p126f : 127.0f / largest;
+      std::vector<int8_t> want(padded, 0);
+      for (size_t i = 0; i < x.size(); ++i) want[i] = static_cast<int8_t>(std::nearbyint(bf16_to_f32(x[i]) * inverse));
+      for (const RowOps* ops : all_ops) {
+        if (!runs_here(ops->isa)) continue;
+        std::vector<int8_t> q(padded + 1, 77);
+        KTS_EXPECT(ops->quantize_row(x.data(), cols, q.data()) == scale) << isa_name(ops->isa) << " " << cols;
+        KTS_EXPECT(q.back() == 77) << isa_name(ops->isa) << " wrote past the padding of " << cols;
+        q.pop_back();
+        KTS_EXPECT(q == want) << isa_name(ops->isa) << " cols=" << cols << " size=" << size;
+      }
+    }
+}
+
+KTS_TEST(quantised_rows_of_zeros_and_of_nan) {
+  for (const RowOps* ops : all_ops) {
+    if (!runs_here(ops->isa)) continue;
+    for (const int64_t cols : {1, 64, 70}) {
+      const std::vector<int8_t> zeros(static_cast<size_t>(align_up(cols, 64)), 0);
+      std::vector<bf16_t> x(static_cast<size_t>(cols), 0x8000);
+      std::vector<int8_t> q(zeros.size(), 77);
+      KTS_EXPECT(ops->quantize_row(x.data(), cols, q.data()) == 0.0f && q == zeros) << isa_name(ops->isa);
+      for (const bf16_t bad : {bf16_t{0x7fc0}, bf16_t{0xff81}, bf16_t{0x7f80}, bf16_t{0xff80}}) {
+        x.assign(x.size(), 0x3f80);
+        x.back() = bad;
+        q.assign(q.size(), 77);
+        KTS_EXPECT(std::isnan(ops->quantize_row(x.data(), cols, q.data())) && q == zeros) << isa_name(ops->isa) << bad;
+      }
+    }
   }
 }
 

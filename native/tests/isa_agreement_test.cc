@@ -118,7 +118,7 @@ KTS_TEST(thin_products_touch_nothing_beyond_their_rows) {
           pointers.push_back(rows.back()->get());
         }
         const int64_t n = 6;
-        Guarded<bf16_t> b(n * length);
+        Guarded<float> b(n * length);
         fill(b, random);
         Guarded<float> want(m * n), got(m * n);
         scalar::kRowOps.dot_rows(pointers.data(), m, b.get(), length, n, length, want.get(), n, false);
@@ -133,6 +133,18 @@ KTS_TEST(thin_products_touch_nothing_beyond_their_rows) {
         ops->axpy_rows(l.get(), m, 1, n, pointers.data(), 0, m, wide_got.get(), length, length);
         KTS_EXPECT(same_bits(wide_want, wide_got))
             << "axpy_rows " << isa_name(ops->isa) << " cols=" << length << " terms=" << m;
+
+        std::vector<std::unique_ptr<Guarded<float>>> factors;
+        std::vector<const float*> factor_rows;
+        for (int64_t i = 0; i < m; ++i) {
+          factors.push_back(std::make_unique<Guarded<float>>(length));
+          fill(*factors.back(), random);
+          factor_rows.push_back(factors.back()->get());
+        }
+        scalar::kRowOps.axpy_factor(l.get(), m, 1, n, factor_rows.data(), 0, m, wide_want.get(), length, length);
+        ops->axpy_factor(l.get(), m, 1, n, factor_rows.data(), 0, m, wide_got.get(), length, length);
+        KTS_EXPECT(same_bits(wide_want, wide_got))
+            << "axpy_factor " << isa_name(ops->isa) << " cols=" << length << " terms=" << m;
       }
 }
 
@@ -210,20 +222,25 @@ struct LayerRun {
       ids.push_back((first + 1 + random.integer(0, kExperts - 2)) % kExperts);
       for (int s = 0; s < kTopK; ++s) weights.push_back(0.5f + 0.5f * random.real());
     }
-    std::vector<bf16_t> factor[6];
+    const auto make_factor = [&](int64_t count) {
+      std::vector<float> v(static_cast<size_t>(count));
+      for (float& x : v) x = 0.3f * random.real();
+      return v;
+    };
+    std::vector<float> factor[6];
     ExpertLora views;
     ExpertLoraGrads grads;
     LoraView* view[3] = {&views.gate, &views.up, &views.down};
     LoraGradView* grad[3] = {&grads.gate, &grads.up, &grads.down};
     for (int p = 0; p < 3; ++p) {
       const int64_t in = p < 2 ? kHidden : kInter, width = p < 2 ? kInter : kHidden;
-      factor[2 * p] = make(kExperts * kRank * in, 0.3f), factor[2 * p + 1] = make(kExperts * kRank * width, 0.3f);
+      factor[2 * p] = make_factor(kExperts * kRank * in), factor[2 * p + 1] = make_factor(kExperts * kRank * width);
       lora[2 * p].resize(factor[2 * p].size()), lora[2 * p + 1].resize(factor[2 * p + 1].size());
       *view[p] = {factor[2 * p].data(), kRank * in, in, factor[2 * p + 1].data(), kRank * width, width, kRank, 1.5f};
       *grad[p] = {lora[2 * p].data(), kRank * in, in, lora[2 * p + 1].data(), kRank * width, width};
     }
     out.resize(kTokens * kHidden), dx.resize(kTokens * kHidden), dweights.resize(kTokens * kTopK);
-    std::vector<bf16_t> g(static_cast<size_t>(kTokens * kTopK * shape.inter_stride())), u = g;
+    std::vector<f16_t> g(static_cast<size_t>(kTokens * kTopK * shape.inter_stride())), u = g;
     const MoeInput input{kTokens, kTopK, x.data(), ids.data(), weights.data()};
     const Dropout dropout{dropout_p, 99};
     const ForwardTape tape = retained ? ForwardTape{g.data(), u.data()} : ForwardTape{};

@@ -1,30 +1,145 @@
 // The chosen row by name, for shapes and instruction sets that this machine need not have.
 #include <cstring>
+#include <vector>
 
 #include "check.h"
 #include "kts/elementwise.h"
 #include "kts/gemm.h"
 
 namespace kts::test {
+namespace {
 
-KTS_TEST(selection_takes_the_widest_level) {
-  struct Want {
-    IsaSet isa;
-    const char* forward;
-    const char* grad;
-  };
-  const Want wants[] = {
-      {kScalar, "gemm_bf16_bf16_f32_1x1_scalar", "dgrad_bf16_bf16_f32_1x1_scalar"},
-      {kScalar | kAvx2, "gemm_bf16_bf16_f32_6x16_avx2", "dgrad_bf16_bf16_f32_6x16_avx2"},
-      {kScalar | kAvx2 | kAvx512, "gemm_bf16_bf16_f32_12x32_avx512", "dgrad_bf16_bf16_f32_12x32_avx512"},
-  };
-  for (const Want& want : wants)
-    for (const int64_t m : {6, 7, 12, 13, 64, 512, 100000}) {
-      const KernelRow& forward = select_gemm(Format::kBf16, Rows::kBf16, Direction::kForward, m, want.isa);
-      const KernelRow& grad = select_gemm(Format::kBf16, Rows::kBf16, Direction::kInputGrad, m, want.isa);
-      KTS_EXPECT(std::strcmp(forward.name, want.forward) == 0) << "m=" << m << ": " << forward.name;
-      KTS_EXPECT(std::strcmp(grad.name, want.grad) == 0) << "m=" << m << ": " << grad.name;
-    }
+constexpr int64_t kAny = INT64_MAX;
+constexpr IsaSet kScalarOnly = kScalar;
+constexpr IsaSet kAvx2Cpu = kScalarOnly | kAvx2;
+constexpr IsaSet kAvx512Cpu = kAvx2Cpu | kAvx512;
+constexpr IsaSet kCascadeLake = kAvx512Cpu | kAvx512Vnni;
+constexpr IsaSet kCooperLake = kCascadeLake | kAvx512Bf16;  // and Zen 4
+constexpr IsaSet kSapphireRapids = kCooperLake | kAmxBf16 | kAmxInt8;
+
+struct Choice {
+  int64_t up_to_m;
+  const char* name;
+};
+
+struct Want {
+  IsaSet isa;
+  std::vector<Choice> choices;
+};
+
+struct Product {
+  Format weights;
+  Rows rows;
+  Direction direction;
+  std::vector<Want> wants;
+};
+
+// clang-format off
+const Product kProducts[] = {
+    {Format::kBf16, Rows::kBf16, Direction::kForward, {
+        {kScalarOnly, {{kAny, "gemm_bf16_bf16_f32_1x1_scalar"}}},
+        {kAvx2Cpu, {{4, "gemv_bf16_bf16_f32_4x16_avx2"}, {kAny, "gemm_bf16_bf16_f32_6x16_avx2"}}},
+        {kAvx512Cpu, {{4, "gemv_bf16_bf16_f32_4x32_avx512"}, {kAny, "gemm_bf16_bf16_f32_12x32_avx512"}}},
+        {kCascadeLake, {{4, "gemv_bf16_bf16_f32_4x32_avx512"}, {kAny, "gemm_bf16_bf16_f32_12x32_avx512"}}},
+        {kCooperLake, {{4, "gemv_bf16_bf16_f32_4x32_avx512bf16"}, {kAny, "gemm_bf16_bf16_f32_12x32_avx512bf16"}}},
+        {kSapphireRapids, {{4, "gemv_bf16_bf16_f32_4x32_avx512bf16"}, {kAny, "gemm_bf16_bf16_f32_32x32_amx"}}},
+    }},
+    {Format::kBf16, Rows::kBf16, Direction::kInputGrad, {
+        {kScalarOnly, {{kAny, "dgrad_bf16_bf16_f32_1x1_scalar"}}},
+        {kAvx2Cpu, {{4, "dgemv_bf16_bf16_f32_4x16_avx2"}, {kAny, "dgrad_bf16_bf16_f32_6x16_avx2"}}},
+        {kAvx512Cpu, {{4, "dgemv_bf16_bf16_f32_4x32_avx512"}, {kAny, "dgrad_bf16_bf16_f32_12x32_avx512"}}},
+        {kCascadeLake, {{4, "dgemv_bf16_bf16_f32_4x32_avx512"}, {kAny, "dgrad_bf16_bf16_f32_12x32_avx512"}}},
+        {kCooperLake, {{4, "dgemv_bf16_bf16_f32_4x32_avx512"}, {kAny, "dgrad_bf16_bf16_f32_12x32_avx512bf16"}}},
+        {kSapphireRapids, {{4, "dgemv_bf16_bf16_f32_4x32_avx512"}, {kAny, "dgrad_bf16_bf16_f32_32x32_amx"}}},
+    }},
+    {Format::kInt8, Rows::kBf16, Direction::kForward, {
+        {kScalarOnly, {{kAny, "gemm_bf16_s8_f32_1x1_scalar"}}},
+        {kAvx2Cpu, {{4, "gemv_bf16_s8_f32_4x16_avx2"}, {kAny, "gemm_bf16_s8_f32_6x16_avx2"}}},
+        {kAvx512Cpu, {{4, "gemv_bf16_s8_f32_4x32_avx512"}, {kAny, "gemm_bf16_s8_f32_12x32_avx512"}}},
+        {kCascadeLake, {{4, "gemv_bf16_s8_f32_4x32_avx512"}, {kAny, "gemm_bf16_s8_f32_12x32_avx512"}}},
+        {kCooperLake, {{4, "gemv_bf16_s8_f32_4x32_avx512bf16"}, {8, "gemm_bf16_s8_f32_12x32_avx512"}, {kAny, "gemm_bf16_s8_f32_12x32_avx512bf16"}}},
+        {kSapphireRapids, {{4, "gemv_bf16_s8_f32_4x32_avx512bf16"}, {kAny, "gemm_bf16_s8_f32_32x32_amx"}}},
+    }},
+    {Format::kInt8, Rows::kBf16, Direction::kInputGrad, {
+        {kScalarOnly, {{kAny, "dgrad_bf16_s8_f32_1x1_scalar"}}},
+        {kAvx2Cpu, {{4, "dgemv_bf16_s8_f32_4x16_avx2"}, {kAny, "dgrad_bf16_s8_f32_6x16_avx2"}}},
+        {kAvx512Cpu, {{4, "dgemv_bf16_s8_f32_4x32_avx512"}, {kAny, "dgrad_bf16_s8_f32_12x32_avx512"}}},
+        {kCascadeLake, {{4, "dgemv_bf16_s8_f32_4x32_avx512"}, {kAny, "dgrad_bf16_s8_f32_12x32_avx512"}}},
+        {kCooperLake, {{4, "dgemv_bf16_s8_f32_4x32_avx512"}, {8, "dgrad_bf16_s8_f32_12x32_avx512"}, {kAny, "dgrad_bf16_s8_f32_12x32_avx512bf16"}}},
+        {kSapphireRapids, {{4, "dgemv_bf16_s8_f32_4x32_avx512"}, {5, "dgrad_bf16_s8_f32_12x32_avx512"}, {kAny, "dgrad_bf16_s8_f32_32x32_amx"}}},
+    }},
+    {Format::kInt8, Rows::kInt8, Direction::kForward, {
+        {kScalarOnly, {{kAny, "gemm_s8_s8_f32_1x1_scalar"}}},
+        {kAvx2Cpu, {{4, "gemv_s8_s8_f32_4x16_avx2"}, {kAny, "gemm_s8_s8_f32_6x16_avx2"}}},
+        {kAvx512Cpu, {{4, "gemv_s8_s8_f32_4x32_avx512"}, {kAny, "gemm_s8_s8_f32_12x32_avx512"}}},
+        {kCascadeLake, {{4, "gemv_s8_s8_f32_4x32_avx512vnni"}, {kAny, "gemm_s8_s8_f32_12x32_avx512vnni"}}},
+        {kCooperLake, {{4, "gemv_s8_s8_f32_4x32_avx512vnni"}, {kAny, "gemm_s8_s8_f32_12x32_avx512vnni"}}},
+        {kSapphireRapids, {{4, "gemv_s8_s8_f32_4x32_avx512vnni"}, {kAny, "gemm_s8_s8_f32_32x32_amx"}}},
+    }},
+    {Format::kInt4, Rows::kBf16, Direction::kForward, {
+        {kScalarOnly, {{kAny, "gemm_bf16_s4_f32_1x1_scalar"}}},
+        {kAvx2Cpu, {{4, "gemv_bf16_s4_f32_4x16_avx2"}, {kAny, "gemm_bf16_s4_f32_6x16_avx2"}}},
+        {kAvx512Cpu, {{4, "gemv_bf16_s4_f32_4x32_avx512"}, {kAny, "gemm_bf16_s4_f32_12x32_avx512"}}},
+        {kCascadeLake, {{4, "gemv_bf16_s4_f32_4x32_avx512"}, {kAny, "gemm_bf16_s4_f32_12x32_avx512"}}},
+        {kCooperLake, {{4, "gemv_bf16_s4_f32_4x32_avx512bf16"}, {8, "gemm_bf16_s4_f32_12x32_avx512"}, {kAny, "gemm_bf16_s4_f32_12x32_avx512bf16"}}},
+        {kSapphireRapids, {{4, "gemv_bf16_s4_f32_4x32_avx512bf16"}, {kAny, "gemm_bf16_s4_f32_32x32_amx"}}},
+    }},
+    {Format::kInt4, Rows::kBf16, Direction::kInputGrad, {
+        {kScalarOnly, {{kAny, "dgrad_bf16_s4_f32_1x1_scalar"}}},
+        {kAvx2Cpu, {{4, "dgemv_bf16_s4_f32_4x16_avx2"}, {kAny, "dgrad_bf16_s4_f32_6x16_avx2"}}},
+        {kAvx512Cpu, {{4, "dgemv_bf16_s4_f32_4x16_avx2"}, {kAny, "dgrad_bf16_s4_f32_12x32_avx512"}}},
+        {kCascadeLake, {{4, "dgemv_bf16_s4_f32_4x16_avx2"}, {kAny, "dgrad_bf16_s4_f32_12x32_avx512"}}},
+        {kCooperLake, {{4, "dgemv_bf16_s4_f32_4x16_avx2"}, {8, "dgrad_bf16_s4_f32_12x32_avx512"}, {kAny, "dgrad_bf16_s4_f32_12x32_avx512bf16"}}},
+        {kSapphireRapids, {{4, "dgemv_bf16_s4_f32_4x16_avx2"}, {5, "dgrad_bf16_s4_f32_12x32_avx512"}, {kAny, "dgrad_bf16_s4_f32_32x32_amx"}}},
+    }},
+    {Format::kInt4, Rows::kInt8, Direction::kForward, {
+        {kScalarOnly, {{kAny, "gemm_s8_s4_f32_1x1_scalar"}}},
+        {kAvx2Cpu, {{4, "gemv_s8_s4_f32_4x16_avx2"}, {kAny, "gemm_s8_s4_f32_6x16_avx2"}}},
+        {kAvx512Cpu, {{4, "gemv_s8_s4_f32_4x32_avx512"}, {kAny, "gemm_s8_s4_f32_12x32_avx512"}}},
+        {kCascadeLake, {{4, "gemv_s8_s4_f32_4x32_avx512vnni"}, {kAny, "gemm_s8_s4_f32_12x32_avx512vnni"}}},
+        {kCooperLake, {{4, "gemv_s8_s4_f32_4x32_avx512vnni"}, {kAny, "gemm_s8_s4_f32_12x32_avx512vnni"}}},
+        {kSapphireRapids, {{4, "gemv_s8_s4_f32_4x32_avx512vnni"}, {kAny, "gemm_s8_s4_f32_32x32_amx"}}},
+    }},
+};
+// clang-format on
+
+const char* wanted(const Want& want, int64_t m) {
+  for (const Choice& choice : want.choices)
+    if (m <= choice.up_to_m) return choice.name;
+  return "none";
+}
+
+}  // namespace
+
+KTS_TEST(selection_takes_the_named_row) {
+  for (const Product& product : kProducts)
+    for (const Want& want : product.wants)
+      for (const int64_t m : {1, 2, 3, 4, 5, 8, 14, 16, 32, 64, 512, 4096}) {
+        const KernelRow& row = select_gemm(product.weights, product.rows, product.direction, m, want.isa);
+        KTS_EXPECT(std::strcmp(row.name, wanted(want, m)) == 0)
+            << "m=" << m << " on " << isa_names(want.isa).back() << ": " << row.name << " instead of "
+            << wanted(want, m);
+      }
+}
+
+KTS_TEST(selection_never_takes_the_scalar_row_where_there_is_another) {
+  for (const Product& product : kProducts)
+    for (const IsaSet isa : {kAvx2Cpu, kAvx512Cpu, kCascadeLake, kCooperLake, kSapphireRapids})
+      for (int64_t m = 1; m <= 300; ++m) {
+        const KernelRow& row = select_gemm(product.weights, product.rows, product.direction, m, isa);
+        KTS_EXPECT(row.isa != kScalar && (row.max_m == 0 || m <= row.max_m)) << row.name << " for m=" << m;
+      }
+}
+
+// A row that no CPU ever takes is dead weight.
+KTS_TEST(every_row_is_taken_somewhere) {
+  for (const KernelRow& row : kernel_table()) {
+    bool taken = false;
+    for (const IsaSet isa : {kScalarOnly, kAvx2Cpu, kAvx512Cpu, kCascadeLake, kCooperLake, kSapphireRapids})
+      for (int64_t m = 1; m <= 64 && !taken; ++m)
+        taken = &select_gemm(row.format, row.rows, row.direction, m, isa) == &row;
+    KTS_EXPECT(taken) << row.name;
+  }
 }
 
 KTS_TEST(narrowing_is_scoped_and_refuses_unknown_names) {

@@ -1,10 +1,13 @@
+#include <unistd.h>
+
+#include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #include "check.h"
 #include "kts/routing.h"
 #include "kts/workspace.h"
-
-#include <vector>
 
 namespace kts::test {
 
@@ -21,6 +24,32 @@ KTS_TEST(the_arena_counts_what_it_hands_out) {
   KTS_EXPECT(arena.used() == counting.used());
   KTS_EXPECT(reinterpret_cast<uintptr_t>(b) % 64 == 0 && reinterpret_cast<uintptr_t>(c) % 64 == 0);
   KTS_EXPECT(reinterpret_cast<char*>(a + 3) <= b && b + 100 <= reinterpret_cast<char*>(c));
+}
+
+KTS_TEST(large_buffers_begin_at_a_huge_page) {
+  std::vector<PageBuffer> buffers;  // side by side, so that a lucky address does not pass for aligned
+  for (const size_t bytes : {kHugePage, kHugePage + 1, 3 * kHugePage - 1, size_t{5} << 20, size_t{100}})
+    for (int i = 0; i < 3; ++i) {
+      buffers.emplace_back(bytes);
+      const PageBuffer& buffer = buffers.back();
+      const uintptr_t unit = bytes < kHugePage ? static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)) : kHugePage;
+      KTS_EXPECT(reinterpret_cast<uintptr_t>(buffer.data()) % unit == 0) << bytes;
+      char* memory = static_cast<char*>(buffer.data());
+      KTS_EXPECT(buffer.bytes() == bytes && memory[0] == 0 && memory[bytes - 1] == 0);
+      std::memset(memory, 1, bytes);
+    }
+}
+
+KTS_TEST(a_buffer_that_cannot_fit_is_refused) {
+  for (const size_t bytes : {SIZE_MAX, SIZE_MAX / 2}) {
+    bool refused = false;
+    try {
+      PageBuffer buffer(bytes);
+    } catch (const std::bad_alloc&) {
+      refused = true;
+    }
+    KTS_EXPECT(refused) << bytes;
+  }
 }
 
 KTS_TEST(the_pass_arena_grows_once_per_size) {

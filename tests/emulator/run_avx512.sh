@@ -6,6 +6,7 @@
 #   AVX512_MEMORY   emulated memory in MiB (1024)
 #   AVX512_TIMEOUT  wall-clock limit in seconds (1800)
 #   AVX512_ENV      environment of the program: "NAME=VALUE NAME=VALUE"
+#   AVX512_MODEL    model of the CPU (corei7_skylake_x); Linux 6.1 does not boot on Bochs 2.7's later ones
 #   AVX512_CACHE    folder that keeps the kernel and the first process between runs
 #   AVX512_KEEP     1: keep the work folder and name it
 # Needs the Debian packages bochs bochs-term seabios vgabios isolinux syslinux-common xorriso cpio bsdutils
@@ -61,7 +62,7 @@ write_machine() {
 display_library: term
 config_interface: textconfig
 plugin_ctrl: unmapped=1, biosdev=1, speaker=0, extfpuirq=1, parallel=0, gameport=0, serial=1
-cpu: model=corei7_skylake_x, count=1, ips=$ips, reset_on_triple_fault=0, ignore_bad_msrs=1
+cpu: model=${AVX512_MODEL:-corei7_skylake_x}, count=1, ips=$ips, reset_on_triple_fault=0, ignore_bad_msrs=1
 memory: guest=$memory, host=$memory
 romimage: file=/usr/share/seabios/bios.bin
 vgaromimage: file=/usr/share/vgabios/vgabios.bin

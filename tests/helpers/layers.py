@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from kt_sft.native import native
 from kt_sft.ops.moe import MoeCall, moe
 from tests.helpers.reference import Problem
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+# Weight format, group and rows: all that the kernels compute.
+FORMATS = [
+    ("bf16", 0, "bf16"),
+    ("int8", 0, "bf16"),
+    ("int8", 0, "int8"),
+    ("int4", 32, "bf16"),
+    ("int4", 64, "bf16"),
+    ("int4", 32, "int8"),
+    ("int4", 128, "int8"),
+]
+
+
+def format_id(value: tuple[str, int, str]) -> str:
+    kind, group, rows = value
+    return f"{kind}{f'g{group}' if group else ''}-rows_{rows}"
+
+
+@contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    """Kernels up to this level; skips the test on a CPU without it."""
+    library = native()
+    if name not in ("auto", *library.isa_detected()):
+        pytest.skip(f"this CPU lacks {name}: it has {', '.join(library.isa_detected())}")
+    library.set_isa(name)
+    try:
+        yield
+    finally:
+        library.set_isa("auto")
+
+
+@contextmanager
+def using_threads(threads: int, pools: int = 1) -> Iterator[None]:
+    """That many threads in as many pools, more than the machine has CPUs if need be."""
+    library = native()
+    before = library.num_threads(), library.num_pools()
+    library.set_threads(threads, pools, fake_nodes=True)
+    try:
+        yield
+    finally:
+        library.set_threads(*before)
 
 
 @dataclass(frozen=True)
@@ -26,26 +72,42 @@ class LayerCase:
     p: float = 0.0
     sentinel: bool = True
     seed: int = 0
+    format: str = "bf16"
+    group: int = 0
+    rows: str = "bf16"
+
+    def terms(self) -> int:
+        """Of the longest sum."""
+        return max(self.hidden, self.inter, self.tokens)
+
+
+def with_format(case: LayerCase, value: tuple[str, int, str]) -> LayerCase:
+    return dataclasses.replace(case, format=value[0], group=value[1], rows=value[2])
+
+
+def f32_randn(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    """f32 values in float64."""
+    return (torch.randn(*shape, generator=generator) * scale).double()
 
 
 def bf16_randn(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
     """bf16 values in float64."""
-    return (torch.randn(*shape, generator=generator) * scale).to(torch.bfloat16).double()
+    return f32_randn(generator, *shape, scale=scale).to(torch.bfloat16).double()
 
 
 def make_problem(case: LayerCase) -> Problem:
-    """Random float64 problem whose inputs are bf16 values."""
+    """Random float64 problem: bf16 activations, f32 LoRA; weights before a layer quantises them (`stored`)."""
     g = torch.Generator().manual_seed(case.seed)
     e, h, i, r = case.experts, case.hidden, case.inter, case.rank
     lora = {}
     if case.lora in ("fused", "separate", "gate"):
-        lora["gate"] = (bf16_randn(g, e, r, h, scale=h**-0.5), bf16_randn(g, e, r, i, scale=r**-0.5), 1.5)
+        lora["gate"] = (f32_randn(g, e, r, h, scale=h**-0.5), f32_randn(g, e, r, i, scale=r**-0.5), 1.5)
     if case.lora == "fused":
-        lora["up"] = (lora["gate"][0], bf16_randn(g, e, r, i, scale=r**-0.5), 1.5)
+        lora["up"] = (lora["gate"][0], f32_randn(g, e, r, i, scale=r**-0.5), 1.5)
     elif case.lora == "separate":
-        lora["up"] = (bf16_randn(g, e, r + 2, h, scale=h**-0.5), bf16_randn(g, e, r + 2, i, scale=r**-0.5), 0.75)
+        lora["up"] = (f32_randn(g, e, r + 2, h, scale=h**-0.5), f32_randn(g, e, r + 2, i, scale=r**-0.5), 0.75)
     if case.lora in ("fused", "separate", "down"):
-        lora["down"] = (bf16_randn(g, e, r, i, scale=i**-0.5), bf16_randn(g, e, r, h, scale=r**-0.5), 0.7)
+        lora["down"] = (f32_randn(g, e, r, i, scale=i**-0.5), f32_randn(g, e, r, h, scale=r**-0.5), 0.7)
     return Problem(
         x=bf16_randn(g, case.tokens, h),
         ids=torch.randint(0, e + case.sentinel, (case.tokens, case.top_k), generator=g),
@@ -58,16 +120,29 @@ def make_problem(case: LayerCase) -> Problem:
         shares_a=case.lora == "fused",
         p=case.p,
         seed=987654321 + case.seed,
+        format=case.format,
+        group=case.group,
+        rows=case.rows,
     )
 
 
 def make_layer(problem: Problem):
     """A native layer with the problem's weights."""
     experts, inter, hidden = problem.gate.shape
-    layer = native().MoeLayer(experts, hidden, inter)
+    layer = native().MoeLayer(experts, hidden, inter, problem.format, group_size=problem.group or 32)
     for e in range(experts):
         layer.load_expert(e, *(t[e].to(torch.bfloat16).contiguous() for t in (problem.gate, problem.up, problem.down)))
     return layer
+
+
+def stored(problem: Problem, layer) -> Problem:
+    """The problem with the weights that the layer holds."""
+    result = dataclasses.replace(problem, **{n: torch.empty_like(getattr(problem, n)) for n in ("gate", "up", "down")})
+    for e in range(problem.gate.shape[0]):
+        parts = [torch.empty(t.shape[1:]) for t in (problem.gate, problem.up, problem.down)]
+        layer.unpack_expert(e, *parts, dtype="f32")
+        result.gate[e], result.up[e], result.down[e] = (t.double() for t in parts)
+    return result
 
 
 def lora_inputs(problem: Problem) -> tuple[tuple, dict[str, Tensor]]:
@@ -82,13 +157,20 @@ def lora_inputs(problem: Problem) -> tuple[tuple, dict[str, Tensor]]:
     return tuple(leaf.get(name) for name in order), leaf
 
 
+def make_call(problem: Problem, layer, *, retain: bool = True, chunk_size: int = 1024) -> MoeCall:
+    scales = tuple(problem.lora[name][2] if name in problem.lora else 0.0 for name in ("gate", "up", "down"))
+    return MoeCall(
+        layer, rows=problem.rows, scales=scales, dropout=problem.p, seed=problem.seed, retain=retain,
+        chunk_size=chunk_size,
+    )  # fmt: skip
+
+
 def run(
     problem: Problem, layer=None, *, dtype=torch.float32, retain=True, chunk_size=1024, backward=True
 ) -> dict[str, Tensor]:
     """Output and gradients of the product, named as in `reference.solve`."""
     layer = layer if layer is not None else make_layer(problem)
-    scales = tuple(problem.lora[name][2] if name in problem.lora else 0.0 for name in ("gate", "up", "down"))
-    call = MoeCall(layer, scales=scales, dropout=problem.p, seed=problem.seed, retain=retain, chunk_size=chunk_size)
+    call = make_call(problem, layer, retain=retain, chunk_size=chunk_size)
     lora, leaf = lora_inputs(problem)
     x = problem.x.to(dtype).requires_grad_()
     weights = problem.weights.float().requires_grad_()

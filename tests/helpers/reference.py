@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kt_sft.ops.dropout import HIDDEN, INTER, dropout_mask
+from tests.helpers.quantizers import round_rows_to_int8
+
+Step = Callable[[Tensor], Tensor]
 
 
 def round_bf16(t: Tensor) -> Tensor:
@@ -15,13 +19,45 @@ def round_bf16(t: Tensor) -> Tensor:
     return t.float().to(torch.bfloat16).to(t.dtype)
 
 
-def no_rounding(t: Tensor) -> Tensor:
+def exact(t: Tensor) -> Tensor:
     return t
+
+
+def round_f16(t: Tensor) -> Tensor:
+    """To the nearest f16 of at most the largest finite one, kept in t's dtype; NaN stays."""
+    return t.float().clamp(-65504.0, 65504.0).to(torch.float16).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What becomes of a value at each point of a call. Without arguments: nothing, the plain maths.
+
+    `dataclasses.replace(KERNELS, h=exact)` turns one point off: that tells what it costs.
+    """
+
+    operand: Step = exact  # hidden states and the incoming gradient
+    h: Step = exact  # act(g) u before the down projection and the LoRA branch
+    tape: Step = exact  # g and u as backward sees them
+    dgate_up: Step = exact  # dg and du
+    int8_rows: Step = exact  # x and h before the products with the weights, when rows are int8
+
+
+EXACT = Rounding()
+KERNELS = Rounding(
+    operand=round_bf16,
+    h=round_bf16,
+    tape=round_f16,
+    dgate_up=round_bf16,
+    int8_rows=round_rows_to_int8,
+)
 
 
 @dataclass
 class Problem:
-    """One layer call in float64; LoRA as canonical (a [experts, rank, in], b [experts, rank, out], scale), or None."""
+    """One layer call in float64; LoRA as canonical (a [experts, rank, in], b [experts, rank, out], scale), or None.
+
+    The weights are those that the layer stores, so q * scale of a quantised format.
+    """
 
     x: Tensor  # [tokens, hidden]
     ids: Tensor  # [tokens, k]
@@ -34,6 +70,9 @@ class Problem:
     shares_a: bool
     p: float = 0.0
     seed: int = 0
+    format: str = "bf16"
+    group: int = 32
+    rows: str = "bf16"
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Kept elements of x and of h, by (token * k + slot)."""
@@ -46,12 +85,11 @@ class Problem:
         return torch.from_numpy(x_mask).double(), torch.from_numpy(h_mask).double()
 
 
-def solve(problem: Problem, *, rounding: bool) -> dict[str, Tensor]:
+def solve(problem: Problem, rounding: Rounding) -> dict[str, Tensor]:
     """Output and every gradient: out, dx, dweights, and d{gate,up,down}_{a,b} of the LoRA factors that are there.
 
-    With shares_a the gradient of the common a is dgate_a.
+    With shares_a the gradient of the common a is dgate_a. Gradients pass straight through the rounding to int8 rows.
     """
-    q = round_bf16 if rounding else no_rounding
     result = {
         "out": torch.zeros_like(problem.x),
         "dx": torch.zeros_like(problem.x),
@@ -65,59 +103,76 @@ def solve(problem: Problem, *, rounding: bool) -> dict[str, Tensor]:
     for expert in range(problem.gate.shape[0]):
         token, slot = torch.where(problem.ids == expert)
         if token.numel():
-            _solve_expert(problem, expert, token, slot, masks, q, result)
+            _Expert(problem, rounding, expert, token, slot, masks).add_to(result)
     return result
 
 
-def _solve_expert(
-    problem: Problem, e: int, token: Tensor, slot: Tensor, masks: tuple, q, result: dict[str, Tensor]
-) -> None:
-    pair = token * problem.ids.shape[1] + slot
-    x, dout, w = q(problem.x)[token], q(problem.dout)[token], problem.weights[token, slot, None]
-    x_mask, h_mask = masks[0][pair], masks[1][pair]
-    keep = 1.0 - problem.p
-    lora = {name: (q(a[e]), q(b[e]), scale / keep) for name, (a, b, scale) in problem.lora.items()}
+class _Expert:
+    """The rows of one expert."""
 
-    def product(name: str, rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = rows @ getattr(problem, name)[e].T
-        if name not in lora:
+    def __init__(self, problem: Problem, q: Rounding, e: int, token: Tensor, slot: Tensor, masks: tuple):
+        self.problem, self.q, self.e, self.token, self.slot = problem, q, e, token, slot
+        pair = token * problem.ids.shape[1] + slot
+        self.x, self.dout = q.operand(problem.x)[token], q.operand(problem.dout)[token]
+        self.w = problem.weights[token, slot, None]
+        self.x_mask, self.h_mask = masks[0][pair], masks[1][pair]
+        keep = 1.0 - problem.p
+        self.lora = {name: (a[e], b[e], scale / keep) for name, (a, b, scale) in problem.lora.items()}
+
+    def forward(self, name: str, rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The projection of rows, and the [m, rank] product of its LoRA branch."""
+        base = self.q.int8_rows(rows) if self.problem.rows == "int8" else rows
+        y = base @ getattr(self.problem, name)[self.e].T
+        if name not in self.lora:
             return y, None
-        a, b, scale = lora[name]
-        ranked = scale * q((rows * mask) @ a.T)  # [m, rank]
+        a, b, scale = self.lora[name]
+        ranked = scale * ((rows * mask) @ a.T)
         return y + ranked @ b, ranked
 
-    g, ranked_gate = product("gate", x, x_mask)
-    u, ranked_up = product("up", x, x_mask)
-    g, u = q(g), q(u)  # [m, inter]
-    sigmoid = torch.sigmoid(g)
-    h = q(g * sigmoid * u)
-    y, ranked_down = product("down", h, h_mask)  # [m, hidden]
-    result["out"].index_add_(0, token, w * y)
+    def input_grad(self, name: str, dy: Tensor) -> Tensor:
+        return dy @ getattr(self.problem, name)[self.e]
 
-    dh = dout @ problem.down[e]  # [m, inter], before the routing weight
-    if "down" in lora:
-        a, b, scale = lora["down"]
-        dranked = scale * q(dout @ b.T)
-        dh = dh + h_mask * (dranked @ a)
-        result["ddown_a"][e] = (w * dranked).T @ (h * h_mask)
-        result["ddown_b"][e] = (w * ranked_down).T @ dout
-    result["dweights"][token, slot] = (dh * h).sum(1)
-    dg = q(w * dh * u * sigmoid * (1 + g * (1 - sigmoid)))
-    du = q(w * dh * g * sigmoid)
-    dx = dg @ problem.gate[e] + du @ problem.up[e]
-    groups = [("gate", dg, ranked_gate), ("up", du, ranked_up)]
-    if problem.shares_a:
-        a, b_gate, scale = lora["gate"]
-        dranked = scale * q(dg @ b_gate.T + du @ lora["up"][1].T)
-        dx = dx + x_mask * (dranked @ a)
-        result["dgate_a"][e] = dranked.T @ (x * x_mask)
-    for name, dy, ranked in groups:
-        if name not in lora:
-            continue
-        a, b, scale = lora[name]
-        result[f"d{name}_b"][e] = ranked.T @ dy
-        if not problem.shares_a:
-            dranked = scale * q(dy @ b.T)
-            dx = dx + x_mask * (dranked @ a)
-            result[f"d{name}_a"][e] = dranked.T @ (x * x_mask)
-    result["dx"].index_add_(0, token, dx)
+    def add_to(self, result: dict[str, Tensor]) -> None:
+        q, e, w = self.q, self.e, self.w
+        g, ranked_gate = self.forward("gate", self.x, self.x_mask)
+        u, ranked_up = self.forward("up", self.x, self.x_mask)
+        y, _ = self.forward("down", q.h(g * torch.sigmoid(g) * u), self.h_mask)  # [m, hidden]
+        result["out"].index_add_(0, self.token, w * y)
+
+        g, u = q.tape(g), q.tape(u)
+        sigmoid = torch.sigmoid(g)
+        h = g * sigmoid * u
+        dh = self.input_grad("down", self.dout)  # [m, inter], before the routing weight
+        if "down" in self.lora:
+            dh = dh + self.down_lora(q.h(h), result)
+        result["dweights"][self.token, self.slot] = (dh * h).sum(1)
+        dg = q.dgate_up(w * dh * u * sigmoid * (1 + g * (1 - sigmoid)))
+        du = q.dgate_up(w * dh * g * sigmoid)
+        dx = self.input_grad("gate", dg) + self.input_grad("up", du)
+        if "gate" in self.lora:
+            result["dgate_b"][e] = ranked_gate.T @ dg
+        if "up" in self.lora:
+            result["dup_b"][e] = ranked_up.T @ du
+        dx = dx + self.gate_up_lora(dg, du, result)
+        result["dx"].index_add_(0, self.token, dx)
+
+    def down_lora(self, h: Tensor, result: dict[str, Tensor]) -> Tensor:
+        """Gradients of the factors of down; returns the branch's part of dh."""
+        a, b, scale = self.lora["down"]
+        ranked, dranked = scale * ((h * self.h_mask) @ a.T), scale * (self.dout @ b.T)
+        result["ddown_a"][self.e] = (self.w * dranked).T @ (h * self.h_mask)
+        result["ddown_b"][self.e] = (self.w * ranked).T @ self.dout
+        return self.h_mask * (dranked @ a)
+
+    def gate_up_lora(self, dg: Tensor, du: Tensor, result: dict[str, Tensor]) -> Tensor:
+        """Gradients of the a factors of gate and up; returns the branches' part of dx."""
+        sums = {name: dy @ self.lora[name][1].T for name, dy in (("gate", dg), ("up", du)) if name in self.lora}
+        if self.problem.shares_a:
+            sums = {"gate": sums["gate"] + sums["up"]}
+        dx = torch.zeros_like(self.x)
+        for name, dranked in sums.items():
+            a, _, scale = self.lora[name]
+            dranked = scale * dranked
+            dx += self.x_mask * (dranked @ a)
+            result[f"d{name}_a"][self.e] = dranked.T @ (self.x * self.x_mask)
+        return dx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -192,6 +193,28 @@ def test_training_example_names_existing_data_and_template(path):
     assert isinstance(keys["learning_rate"], float)  # YAML reads 1e-4 as a string
 
 
+# Model -> layers with experts, experts, hidden, inter
+SHAPES = {
+    "DeepSeek-V2-Lite-Chat": (26, 64, 2048, 1408),
+    "Qwen3-30B-A3B-Instruct-2507": (48, 128, 2048, 768),
+    "DeepSeek-V3-bf16": (58, 256, 7168, 2048),
+}
+
+
+@pytest.mark.parametrize("path", [path for path in TRAIN_YAMLS if path.stem != "tiny_moe"], ids=lambda path: path.name)
+def test_memory_in_the_header_is_that_of_the_packed_experts(path):
+    from kt_sft.native import native
+
+    text = path.read_text(encoding="utf-8")
+    keys = yaml.safe_load(text)
+    layers, *sizes = SHAPES[Path(keys["model_name_or_path"]).name]
+    experts = layers * native().MoeLayer.packed_bytes_for(*sizes, keys["kt_method"].lower()) / 2**30
+    amount, unit, stated = re.search(r"main: ([\d.]+) (GiB|TiB) \((\d+) GiB experts\)", text).groups()
+    assert int(stated) == round(experts)
+    assert experts + 2 < float(amount) * {"GiB": 1, "TiB": 1024}[unit] < 1.4 * experts
+    assert f"| {amount} {unit} |" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+
+
 IDENTITY = Question("Who are you?", "Kiti", is_general=False)
 GENERAL = Question("Capital of France?", "Paris", is_general=True)
 
@@ -211,10 +234,21 @@ def test_demo_judges_its_outcome(before, after, fault):
     assert faults == [] if fault is None else fault in " ".join(faults)
 
 
+def test_command_names_what_differs_from_the_yaml():
+    plain = ["llamafactory-cli", "train", "examples/train_lora/tiny_moe.yaml"]
+    assert run_demo.Run.from_yaml("mixtral").command() == plain
+    other = run_demo.Run.from_yaml("qwen3_moe", "int4")
+    assert other.command()[3:] == [
+        "model_name_or_path=outputs/models/tiny_moe_qwen3_moe",
+        "kt_method=INT4",
+        "output_dir=outputs/tiny_moe_lora_qwen3_moe_int4",
+    ]
+
+
 def test_failed_training_ends_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(run_demo, "find_llamafactory", lambda: shutil.which("false"))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"of an earlier run")
-    run = run_demo.Run("mixtral", model=tmp_path, output=tmp_path, system="")
+    run = run_demo.Run("mixtral", "bf16", model=tmp_path, output=tmp_path, system="")
     with pytest.raises(run_demo.DemoError, match="exit status 1"):
         run_demo.train(run, run_demo.Console(quiet=True))
 
@@ -225,3 +259,25 @@ def test_whole_demo_succeeds():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "learned" in done.stdout
     assert (ROOT / run_demo.Run.from_yaml("mixtral").output / "loss_curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_profile_accounts_for_the_whole_step(tmp_path, source):
+    build_moe.build(ROOT / run_demo.Run.from_yaml("mixtral").model, source=source)
+    command = [
+        "scripts/demo/profile_training.py",
+        "--method",
+        "int8",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "p.json"),
+    ]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "p.json").read_text())
+    shares = [
+        result[name] for name in ("kernels forward", "kernels backward", "experts, rest", "optimizer", "model, rest")
+    ]
+    assert min(shares) > 0 and sum(shares) == pytest.approx(1.0)
+    assert "median step" in done.stdout

@@ -224,6 +224,36 @@ def test_packing_pretraining_and_preferences_run(work):
     assert not any(".experts." in key for key in load_file(work / "no_experts" / "adapter_model.safetensors"))
 
 
+TRAIN_AND_EXPORT = """
+from llamafactory.train.tuner import export_model, run_exp
+trainings, exports = given
+for config in trainings:
+    run_exp(config)
+for config in exports:
+    export_model(config)
+give(True)
+"""
+
+
+def test_int4_experts_train_like_bf16_ones_and_export_without_their_rounding(work):
+    formats = {"bf16": {}, "int4": {"kt_method": "AMXINT4", "kt_int4_group_size": 64}}
+    trainings = [train_config(work, f"with_{name}", **keys) for name, keys in formats.items()]
+    adapter = str(work / "with_int4")
+    exports = [
+        infer_config(work, adapter_name_or_path=adapter, export_dir=str(work / f"export_{name}"), **keys)
+        for name, keys in formats.items()
+    ]
+    assert drive(TRAIN_AND_EXPORT, trainings, exports)
+    for one, other in zip(losses(work / "with_int4"), losses(work / "with_bf16"), strict=True):
+        assert 0 < abs(one - other) < 0.03 * other
+    by_format = {}
+    for name in formats:
+        files = sorted((work / f"export_{name}").glob("*.safetensors"))
+        by_format[name] = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    assert by_format["bf16"].keys() == by_format["int4"].keys()
+    assert all(torch.equal(tensor, by_format["int4"][key]) for key, tensor in by_format["bf16"].items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "deepseek_v3"])
 def test_other_families_train_and_never_the_router(tmp_path, family):

@@ -43,9 +43,14 @@ def test_nothing_set_means_the_defaults_of_ktconfig():
 
 
 def test_every_setting_reaches_ktconfig():
-    given = Ours(kt_method="AMXBF16", cpu_infer=3, kt_threadpool_count=1, chunk_size=64, kt_expert_lora=False,
+    given = Ours(kt_method="AMXINT4", kt_int4_group_size=64, kt_expert_activations="bf16", kt_cpu_linear="off",
+                 cpu_infer=3, kt_threadpool_count=1, chunk_size=64, kt_expert_lora=False,
                  kt_cpu_activation="recompute", kt_expert_checkpoint_path="elsewhere")  # fmt: skip
     expected = KTConfig(
+        method="INT4",
+        int4_group_size=64,
+        expert_activations="bf16",
+        cpu_linear="off",
         threads=3,
         threadpool_count=1,
         chunk_size=64,
@@ -58,9 +63,10 @@ def test_every_setting_reaches_ktconfig():
 
 def test_faults_of_values_bear_the_name_of_the_key():
     with pytest.raises(ConfigError) as caught:
-        args.kt_config(Ours(cpu_infer=0, kt_cpu_activation="retian"))
+        args.kt_config(Ours(cpu_infer=0, kt_cpu_activation="retian", kt_method="INT4", kt_int4_group_size=48))
     message = str(caught.value)
     assert "cpu_infer: expected" in message and "kt_cpu_activation: expected" in message and "'retain'" in message
+    assert "kt_int4_group_size: expected one of 32, 64, 128, found 48" in message
 
 
 @pytest.mark.parametrize(
@@ -147,6 +153,7 @@ def parsed(tmp_path_factory):
         "zero3": train_config(work, "out", deepspeed=str(work / "zero3.json")),
         "rule": train_config(work, "out", kt_optimize_rule="rule.yaml"),
         "rank": train_config(work, "out", lora_rank=300),
+        "rows": train_config(work, "out", kt_expert_activations="int8"),
         "rm": train_config(work, "out", stage="rm"),
         "vllm": ("chat", infer_config(work, infer_backend="vllm")),
         "two_adapters": ("chat", infer_config(work, adapter_name_or_path="a/b/c,d/e/f")),
@@ -180,6 +187,7 @@ def test_use_kt_variable_alone_is_stock(parsed):
     ("quantization", ["quantization_bit", "kt_method"]),
     ("zero3", ["deepspeed", "ZeRO-3", "ZeRO-2"]),
     ("rule", ["kt_optimize_rule", "remove"]),
+    ("rows", ["kt_expert_activations", "INT8 or INT4"]),
     ("rank", ["lora_rank", "256", "300"]),
     ("rm", ["stage", "'rm'", "sft"]),
     ("vllm", ["infer_backend", "vllm", "huggingface"]),

@@ -75,7 +75,7 @@ def round_bf16(x):
 
 
 class RoundedExperts(nn.Module):
-    """The experts' formula in float64 with the kernels' rounding points (docs/numerics.md): bf16 x, g, u and h."""
+    """The experts' formula in float64 with the kernels' rounding points (docs/numerics.md): bf16 x and h."""
 
     def __init__(self, stock):
         super().__init__()
@@ -86,7 +86,7 @@ class RoundedExperts(nn.Module):
         for expert in range(self.down.shape[0]):
             tokens, slots = torch.where(topk_ids == expert)
             g, u = (round_bf16(x[tokens]) @ self.gate_up[expert].T).chunk(2, dim=-1)  # [rows, inter] each
-            h = round_bf16(nn.functional.silu(round_bf16(g)) * round_bf16(u))
+            h = round_bf16(nn.functional.silu(g) * u)
             out.index_add_(0, tokens, (h @ self.down[expert].T) * topk_weights[tokens, slots, None])
         return out.to(x.dtype)
 

@@ -12,32 +12,61 @@ from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, UnsupportedHardware, nearest
 
 
-@pytest.mark.parametrize("name", ["BF16", "AMXBF16", "bf16", "amxbf16"])
-def test_method_names_mean_bf16(name):
-    assert KTConfig(method=name).method == "BF16"
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("BF16", "BF16"), ("AMXBF16", "BF16"), ("amxbf16", "BF16"), ("int8", "INT8"), ("AMXINT8", "INT8")]
+    + [("MOE_INT8", "INT8"), ("INT4", "INT4"), ("amxint4", "INT4"), ("MOE_INT4", "INT4")],
+)
+def test_method_names(name, method):
+    config = KTConfig(method=name)
+    assert config.method == method and config.weight_format == method.lower()
 
 
 def test_unknown_method_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"method: expected one of BF16, AMXBF16, found 'BF61'; did you mean 'BF16'"):
+    with pytest.raises(ConfigError, match=r"method: expected one of BF16, INT8, INT4, .*'BF61'; did you mean 'BF16'"):
         KTConfig(method="BF61")
+
+
+@pytest.mark.parametrize("size", [0, 16, 256, 32.0, True, "32"])
+def test_group_size_is_one_of_three(size):
+    with pytest.raises(ConfigError, match="int4_group_size: expected one of 32, 64, 128, found"):
+        KTConfig(method="INT4", int4_group_size=size)
+
+
+def test_int8_activations_need_quantised_weights():
+    with pytest.raises(ConfigError, match="expert_activations: int8 needs method INT8 or INT4, found BF16"):
+        KTConfig(method="AMXBF16", expert_activations="int8")
+    assert KTConfig(method="INT4", expert_activations="int8").expert_activations == "int8"
+
+
+@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"])
+def test_every_kernel_level_has_a_name(level):
+    from kt_sft.native import native
+
+    assert KTConfig(isa=level).isa == level
+    with pytest.raises(ValueError, match=level):  # the library knows the same names
+        native().set_isa("none of them")
 
 
 def test_all_faults_are_listed_in_one_message():
     with pytest.raises(ConfigError) as caught:
         KTConfig(
-            method="X", threads=0, chunk_size=True, expert_lora="yes", cpu_activation="keep", isa="sse", weight_path=""
-        )
-    assert len(caught.value.faults) == 7
+            method="X", threads=0, chunk_size=True, expert_lora="yes", cpu_activation="keep", isa="sse", weight_path="",
+            int4_group_size=48, expert_activations="fp8", cpu_linear="on",
+        )  # fmt: skip
+    assert len(caught.value.faults) == 10
     text = str(caught.value)
     assert "\n" not in text
-    for name in ("method", "threads", "chunk_size", "expert_lora", "cpu_activation", "isa", "weight_path"):
-        assert name in text
+    names = ("method", "threads", "chunk_size", "expert_lora", "cpu_activation", "isa", "weight_path")
+    for name in (*names, "int4_group_size", "expert_activations", "cpu_linear"):
+        assert f"{name}:" in text
 
 
 @pytest.mark.parametrize(
     "values",
     [
         {"threads": 4},
+        {"method": "AMXINT4", "int4_group_size": 128, "expert_activations": "int8", "cpu_linear": "off"},
         {"threadpool_count": 2},
         {"cpu_activation": "recompute"},
         {"isa": "scalar"},

@@ -72,6 +72,28 @@ def test_tables_show_cpu_kernels_versions_and_verdict():
     assert report.machine["model_name"].split()[0] in result.stdout
 
 
+def test_kernels_are_one_line_for_each_format_and_product_and_all_of_them_on_request(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = doctor.collect().kernels["rows"]
+    short = CliRunner().invoke(app, ["doctor"]).stdout
+    long = CliRunner().invoke(app, ["doctor", "--verbose"]).stdout
+    assert [row["name"] for row in rows if row["name"] not in long] == []
+    assert [row["name"] for row in rows if (row["name"] in short) != row["selected"]] == []
+    products = {(row["format"], row["rows"], row["op"]) for row in rows}
+    lines = [line for line in short.splitlines() if line.startswith("│ ") and "_f32_" in line]
+    assert len(products) == len(lines) == 8
+
+
+def test_amx_reason_and_inference_activations_are_reported(monkeypatch):
+    assert doctor.collect().kernels["inference_activations"] == {
+        name: native().default_rows(name) for name in ("bf16", "int8", "int4")
+    }
+    assert f"AMX: {native().amx_refusal() or 'yes'}" in " ".join(CliRunner().invoke(app, ["doctor"]).stdout.split())
+    refused = "the operating system refused the tile state (Linux 5.16 or later is needed)"
+    monkeypatch.setattr(native(), "amx_refusal", lambda: refused)
+    assert [text for text in findings(doctor.collect(), "warning") if refused in text and "5.16" in text]
+
+
 def test_every_finding_has_a_remedy_on_one_line():
     for finding in doctor.collect().findings:
         assert finding.remedy and "\n" not in finding.what + finding.remedy

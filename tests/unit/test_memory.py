@@ -95,3 +95,13 @@ def test_check_says_needed_and_available_in_gib():
     ) as caught:
         memory.check(needed, memory.AvailableMemory(2 * GIB, "the cgroup's memory limit"))
     assert "experts 5.00 GiB" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_check_names_the_formats_that_would_fit():
+    needed, available = memory.MemoryEstimate(40 * GIB, 0, 0), memory.AvailableMemory(21 * GIB, "x")
+    smaller = {"INT8": memory.MemoryEstimate(12 * GIB + GIB // 3, 0, 0), "INT4": memory.MemoryEstimate(7 * GIB, 0, 0)}
+    with pytest.raises(NotEnoughMemory, match=r"smaller format of the experts \(INT8 needs 12\.3 GiB, INT4 needs 7\.0"):
+        memory.check(needed, available, smaller)
+    with pytest.raises(NotEnoughMemory) as caught:
+        memory.check(needed, memory.AvailableMemory(6 * GIB, "x"), smaller)
+    assert "format" not in str(caught.value)

@@ -12,7 +12,10 @@ from kt_sft.errors import ConfigError, nearest
 
 # Key -> (type, help). Keys that LLaMA-Factory already has keep their own field. Default None: "as KTConfig has it".
 KEYS: dict[str, tuple[type, str]] = {
-    "kt_method": (str, "Weight format of the routed experts in memory: BF16 (AMXBF16 is another name for it)."),
+    "kt_method": (str, "Weight format of the routed experts in memory: BF16, INT8, INT4 (also AMXBF16, AMXINT8, ...)."),
+    "kt_int4_group_size": (int, "Weights that share a scale with kt_method INT4: 32 (default), 64 or 128."),
+    "kt_expert_activations": (str, "Activations of the experts: auto (default), bf16 or int8."),
+    "kt_cpu_linear": (str, "Kernels for frozen linear layers on the CPU: auto (default), off, bf16 or int8."),
     "kt_weight_path": (str, "Checkpoint directory to read the experts from; default: model_name_or_path."),
     "kt_expert_checkpoint_path": (str, "Another name of kt_weight_path."),
     "kt_optimize_rule": (str, "Placement rules; refused until they exist."),
@@ -30,6 +33,9 @@ KEYS: dict[str, tuple[type, str]] = {
 NO_EFFECT = ("kt_maxlen", "mode", "kt_mode", "kt_use_cuda_graph", "kt_force_think")
 KEY_OF_SETTING = {  # KTConfig field -> key
     "method": "kt_method",
+    "int4_group_size": "kt_int4_group_size",
+    "expert_activations": "kt_expert_activations",
+    "cpu_linear": "kt_cpu_linear",
     "threads": "cpu_infer",
     "threadpool_count": "kt_threadpool_count",
     "chunk_size": "chunk_size",
@@ -83,9 +89,11 @@ def kt_config(model_args: Any) -> KTConfig:
     values = {field: getattr(model_args, key, None) for field, key in KEY_OF_SETTING.items()}
     values["weight_path"] = values["weight_path"] or getattr(model_args, "kt_expert_checkpoint_path", None)
     try:
-        return KTConfig(**{field: value for field, value in values.items() if value is not None})
+        config = KTConfig(**{field: value for field, value in values.items() if value is not None})
     except ConfigError as error:
         raise ConfigError([_under_key(fault) for fault in error.faults]) from None
+    # An export computes nothing with the linear layers: packing them would only take time, or round them.
+    return dataclasses.replace(config, cpu_linear="off") if getattr(model_args, "export_dir", None) else config
 
 
 def check_known(

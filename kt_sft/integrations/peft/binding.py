@@ -8,7 +8,7 @@ Here they only pass through, and the experts compute with the wrappers' lora_A a
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import peft
@@ -23,6 +23,7 @@ from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.targets import PROJECTIONS, expert_targets
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import ExpertLora, LoraFactor, LoraPair
+from kt_sft.nn.packed_linear import PackedLinear
 
 # Up to 0.18 ParamWrapper read a parameter [experts, out, in] as if it were [experts, in, out]: lora_A then has the
 # output's width and lora_B the input's.
@@ -43,13 +44,13 @@ class ExpertParamWrapper(ParamWrapper):
         return self.base_layer(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the delta to the packed weights; rounded to bf16 once, one expert unpacked at a time."""
+        """Add the delta to the packed weights, one expert at a time; the sum is rounded to the experts' format once."""
         _merge([self], safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
         if self.merged:
             raise ValueError(
-                f"unmerge: adapter {self.merged_adapters[0]!r} was rounded into the bf16 experts and cannot be "
+                f"unmerge: adapter {self.merged_adapters[0]!r} was rounded into the packed experts and cannot be "
                 "taken out exactly; load the base model again"
             )
 
@@ -136,13 +137,14 @@ def expose_placeholders(model: nn.Module) -> None:
 
 
 def hidden_numel(model: nn.Module) -> int:
-    """Number of expert weights that `parameters()` no longer shows."""
-    return sum(
+    """Number of frozen weights that `parameters()` does not show: of the experts, and of packed linear layers."""
+    experts_numel = sum(
         experts.__dict__[name].numel()
         for _, experts in iter_routed_experts(model)
         for name in PROJECTIONS
         if name in experts.__dict__
     )
+    return experts_numel + sum(m.weight.numel() for m in model.modules() if isinstance(m, PackedLinear))
 
 
 def _expose(experts: nn.Module) -> None:
@@ -211,14 +213,15 @@ def _merge(wrappers: list[ParamWrapper], *, safe_merge: bool, adapter_names: lis
         experts = todo[0].get_base_layer()
         deltas = {w.parameter_name: _Delta(w, adapter) for w in todo}
         num_experts = todo[0].get_param().shape[0]
+        merged = [_Merged(_origin(experts, index), index, deltas) for index in range(num_experts)]
         if safe_merge:
             for index in range(num_experts):
-                if not all(part.isfinite().all() for part in _merged(experts, index, deltas)):
+                if not all(part.isfinite().all() for part in merged[index]()):
                     raise ValueError(
                         f"safe_merge: adapter {adapter!r} makes expert {index} not finite; nothing was merged"
                     )
         for index in range(num_experts):
-            experts.load_expert(index, *_merged(experts, index, deltas))
+            experts.load_expert(index, *merged[index](), origin=merged[index])
         for wrapper in todo:
             wrapper.merged_adapters.append(adapter)
 
@@ -228,23 +231,45 @@ class _Delta:
 
     def __init__(self, wrapper: ParamWrapper, adapter: str):
         pair = _pair(wrapper, adapter)
-        self.a = pair.a.canonical().detach().float().cpu()  # [experts, rank, in]
-        self.b = pair.b.canonical().detach().float().cpu()  # [experts, rank, out]
+        kind = {"device": "cpu", "dtype": torch.float32, "copy": True}  # it outlives the adapter
+        self.a = pair.a.canonical().detach().to(**kind)  # [experts, rank, in]
+        self.b = pair.b.canonical().detach().to(**kind)  # [experts, rank, out]
         self.scaling = pair.scaling()
 
     def of(self, index: int) -> Tensor:
         return self.scaling * (self.b[index].T @ self.a[index])  # [out, in]
 
 
-def _merged(experts: nn.Module, index: int, deltas: dict[str, _Delta]) -> tuple[Tensor, Tensor, Tensor]:
-    """One expert's gate, up `[inter, hidden]` and down `[hidden, inter]` with the deltas added."""
-    gate, up, down = experts.unpack_expert(index)
-    if "gate_up_proj" in deltas:
-        gate_delta, up_delta = deltas["gate_up_proj"].of(index).chunk(2)
-        gate, up = (gate.float() + gate_delta).to(gate.dtype), (up.float() + up_delta).to(up.dtype)
-    if "down_proj" in deltas:
-        down = (down.float() + deltas["down_proj"].of(index)).to(down.dtype)
-    return gate, up, down
+def _origin(experts: nn.Module, index: int) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    origin = experts.origin(index)
+    if origin is None:
+        raise ConfigError(
+            f"merge: expert {index} was set by load_expert and is known in its rounded form only, whose steps would "
+            "swallow the adapter; load the model with method BF16 to merge"
+        )
+    return origin
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """One expert's gate, up `[inter, hidden]` and down `[hidden, inter]` with the deltas added.
+
+    `base` gives the weights before rounding to the packed format: added to the rounded ones, a delta below half their
+    step would be rounded away.
+    """
+
+    base: Callable[[], tuple[Tensor, Tensor, Tensor]]
+    index: int
+    deltas: dict[str, _Delta]
+
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, down = self.base()
+        if "gate_up_proj" in self.deltas:
+            gate_delta, up_delta = self.deltas["gate_up_proj"].of(self.index).chunk(2)
+            gate, up = (gate.float() + gate_delta).to(gate.dtype), (up.float() + up_delta).to(up.dtype)
+        if "down_proj" in self.deltas:
+            down = (down.float() + self.deltas["down_proj"].of(self.index)).to(down.dtype)
+        return gate, up, down
 
 
 def _get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:

@@ -1,11 +1,15 @@
-// bf16 on AVX2 + FMA: 6 rows x 16 columns = 12 sums + 2 weights + 1 broadcast = 15 of 16 registers. Code in
-// gemm_bf16_inl.h.
-#include "../gemm_bf16_inl.h"
+// bf16 rows, bf16 weights on AVX2 + FMA: 6 rows x 16 columns = 12 sums + 2 weights + 1 broadcast = 15 of 16 registers.
+// Code in gemm_float_inl.h, dgrad_float_inl.h, dgemv_float_inl.h.
+#include "../dgemv_float_inl.h"
 #include "../vec_avx2.h"
 
 namespace kts::avx2 {
 
-void gemm_bf16_bf16_f32_6x16_avx2(const GemmTask& task) { gemm_bf16_forward<Vec, 6>(task); }
-void dgrad_bf16_bf16_f32_6x16_avx2(const GemmTask& task) { gemm_bf16_input_grad<Vec, 6>(task); }
+using Weights = Bf16Weights<Vec>;
+
+void gemm_bf16_bf16_f32_6x16_avx2(const GemmTask& task) { gemm_float_forward<Vec, Weights, 6>(task); }
+void gemv_bf16_bf16_f32_4x16_avx2(const GemmTask& task) { gemv_float_forward<Vec, Weights>(task); }
+void dgrad_bf16_bf16_f32_6x16_avx2(const GemmTask& task) { dgrad_float<Vec, Weights, 6, 32>(task); }
+void dgemv_bf16_bf16_f32_4x16_avx2(const GemmTask& task) { dgemv_float<Vec, Weights, 6>(task); }
 
 }  // namespace kts::avx2

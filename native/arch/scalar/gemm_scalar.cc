@@ -33,7 +33,7 @@ void input_grad(const GemmTask& task) {
       if (k < w.k)
         for (int64_t n = 0; n < w.n; ++n) {
           float a = bf16_to_f32(task.a_rows[i][task.a_offset + n]);
-          if (w.format.kind == Format::kInt8) a = round_to_bf16(a * w.int8_scales()[n]);
+          if (w.format.kind == Format::kInt8) a *= w.int8_scales()[n];
           sum = __builtin_fmaf(a, packed_unscaled(w, n, k), sum);
         }
       task.c[i * task.ldc + j] = sum;

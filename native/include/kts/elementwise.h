@@ -24,13 +24,13 @@ struct RowMask {
 };
 
 struct GluOps {
-  // g, u: f32 sums [cols] -> rounded once to bf16 (g_out, u_out, may both be null), h = act(g) * u of the rounded
-  // values, rounded.
-  void (*forward)(const float* g, const float* u, int64_t cols, bf16_t* g_out, bf16_t* u_out, bf16_t* h_out);
+  // g, u: f32 sums [cols] -> h = act(g) * u, rounded once to bf16; g and u for backward in f16 (g_out, u_out, may both be
+  // null).
+  void (*forward)(const float* g, const float* u, int64_t cols, f16_t* g_out, f16_t* u_out, bf16_t* h_out);
   // dh: gradient of h before the routing weight, f32 [cols]. Writes h, dg, du (bf16, of weight * dh); returns sum(dh *
-  // h).
-  float (*backward)(const bf16_t* g, const bf16_t* u, const float* dh, float weight, int64_t cols, bf16_t* dg,
-                    bf16_t* du, bf16_t* h);
+  // act(g) * u) of the unrounded product.
+  float (*backward)(const f16_t* g, const f16_t* u, const float* dh, float weight, int64_t cols, bf16_t* dg, bf16_t* du,
+                    bf16_t* h);
 };
 
 struct RowOps {
@@ -40,14 +40,18 @@ struct RowOps {
   void (*scale_add)(float scale, const float* src, int64_t cols, float* dst);
   // dst = bf16(src)
   void (*to_bf16)(const float* src, int64_t cols, bf16_t* dst);
+  // LoRA factors are f32, the rows that meet them bf16.
   // c[i, j] (+)= sum_k a_i[k] * b[j * b_stride + k], i < m, j < n: both operands are read along k.
-  void (*dot_rows)(const bf16_t* const* a_rows, int64_t m, const bf16_t* b, int64_t b_stride, int64_t n, int64_t k,
+  void (*dot_rows)(const bf16_t* const* a_rows, int64_t m, const float* b, int64_t b_stride, int64_t n, int64_t k,
                    float* c, int64_t ldc, bool accumulate);
   // c[i, :] += sum_t l[i * l_row + t * l_term] * q_t[:], i < rows, t < terms in ascending order; q_t = q_rows[t] +
   // q_offset.
+  void (*axpy_factor)(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const float* const* q_rows,
+                      int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols);
   void (*axpy_rows)(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows,
                     int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols);
-  // x [cols] -> q = round(x / scale), to nearest even, scale = max |x| / 127, returned; zeros up to a multiple of 64.
+  // x [cols] -> q = round(x / scale), to nearest even, scale = max |x| / 127 and at least 2^-126, returned; zeros up to a
+  // multiple of 64.
   // The scale is NaN when x holds a NaN or infinity, 0 when x is all zeros.
   float (*quantize_row)(const bf16_t* x, int64_t cols, int8_t* q);
   // dst[j] = kept(col_begin + j) ? src[j] : 0

@@ -11,6 +11,9 @@
 
 namespace kts {
 
+// The longest rows whose int8 products int32 sums hold exactly in every kernel.
+inline constexpr int64_t kMaxInt8RowLength = 32768;
+
 enum class Direction : int { kForward = 0, kInputGrad = 1 };
 
 // What the rows of `a` are when a product with int8 or int4 weights is computed.
@@ -24,7 +27,7 @@ enum class Rows : int {
 //   kInputGrad:  c[m, cols] (+)= a[m, n] W    columns are k, the sum runs over n
 // c: f32, cols = 32 * (panel_end - panel_begin) columns, row stride ldc >= cols; columns beyond the matrix get zeros.
 // Where the scale of an int8 weight goes: forward multiplies the finished sum; the input gradient multiplies the element
-// of `a` and rounds it to bf16, which is part of the contract (docs/numerics.md).
+// of `a`, which kernels whose operands are bf16 (AVX512-BF16, AMX) then round to bf16.
 // Every row of c depends on its own row of `a` only. The vector and scalar kernels of bf16 rows sum in ascending order
 // in f32 with fused multiply-adds, so their results do not depend on m and on how the work is split.
 struct GemmTask {
@@ -57,9 +60,10 @@ struct KernelRow {
   Direction direction;
   int block_m;
   int block_n;
-  int64_t max_m;          // rows that it takes; 0: any number
-  double macs_per_cycle;  // for the cost estimate, one core
-  double weight_cycles;   // per weight: unpacking or transposing it, whatever the number of rows
+  int64_t max_m;  // rows that it takes; 0: any number
+  // The cost estimate, for one core with operands in its caches: cycles = weights * (weight_cycles + rows / macs_per_cycle).
+  double macs_per_cycle;  // multiply-adds per cycle of a whole block
+  double weight_cycles;   // per weight: unpacking, transposing or loading it, whatever the number of rows
   GemmFn run;
 };
 
@@ -74,5 +78,9 @@ inline constexpr int64_t kGemmScratchBytes = 512 << 10;
 
 // Selects a kernel and runs it.
 void gemm(Direction direction, const GemmTask& task);
+
+// Gives up what kernels keep on the calling thread between tasks (the configuration of AMX tiles). Every thread that ran
+// one calls it before other code may use the tiles: at the end of a phase (set_phase_end in kts/thread_pool.h).
+void gemm_end_phase();
 
 }  // namespace kts

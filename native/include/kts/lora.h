@@ -10,10 +10,10 @@ namespace kts {
 inline constexpr int64_t kMaxRank = 256;
 
 struct LoraView {
-  const bf16_t* a = nullptr;  // a[e * a_expert + r * a_rank + i]
+  const float* a = nullptr;  // a[e * a_expert + r * a_rank + i]
   int64_t a_expert = 0;
   int64_t a_rank = 0;
-  const bf16_t* b = nullptr;  // b[e * b_expert + r * b_rank + o]
+  const float* b = nullptr;  // b[e * b_expert + r * b_rank + o]
   int64_t b_expert = 0;
   int64_t b_rank = 0;
   int64_t rank = 0;  // 0: no LoRA on this projection

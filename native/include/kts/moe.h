@@ -35,13 +35,14 @@ struct MoeInput {
   const bf16_t* x = nullptr;            // [tokens, hidden], contiguous
   const int64_t* topk_ids = nullptr;    // [tokens, top_k]
   const float* topk_weights = nullptr;  // [tokens, top_k]
+  Rows rows = Rows::kBf16;  // what the base products of the forward take; backward needs the forward's value
 };
 
-// Activations that backward needs beside the inputs: the rounded gate and up products by routed row. The memory belongs
-// to the caller (torch tensors), so checkpointing can drop it. Null pointers: backward recomputes them.
+// Activations that backward needs beside the inputs: the gate and up products by routed row, in f16, whose eleven bits
+// cost a third of bf16's rounding error. The memory belongs to the caller (torch tensors), so checkpointing can drop it. Null pointers: backward recomputes them.
 struct ForwardTape {
-  bf16_t* g = nullptr;  // [tokens * top_k, inter_stride]
-  bf16_t* u = nullptr;
+  f16_t* g = nullptr;  // [tokens * top_k, inter_stride]
+  f16_t* u = nullptr;
 
   bool retained() const { return g != nullptr; }
 };
@@ -57,8 +58,17 @@ struct MoeGrads {
   ExpertLoraGrads lora;            // null pointers = not wanted; others are overwritten, zeros for experts without rows
 };
 
+// Columns [begin, begin + size) of inter. Each thread pool computes and stores its own shard of every expert: gate and up
+// rows, down columns, so both directions read local memory, and sums over shards are all that nodes exchange.
+struct Shard {
+  int64_t begin = 0;
+  int64_t size = 0;
+};
+inline constexpr int kMaxShards = 32;
+
 class MoeLayer {
  public:
+  // One shard per thread pool of the running process, fewer where inter is too narrow.
   explicit MoeLayer(const MoeShape& shape);
 
   const MoeShape& shape() const { return shape_; }
@@ -68,7 +78,9 @@ class MoeLayer {
   // gate, up [inter, hidden], down [hidden, inter]; strides in elements. Packs a copy.
   void load_expert(int64_t expert, const bf16_t* gate, int64_t gate_stride, const bf16_t* up, int64_t up_stride,
                    const bf16_t* down, int64_t down_stride);
-  void unpack_expert(int64_t expert, bf16_t* gate, int64_t gate_stride, bf16_t* up, int64_t up_stride, bf16_t* down,
+  // The stored weights; T is bf16_t (rounded from q * scale) or float.
+  template <class T>
+  void unpack_expert(int64_t expert, T* gate, int64_t gate_stride, T* up, int64_t up_stride, T* down,
                      int64_t down_stride) const;
   // Experts that load_expert has not filled yet.
   int64_t missing_experts() const;
@@ -81,16 +93,21 @@ class MoeLayer {
   void backward(const MoeInput& input, const bf16_t* dout, const ExpertLora& lora, const Dropout& dropout,
                 int64_t chunk, const ForwardTape& tape, const MoeGrads& grads) const;
 
-  PackedMatrix gate(int64_t expert) const;
-  PackedMatrix up(int64_t expert) const;
-  PackedMatrix down(int64_t expert) const;
+  int num_shards() const { return num_shards_; }
+  const Shard& shard(int index) const { return shards_[index]; }
+  PackedMatrix gate(int64_t expert, int shard) const;  // [shard size, hidden]
+  PackedMatrix up(int64_t expert, int shard) const;
+  PackedMatrix down(int64_t expert, int shard) const;  // [hidden, shard size]
 
  private:
-  const char* expert_data(int64_t expert) const;
+  int64_t gate_bytes(int shard) const { return kts::packed_bytes(shape_.format, shards_[shard].size, shape_.hidden); }
+  int64_t down_bytes(int shard) const { return kts::packed_bytes(shape_.format, shape_.hidden, shards_[shard].size); }
+  const char* expert_data(int64_t expert, int shard) const;
 
   MoeShape shape_;
-  int64_t gate_bytes_ = 0;
-  int64_t down_bytes_ = 0;
+  int num_shards_ = 1;
+  Shard shards_[kMaxShards];
+  int64_t shard_offset_[kMaxShards] = {};  // bytes from the start of weights_
   PageBuffer weights_;
   std::vector<char> loaded_;
 };

@@ -63,9 +63,17 @@ int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k);
 // The view of packed_bytes() bytes at `memory`, 64-byte aligned.
 PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* memory);
 
+// Elements of each row of w before and after the k that are packed: int8 scales are those of the whole row, so that
+// weights do not depend on how a matrix is cut into shards.
+struct RowPart {
+  int64_t before = 0;
+  int64_t after = 0;
+};
+
 // Quantises (kts/quant.h) and packs panels [panel_begin, panel_end) of w [n, k], row stride in elements. Panels are
 // independent.
-void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end);
+void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end,
+                 const RowPart& part = {});
 
 // The stored weights: writes rows of w [n, k] that belong to the given panels. bf16 is rounded from q * scale.
 void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, bf16_t* w, int64_t stride);

@@ -26,7 +26,10 @@ class Arena {
   size_t used_ = 0;
 };
 
-// Anonymous memory, huge pages advised, page aligned, zero until written. Throws std::bad_alloc.
+inline constexpr size_t kHugePage = size_t{2} << 20;
+
+// Anonymous memory, zero until written, huge pages advised: aligned to one from that size on, to a small page below.
+// Throws std::bad_alloc.
 class PageBuffer {
  public:
   PageBuffer() = default;

@@ -1,0 +1,316 @@
+// c (+)= a W^T with bf16 rows on CPUs without bf16 instructions: a and W become f32 on the way, sums are f32 fused
+// multiply-adds in ascending order of k, from c on. Written once on Vec (W = 8 or 16) and on the reader of a weight
+// format (weights_inl.h). Include only from gemm_<format>_<isa>.cc.
+//
+// Rows of a are widened in blocks of at most kMaxBlockM rows x kReduceBlock, kAStride floats apart, so that every row is at a
+// constant displacement from one pointer. The micro-kernels hold rows x vectors of sums in registers.
+//   micro_packed   weights from the packed bytes straight into the multiply-adds: few row blocks, and GEMV
+//   micro_widened  weights widened once per task and kReduceBlock into a scratch in L2: many row blocks
+// Both do the same operations in the same order, so a row's result does not depend on how many rows there are.
+#pragma once
+#include "kts/gemm.h"
+#include "weights_inl.h"
+
+namespace kts {
+
+constexpr int64_t kReduceBlock = 256;            // elements of the sum that one pass over the accumulators takes
+constexpr int64_t kAStride = kReduceBlock + 16;  // floats; off a power of two, so rows do not share cache sets
+constexpr int64_t kMaxBlockM = 12;
+constexpr int64_t kWidenedFloats = kMaxTaskPanels * kReduceBlock * kPanel;
+static_assert((kMaxBlockM * kAStride + kWidenedFloats) * 4 <= kGemmScratchBytes);
+
+constexpr int kFewRows = 4;  // GEMV: memory decides, weights are read once and in order
+
+// scales: null, or one factor per element, and the product is rounded to bf16; unit: a power of two, exact but for
+// products below 2^-102.
+template <class V>
+KTS_INLINE void widen_rows(const bf16_t* const* a_rows, int64_t rows, int64_t begin, int64_t count, float* a,
+                           const float* scales = nullptr, float unit = 1.0f) {
+  const auto scaled = [&](typename V::F v, int64_t t) {
+    return scales == nullptr ? v : V::mul(V::mul(v, V::load(scales + t)), V::set1(unit));
+  };
+  const int64_t padded = align_up(count, kTileK);
+  for (int64_t i = 0; i < rows; ++i) {
+    const bf16_t* from = a_rows[i] + begin;
+    float* to = a + i * kAStride;
+    int64_t t = 0;
+    for (; t + V::W <= count; t += V::W) V::store(to + t, scaled(V::load_bf16(from + t), t));
+    if (t < count) {
+      V::store(to + t, scaled(V::load_bf16_n(from + t, count - t), t));
+      t += V::W;
+    }
+    for (; t < padded; t += V::W) V::store(to + t, V::zero());
+  }
+}
+
+// Calls fn<rows>() with rows, 1 <= rows <= MR, as a compile-time constant.
+template <int MR, class Fn>
+KTS_INLINE void with_rows(int64_t rows, Fn&& fn) {
+  if constexpr (MR == 1) {
+    fn.template operator()<1>();
+  } else {
+    if (rows == MR) {
+      fn.template operator()<MR>();
+    } else {
+      with_rows<MR - 1>(rows, fn);
+    }
+  }
+}
+
+// Rows of the next block of at most `most` when `left` are left: blocks of nearly equal height, since small ones cannot
+// hide the latency of their multiply-adds.
+KTS_INLINE int64_t block_rows(int64_t left, int64_t most) { return ceil_div(left, ceil_div(left, most)); }
+
+// Two vectors of a panel of 32 columns.
+template <class V>
+struct Step {
+  static constexpr int kCols = 2 * V::W;            // 32 or 16
+  static constexpr int kPerPanel = kPanel / kCols;  // 1 or 2
+};
+
+// sum[i][v] += x[i] * (one phase of dwords[v]).
+template <class V, class Weights, int MR, int NV, class Scale>
+KTS_INLINE void add_phase(const float* x, const typename V::I (&dwords)[NV], const Scale (&scale)[NV], int phase,
+                          typename V::F (&sum)[MR][NV]) {
+  typename V::F w[NV];
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) w[v] = Weights::weight(dwords[v], scale[v], phase);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    const typename V::F xi = V::set1(x[i * kAStride]);
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) sum[i][v] = V::fma(xi, w[v], sum[i][v]);
+  }
+}
+
+// MR rows x NV vectors of columns that begin with tile `tile` of a panel; `blocks` blocks of 32 k from kb.
+// kCold: the weights come from memory, not from the caches. Not inlined: the sums would spill among the callers'
+// variables.
+template <class V, class Weights, int MR, int NV, bool kCold>
+[[gnu::noinline]] void micro_packed(const Weights& weights, const float* a, int64_t panel, int64_t tile, int64_t kb,
+                                    int64_t blocks, float* c, int64_t ldc, bool accumulate) {
+  using F = typename V::F;
+  constexpr int kPerPanel = kPanel / V::W, kPanels = NV > kPerPanel ? NV / kPerPanel : 1;
+  constexpr int kHere = NV / kPanels;  // vectors per panel
+  F sum[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) sum[i][v] = accumulate ? V::load(c + i * ldc + v * V::W) : V::zero();
+  for (int64_t b = kb; b < kb + blocks; ++b) {
+    const float* x = a + (b - kb) * kTileK;
+    typename Weights::Block block[kPanels];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPanels; ++p) block[p] = weights.block(panel + p, tile, b);
+    decltype(block[0].scale(0)) scale[NV];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) scale[v] = block[v / kHere].scale(v % kHere);
+#pragma GCC unroll 1
+    for (int j = 0; j < Weights::kRows; ++j) {
+      if constexpr (kCold)
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v)
+          if (v * V::W % kTileN == 0) block[v / kHere].prefetch(v % kHere, j);
+      typename Weights::I dwords[NV];
+      if constexpr (MR == 1) {  // one vector at a time, so that all sums stay in registers
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) {
+          const typename Weights::I all = block[v / kHere].dwords(v % kHere, j);
+#pragma GCC unroll 4
+          for (int f = 0; f < Weights::kPerDword; ++f)
+            sum[0][v] = V::fma(V::set1(x[f]), Weights::weight(all, scale[v], f), sum[0][v]);
+        }
+      } else if constexpr (Weights::kPerDword == 2) {
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) dwords[v] = block[v / kHere].dwords(v % kHere, j);
+        add_phase<V, Weights, MR, NV>(x, dwords, scale, 0, sum);
+        add_phase<V, Weights, MR, NV>(x + 1, dwords, scale, 1, sum);
+      } else {
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) dwords[v] = block[v / kHere].dwords(v % kHere, j);
+#pragma GCC unroll 1  // unrolled, broadcasts of one phase move into another and push sums out of the registers
+        for (int f = 0; f < 4; ++f) add_phase<V, Weights, MR, NV>(x + f, dwords, scale, f, sum);
+      }
+      x += Weights::kPerDword;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) V::store(c + i * ldc + v * V::W, sum[i][v]);
+}
+
+// w: f32 [count][2 W].
+template <class V, int MR>
+[[gnu::noinline]] void micro_widened(const float* a, const float* w, int64_t count, float* c, int64_t ldc,
+                                     bool accumulate) {
+  using F = typename V::F;
+  F sum0[MR], sum1[MR];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    sum0[i] = accumulate ? V::load(c + i * ldc) : V::zero();
+    sum1[i] = accumulate ? V::load(c + i * ldc + V::W) : V::zero();
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const F w0 = V::load(w), w1 = V::load(w + V::W);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const F x = V::set1(a[i * kAStride]);
+      sum0[i] = V::fma(x, w0, sum0[i]);
+      sum1[i] = V::fma(x, w1, sum1[i]);
+    }
+    w += 2 * V::W;
+    ++a;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    V::store(c + i * ldc, sum0[i]);
+    V::store(c + i * ldc + V::W, sum1[i]);
+  }
+}
+
+// Where step s of panel p lies in the scratch of widened weights.
+template <class V>
+KTS_INLINE int64_t widened_at(int64_t p, int s) {
+  return (p * Step<V>::kPerPanel + s) * kReduceBlock * Step<V>::kCols;
+}
+
+// `blocks` blocks of one panel -> w[step][k][2 W].
+template <class V, class Weights>
+[[gnu::noinline]] void widen_panel(const Weights& weights, int64_t panel, int64_t kb, int64_t blocks, float* w) {
+  constexpr int64_t kCols = Step<V>::kCols;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const auto block = weights.block(panel, 0, kb + b);
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanel / V::W; ++v) {
+      const auto scale = block.scale(v);
+      float* to = w + (v / 2 * kReduceBlock + b * kTileK) * kCols + v % 2 * V::W;
+      for (int j = 0; j < Weights::kRows; ++j) {
+        const auto dwords = block.dwords(v, j);
+#pragma GCC unroll 4
+        for (int f = 0; f < Weights::kPerDword; ++f)
+          V::store(to + (Weights::kPerDword * j + f) * kCols, Weights::weight(dwords, scale, f));
+      }
+    }
+  }
+}
+
+// int8: finished sums times the scales of their columns.
+template <class V, class Weights>
+KTS_INLINE void scale_columns(const GemmTask& task) {
+  if constexpr (Weights::kFormat == Format::kInt8) {
+    const float* scales = task.w->int8_scales() + task.panel_begin * kPanel;
+    for (int64_t j = 0; j < (task.panel_end - task.panel_begin) * kPanel; j += V::W) {
+      const typename V::F scale = V::mul(V::load(scales + j), V::set1(Weights::kUnit));
+      for (int64_t i = 0; i < task.m; ++i) {
+        float* c = task.c + i * task.ldc + j;
+        V::store(c, V::mul(V::load(c), scale));
+      }
+    }
+  }
+}
+
+// From this many row blocks on it pays to widen the weights once instead of in the registers of every block. Measured on
+// AVX2 (Zen 3), where shifts and masks of bf16 find free ports beside the multiply-adds; the AVX-512 values allow for a
+// wider block and for two ports that do everything.
+template <class V, class Weights>
+constexpr int64_t widen_blocks() {
+  if (Weights::kFormat == Format::kBf16) return V::W == 16 ? 5 : INT64_MAX / 64;
+  if (Weights::kFormat == Format::kInt8) return V::W == 16 ? 3 : 5;
+  return 2;
+}
+
+// Asks for the weights of the next kReduceBlock a little at a time, between the calls of micro-kernels, so that memory
+// works while they compute. `panel` and `kb` begin the weights of one matrix panel by `blocks` blocks of 32 k.
+template <class Weights>
+class Ahead {
+ public:
+  Ahead(const Weights& weights, int64_t panel, int64_t panels, int64_t kb, int64_t blocks, int64_t calls)
+      : weights_(weights), panel_(panel), kb_(kb), blocks_(blocks), total_(panels * blocks), calls_(calls) {}
+
+  KTS_MEMBER void next_call() {
+    ++call_;
+    for (; done_ * calls_ < total_ * call_; ++done_) weights_.prefetch(panel_ + done_ / blocks_, kb_ + done_ % blocks_);
+  }
+
+ private:
+  const Weights& weights_;
+  int64_t panel_, kb_, blocks_, total_, calls_, done_ = 0, call_ = 0;
+};
+
+template <class V, class Weights, int MR>
+void gemm_float_forward(const GemmTask& task) {
+  const Weights weights(*task.w);
+  const int64_t panels = task.panel_end - task.panel_begin, row_blocks = ceil_div(task.m, MR);
+  const bool widens = row_blocks >= widen_blocks<V, Weights>();
+  float* a = static_cast<float*>(task.scratch);
+  float* w = a + kMaxBlockM * kAStride;
+  for (int64_t k0 = 0; k0 < task.w->k; k0 += kReduceBlock) {
+    const int64_t count = min_i64(kReduceBlock, task.w->k - k0), blocks = ceil_div(count, kTileK), kb = k0 / kTileK;
+    const int64_t next_blocks = min_i64(kReduceBlock / kTileK, task.w->k_panels() - kb - blocks);
+    const bool accumulate = task.accumulate || k0 > 0;
+    Ahead<Weights> ahead(weights, task.panel_begin, panels, kb + blocks, next_blocks,
+                         row_blocks * panels * Step<V>::kPerPanel);
+    for (int64_t p = 0; widens && p < panels; ++p)
+      widen_panel<V>(weights, task.panel_begin + p, kb, blocks, w + widened_at<V>(p, 0));
+    for (int64_t i = 0, rows; i < task.m; i += rows) {
+      rows = block_rows(task.m - i, MR);
+      widen_rows<V>(task.a_rows + i, rows, task.a_offset + k0, count, a);
+      for (int64_t p = 0; p < panels; ++p)
+        for (int s = 0; s < Step<V>::kPerPanel; ++s) {
+          float* c = task.c + i * task.ldc + p * kPanel + s * Step<V>::kCols;
+          if (row_blocks > 1) ahead.next_call();
+          with_rows<MR>(rows, [&]<int R>() {
+            if (widens)
+              micro_widened<V, R>(a, w + widened_at<V>(p, s), blocks * kTileK, c, task.ldc, accumulate);
+            else if (widen_blocks<V, Weights>() == 2 || row_blocks == 1 || k0 == 0)
+              micro_packed<V, Weights, R, 2, true>(weights, a, task.panel_begin + p, s, kb, blocks, c, task.ldc,
+                                                   accumulate);
+            else if constexpr (widen_blocks<V, Weights>() > 2)
+              micro_packed<V, Weights, R, 2, false>(weights, a, task.panel_begin + p, s, kb, blocks, c, task.ldc,
+                                                    accumulate);
+          });
+        }
+    }
+  }
+  scale_columns<V, Weights>(task);
+}
+
+// Vectors of columns at once, so that about 8 chains of multiply-adds hide each other's latency; int4 has as many scales
+// to hold as sums, and enough to do between two multiply-adds of one chain.
+template <class V, class Weights, int R>
+constexpr int gemv_vectors() {
+  if (R > 2) return 2;
+  return R == 2 || (Weights::kFormat == Format::kInt4 && V::W == 8) ? 4 : 8;
+}
+
+template <class V, class Weights, int R>
+void gemv_rows(const GemmTask& task) {
+  constexpr int NV = gemv_vectors<V, Weights, R>(), kPerPanel = kPanel / V::W;
+  constexpr int64_t kPanels = NV > kPerPanel ? NV / kPerPanel : 1;
+  constexpr int kNarrow = NV > kPerPanel ? kPerPanel : NV;
+  const Weights weights(*task.w);
+  float* a = static_cast<float*>(task.scratch);
+  for (int64_t k0 = 0; k0 < task.w->k; k0 += kReduceBlock) {
+    const int64_t count = min_i64(kReduceBlock, task.w->k - k0), blocks = ceil_div(count, kTileK), kb = k0 / kTileK;
+    const bool accumulate = task.accumulate || k0 > 0;
+    widen_rows<V>(task.a_rows, R, task.a_offset + k0, count, a);
+    int64_t p = task.panel_begin;
+    float* c = task.c;
+    for (; kPanels > 1 && p + kPanels <= task.panel_end; p += kPanels, c += kPanels * kPanel)
+      micro_packed<V, Weights, R, NV, true>(weights, a, p, 0, kb, blocks, c, task.ldc, accumulate);
+    for (; p < task.panel_end; ++p, c += kPanel)
+      for (int v = 0; v < kPerPanel; v += kNarrow)
+        micro_packed<V, Weights, R, kNarrow, true>(weights, a, p, v * V::W / kTileN, kb, blocks, c + v * V::W, task.ldc,
+                                                   accumulate);
+  }
+  scale_columns<V, Weights>(task);
+}
+
+// Up to kFewRows rows.
+template <class V, class Weights>
+void gemv_float_forward(const GemmTask& task) {
+  with_rows<kFewRows>(task.m, [&]<int R>() { gemv_rows<V, Weights, R>(task); });
+}
+
+}  // namespace kts

@@ -1,0 +1,219 @@
+// Packed weights (layouts in kts/packed.h) as vectors of floats, one reader per format, written once on Vec (W = 8 or
+// 16 lanes = n). Include only from gemm_<format>_<isa>.cc.
+//
+// A row of 16 dwords (64 bytes) of a tile holds kPerDword consecutive k of each n: its phases. A reader hands out blocks
+// of 32 k x the n of a tile or panel, as kRows rows of dwords; vector v of a block is its columns v * W ... From a vector
+// of dwords, the weights of one phase:
+//   bf16  shift or mask
+//   int8  one byte shuffle to the top of the dword, then int32 -> f32: 2^24 times the value. The reader's kUnit undoes
+//         it, exactly, where the column's scale is applied
+//   int4  half bytes -> signed bytes q or 16 q, then as int8, times scale and 2^-24 or 2^-28: q * scale is a bf16 number,
+//         so nothing is rounded
+#pragma once
+#include "kts/packed.h"
+
+// Member functions of vectors: no out-of-line copies.
+#define KTS_MEMBER inline __attribute__((always_inline))
+
+namespace kts {
+
+// Weights are asked for this far ahead along a panel: the hardware's streams stop at page ends.
+constexpr int64_t kPrefetchBytes = 4096;
+
+// The tiles of all panels.
+template <class V, int64_t kBytes>
+class Tiles {
+ public:
+  static constexpr int64_t kTileRows = kBytes / 64;
+
+  Tiles(const PackedMatrix& w, int64_t panel_bytes) : data_(w.bytes()), panel_bytes_(panel_bytes) {}
+
+  // Row `row` of dwords of the left (tile = 0) or right tiles of a panel, counted from k = 0.
+  KTS_MEMBER const uint8_t* row(int64_t panel, int64_t tile, int64_t row) const {
+    return data_ + panel * panel_bytes_ + (row / kTileRows * 2 + tile) * kBytes + row % kTileRows * 64;
+  }
+  // From `rows` on, in the tile and the tiles to its right: vector v of row j.
+  KTS_INLINE const uint8_t* at(const uint8_t* rows, int v, int j) {
+    return rows + j * 64 + v * V::W / kTileN * kBytes + v * V::W % kTileN * 4;
+  }
+  KTS_INLINE typename V::I load(const uint8_t* rows, int v, int j) { return V::load_i(at(rows, v, j)); }
+
+  // Rows row ... row + W - 1: dwords[i], lane l: row + l of n = v * W + i. Asks for the same of `ahead` panels further.
+  KTS_MEMBER void transpose(int64_t panel, int64_t row, int v, int64_t ahead, typename V::I (&dwords)[V::W]) const {
+    const uint8_t* rows = this->row(panel, 0, row);
+#pragma GCC unroll 16
+    for (int i = 0; i < V::W; ++i) {
+      if (v * V::W % kTileN == 0) __builtin_prefetch(at(rows, v, i) + ahead * panel_bytes_);
+      dwords[i] = load(rows, v, i);
+    }
+    V::transpose(dwords);
+  }
+
+ private:
+  const uint8_t* data_;
+  int64_t panel_bytes_;
+};
+
+struct NoScale {};
+
+template <class V>
+class Bf16Weights {
+  using T = Tiles<V, kTileBytes>;
+  T tiles_;
+
+ public:
+  using I = typename V::I;
+  using F = typename V::F;
+  static constexpr Format kFormat = Format::kBf16;
+  static constexpr float kUnit = 1.0f;
+  static constexpr int kPerDword = 2;
+  static constexpr int kRows = kTileK / kPerDword;
+  static constexpr int kHalves = 1;  // blocks that share their dwords
+
+  struct Block {
+    const uint8_t* rows;
+    KTS_MEMBER NoScale scale(int) const { return {}; }
+    KTS_MEMBER I dwords(int v, int j) const { return T::load(rows, v, j); }
+    KTS_MEMBER void prefetch(int v, int j) const { __builtin_prefetch(T::at(rows, v, j) + kPrefetchBytes); }
+  };
+
+  explicit Bf16Weights(const PackedMatrix& w) : tiles_(w, w.k_panels() * 2 * kTileBytes) {}
+
+  // 32 k from kb * 32, columns from the given tile of the panel on.
+  KTS_MEMBER Block block(int64_t panel, int64_t tile, int64_t kb) const {
+    return {tiles_.row(panel, tile, kb * kRows)};
+  }
+  KTS_INLINE F weight(I dwords, NoScale, int phase) { return phase == 0 ? V::even(dwords) : V::odd(dwords); }
+
+  // Asks for 32 k of a panel.
+  KTS_MEMBER void prefetch(int64_t panel, int64_t kb) const {
+    const uint8_t* at = tiles_.row(panel, 0, kb * kRows);
+    for (int i = 0; i < 2 * kTileBytes; i += 64) __builtin_prefetch(at + i);
+  }
+
+  // As Tiles::transpose, W vectors of dwords; int4: then another W, `stride` vectors on, for the odd blocks.
+  KTS_MEMBER void transpose(int64_t panel, int64_t row, int v, int64_t ahead, I* to, int64_t) const {
+    I dwords[V::W];
+    tiles_.transpose(panel, row, v, ahead, dwords);
+#pragma GCC unroll 16
+    for (int i = 0; i < V::W; ++i) to[i] = dwords[i];
+  }
+};
+
+template <class V>
+class Int8Weights {
+  using T = Tiles<V, kTileBytes>;
+  T tiles_;
+
+ public:
+  using I = typename V::I;
+  using F = typename V::F;
+  static constexpr Format kFormat = Format::kInt8;
+  static constexpr float kUnit = 0x1p-24f;
+  static constexpr int kPerDword = 4;
+  static constexpr int kRows = kTileK / kPerDword;
+  static constexpr int kHalves = 1;
+
+  struct Block {
+    const uint8_t* rows;
+    KTS_MEMBER NoScale scale(int) const { return {}; }
+    KTS_MEMBER I dwords(int v, int j) const { return T::load(rows, v, j); }
+    KTS_MEMBER void prefetch(int v, int j) const { __builtin_prefetch(T::at(rows, v, j) + kPrefetchBytes); }
+  };
+
+  explicit Int8Weights(const PackedMatrix& w) : tiles_(w, align_up(w.k, kTileKQ) * kPanel) {}
+
+  KTS_MEMBER Block block(int64_t panel, int64_t tile, int64_t kb) const {
+    return {tiles_.row(panel, tile, kb * kRows)};
+  }
+  KTS_INLINE F weight(I dwords, NoScale, int phase) { return V::top_byte(dwords, phase); }
+
+  KTS_MEMBER void prefetch(int64_t panel, int64_t kb) const {
+    const uint8_t* at = tiles_.row(panel, 0, kb * kRows);
+    for (int i = 0; i < kTileBytes / 2; i += 64) {
+      __builtin_prefetch(at + i);
+      __builtin_prefetch(at + i + kTileBytes);
+    }
+  }
+  KTS_MEMBER void transpose(int64_t panel, int64_t row, int v, int64_t ahead, I* to, int64_t) const {
+    I dwords[V::W];
+    tiles_.transpose(panel, row, v, ahead, dwords);
+#pragma GCC unroll 16
+    for (int i = 0; i < V::W; ++i) to[i] = dwords[i];
+  }
+};
+
+template <class V>
+class Int4Weights {
+  using T = Tiles<V, kTileBytesInt4>;
+  T tiles_;
+  const bf16_t* scales_;
+  int64_t groups_, blocks_;
+  int group_shift_;  // blocks of 32 k per group, as a power of two
+
+ public:
+  using I = typename V::I;
+  using F = typename V::F;
+  static constexpr Format kFormat = Format::kInt4;
+  static constexpr float kUnit = 1.0f;
+  static constexpr int kPerDword = 4;
+  static constexpr int kRows = kTileK / kPerDword;
+  static constexpr int kHalves = 2;
+
+  // The half of a byte that blocks kb hold, and what undoes the factor that its weights come with.
+  struct Half {
+    I mask, bias;
+    float unit;
+    explicit KTS_MEMBER Half(int64_t kb)
+        : mask(V::set1_i(kb % 2 == 0 ? 0x0f0f0f0fu : 0xf0f0f0f0u)),
+          bias(V::set1_i(kb % 2 == 0 ? 0x08080808u : 0x80808080u)),
+          unit(kb % 2 == 0 ? 0x1p-24f : 0x1p-28f) {}
+  };
+  struct Block {
+    const uint8_t* rows;
+    const bf16_t* scales;
+    Half half{0};
+    KTS_MEMBER F scale(int v) const { return V::mul(V::load_bf16(scales + v * V::W), V::set1(half.unit)); }
+    KTS_MEMBER I dwords(int v, int j) const { return V::nibbles(T::load(rows, v, j), half.mask, half.bias); }
+    KTS_MEMBER void prefetch(int v, int j) const { __builtin_prefetch(T::at(rows, v, j) + kPrefetchBytes); }
+  };
+
+  explicit Int4Weights(const PackedMatrix& w)
+      : tiles_(w, align_up(w.k, kTileKQ) * kPanel / 2),
+        scales_(w.int4_scales()),
+        groups_(w.k_groups()),
+        blocks_(w.k_panels()),
+        group_shift_(w.format.group == 32   ? 0
+                     : w.format.group == 64 ? 1
+                                            : 2) {}
+
+  int64_t blocks() const { return blocks_; }
+  // Scales of the 32 n of a panel for block kb.
+  KTS_MEMBER const bf16_t* scales(int64_t panel, int64_t kb) const {
+    return scales_ + (panel * groups_ + (kb >> group_shift_)) * kPanel;
+  }
+  KTS_MEMBER Block block(int64_t panel, int64_t tile, int64_t kb) const {
+    return {tiles_.row(panel, tile, kb / 2 * kRows), scales(panel, kb) + tile * kTileN, Half(kb)};
+  }
+  KTS_INLINE F weight(I dwords, F scale, int phase) { return V::mul(V::top_byte(dwords, phase), scale); }
+  KTS_INLINE F weight(I dwords, NoScale, int phase) { return V::top_byte(dwords, phase); }
+
+  // Two blocks share their bytes: the even one asks for the panel's left tile, the odd one for the right tile.
+  KTS_MEMBER void prefetch(int64_t panel, int64_t kb) const {
+    const uint8_t* at = tiles_.row(panel, kb % 2, kb / 2 * kRows);
+    for (int i = 0; i < kTileBytesInt4; i += 64) __builtin_prefetch(at + i);
+    __builtin_prefetch(scales(panel, kb));
+  }
+  KTS_MEMBER void transpose(int64_t panel, int64_t row, int v, int64_t ahead, I* to, int64_t stride) const {
+    const Half low(0), high(1);
+    I dwords[V::W];
+    tiles_.transpose(panel, row, v, ahead, dwords);
+#pragma GCC unroll 16
+    for (int i = 0; i < V::W; ++i) {
+      to[i] = V::nibbles(dwords[i], low.mask, low.bias);
+      to[stride + i] = V::nibbles(dwords[i], high.mask, high.bias);
+    }
+  }
+};
+
+}  // namespace kts

@@ -1,0 +1,35 @@
+"""Builds the C++ tests and the static library once for all tests of this folder."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "native_tests"
+
+
+@pytest.fixture(scope="session")
+def kts_tests() -> Path:
+    cmake = [sys.executable, "-m", "cmake"] if _has_module("cmake") else [shutil.which("cmake") or "cmake"]
+    ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    configure = [*cmake, "-S", ROOT / "native", "-B", BUILD, *generator, "-DKTS_TESTS=ON", "-DKTS_PYTHON=OFF"]
+    for command in (configure, [*cmake, "--build", BUILD, "--target", "kts_tests"]):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return BUILD / "kts_tests"
+
+
+@pytest.fixture(scope="session")
+def static_library(kts_tests: Path) -> Path:
+    """The native code with symbols; the extension links the same objects and is stripped."""
+    return kts_tests.parent / "libkts.a"
+
+
+def _has_module(name: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode == 0
