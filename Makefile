@@ -19,12 +19,12 @@ CPP_FILES = $(shell find native tests benchmarks -name '*.h' -o -name '*.cc')
 # pytest's default thread count would have two pools fight for the cores in the many small models of the tests.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test test-long test-gpu lint format bench clean force
+.PHONY: help setup demo test test-long test-gpu sanitize lint format bench targets clean force
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
-	@echo 'variables: PYTHON=python3.12  CXX=g++-12  TORCH_INDEX=<extra package index for torch>  PYTEST_ARGS="-k name"'
+	@echo 'variables: PYTHON=python3.12  CXX=g++-12  TORCH_INDEX=<extra package index for torch>  PYTEST_ARGS="-k name"  DEMO_ARGS="--method int8"'
 
 setup: $(STAMPS)/native  ## .venv with pinned packages, native library built; repeats only what changed
 
@@ -37,7 +37,7 @@ $(STAMPS)/native: $(STAMPS)/packages setup.py pyproject.toml $(NATIVE_SOURCES) $
 	@touch $@
 
 demo: setup  ## builds a small MoE, fine-tunes it through LLaMA-Factory, shows answers before and after
-	$(PY) scripts/demo/run_demo.py
+	$(PY) scripts/demo/run_demo.py $(DEMO_ARGS)
 
 test: setup  ## what CI runs
 	$(TEST_ENV) $(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
@@ -48,8 +48,17 @@ test-long: setup  ## everything that this machine can run
 test-gpu:  ## tests on a CUDA device, with the machine's own Python; installs nothing
 	packaging/test_gpu.sh $(PYTHON) $(PYTEST_ARGS)
 
-bench: setup  ## quick speed measurement of the expert layer; result in benchmarks/results/
+sanitize: $(STAMPS)/packages  ## native tests under the address, undefined behaviour and thread sanitizers
+	packaging/sanitize.sh $(SANITIZERS)
+
+bench: setup  ## quick speed measurement, minutes: expert layer, decoding, single products; results in benchmarks/results/
 	$(PY) -m benchmarks.bench_moe_layer $(BENCH_ARGS)
+	$(PY) -m benchmarks.bench_decode $(BENCH_ARGS)
+	$(PY) -m benchmarks.bench_gemm --plot $(BENCH_ARGS)
+	$(PY) -m benchmarks.report
+
+targets: setup  ## every speed and memory target with its measured figure; fails if one is missed; under 5 minutes
+	$(PY) -m benchmarks.targets $(BENCH_ARGS); status=$$?; $(PY) -m benchmarks.report; exit $$status
 
 lint: $(STAMPS)/packages  ## style of Python and C++, without changing anything
 	$(PY) -m ruff check .

@@ -14,7 +14,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,7 @@ class Contender:
     name: str
     run: Callable[[int], object]
     estimate_seconds: float  # of one run, from a smaller pilot; decides how many samples it gets
+    reports_seconds: bool = False  # run() returns the seconds of the work: another process did it and timed it
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Work:
     bytes: float  # of weights that must be read
 
 
+FRACTIONS: dict[str, Callable[[Work, Sample], float]] = {
+    "fma": lambda work, one: work.flops / one.seconds / one.limits.fma_flops,
+    "dram": lambda work, one: work.bytes / one.seconds / one.limits.dram_bytes,
+    "unit": lambda work, one: work.flops / one.seconds / one.limits.unit_ops if one.limits.unit_ops else 0.0,
+}
+
+
 @dataclass
 class Summary:
     """One contender of one case; fractions are of the probed limits, medians over samples."""
@@ -61,7 +69,9 @@ class Summary:
     gflops: float | None = None
     fma_fraction: float | None = None
     dram_fraction: float | None = None
+    unit_fraction: float | None = None  # of the compute unit that the case names
     ratio: float | None = None  # time of this contender / time of ours, median over shared rounds
+    is_bound: bool = False  # ratio is a lower bound: of fewer tokens, since the contender is too slow to time
     error: float | None = None  # worst norm-wise relative error of its answer and gradients
     note: str = ""
 
@@ -82,6 +92,7 @@ class CaseResult:
     work_gflop: float
     probe_fma_gflops: float
     probe_dram_gbs: float
+    unit: str = ""  # roofline.UNITS
     contenders: list[Summary] = field(default_factory=list)
 
 
@@ -132,13 +143,26 @@ def run_interleaved(
             if not takes_part(index, count, rounds):
                 continue
             start = clock()
-            one.run(index)
-            seconds = clock() - start
+            result = one.run(index)
+            seconds = float(result) if one.reports_seconds else clock() - start
             after = probe()
-            between = Limits((before.fma_flops + after.fma_flops) / 2, (before.dram_bytes + after.dram_bytes) / 2)
+            pairs = zip(astuple(before), astuple(after), strict=True)
+            between = Limits(*((a + b) / 2 for a, b in pairs))
             samples[one.name].append(Sample(index, seconds, between))
             before = after
     return samples
+
+
+def fraction(which: str, work: Work, samples: Sequence[Sample]) -> float | None:
+    """Median over the samples of the part of a limit (fma, dram, unit) that was reached; None without samples."""
+    return median(FRACTIONS[which](work, one) for one in samples) if samples else None
+
+
+def time_ratio(samples: Sequence[Sample], ours: Sequence[Sample]) -> float | None:
+    """Time / our time, median over the rounds that both ran in; None if there is none."""
+    our_times = {one.round: one.seconds for one in ours}
+    pairs = [one.seconds / our_times[one.round] for one in samples if one.round in our_times]
+    return median(pairs) if pairs else None
 
 
 def summarise(name: str, samples: Sequence[Sample], work: Work, ours: Sequence[Sample]) -> Summary:
@@ -146,8 +170,6 @@ def summarise(name: str, samples: Sequence[Sample], work: Work, ours: Sequence[S
     if not samples:
         return Summary(name, 0, None, None, None)
     times = [one.seconds for one in samples]
-    our_times = {one.round: one.seconds for one in ours}
-    pairs = [one.seconds / our_times[one.round] for one in samples if one.round in our_times]
     return Summary(
         name=name,
         samples=len(times),
@@ -155,9 +177,9 @@ def summarise(name: str, samples: Sequence[Sample], work: Work, ours: Sequence[S
         p20_ms=quantile(times, 0.2) * 1e3,
         p80_ms=quantile(times, 0.8) * 1e3,
         gflops=work.flops / median(times) / 1e9,
-        fma_fraction=median(work.flops / one.seconds / one.limits.fma_flops for one in samples),
-        dram_fraction=median(work.bytes / one.seconds / one.limits.dram_bytes for one in samples),
-        ratio=median(pairs) if pairs else None,
+        fma_fraction=fraction("fma", work, samples),
+        dram_fraction=fraction("dram", work, samples),
+        ratio=time_ratio(samples, ours),
     )
 
 
@@ -238,13 +260,19 @@ def machine_record(threads: int, isa: str, library: Path | None = None) -> dict[
 def save_results(
     machine: dict[str, object],
     limits: dict[str, object],
-    cases: Sequence[CaseResult],
+    cases: Sequence[object],
     *,
     bench: str,
     mode: str,
+    more: dict[str, object] | None = None,
     folder: Path = RESULTS,
 ) -> Path:
-    """Append one run to `<folder>/<machine>/<date>.json` and return that path."""
+    """Append one run to `<folder>/<machine>/<date>.json` and return that path.
+
+    Args:
+        cases: dataclasses or dictionaries.
+        more: further keys of the run.
+    """
     now = datetime.now(UTC)
     path = folder / machine_slug(str(machine["cpu"]), int(machine["cores_used"])) / f"{now:%Y-%m-%d}.json"
     content = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA, "runs": []}
@@ -254,8 +282,9 @@ def save_results(
             "mode": mode,
             "time_utc": f"{now:%H:%M:%S}",
             "machine": machine,
-            "limits": limits,
-            "cases": [_rounded(asdict(case)) for case in cases],
+            "limits": _rounded(limits),
+            "cases": [_rounded(asdict(case) if is_dataclass(case) else case) for case in cases],
+            **(more or {}),
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)

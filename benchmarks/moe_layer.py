@@ -1,4 +1,4 @@
-"""The routed experts of one MoE layer with LoRA, as data; and the torch ways to compute them, as contenders.
+"""The routed experts of one MoE layer with or without LoRA, as data; and the torch ways to compute them.
 
 Formulas as in docs/numerics.md: one expert maps x [m, hidden] to down(silu(gate(x)) * up(x)), every projection with a
 LoRA of rank r; gate and up share one A, which is PEFT's form for a fused gate_up_proj.
@@ -6,8 +6,9 @@ LoRA of rank r; gate and up share one A, which is PEFT's form for a fused gate_u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,15 @@ class Layer:
     shape: LayerShape
     gate_up: Tensor  # bf16 [experts, 2 * inter, hidden]
     down: Tensor  # bf16 [experts, hidden, inter]
-    lora: Lora
+    lora: Lora | None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the LoRA, 0 without."""
+        return self.lora.gate_up_a.shape[1] if self.lora is not None else 0
+
+    def lora_tensors(self) -> list[Tensor]:
+        return self.lora.tensors() if self.lora is not None else []
 
 
 @dataclass(frozen=True)
@@ -71,27 +80,36 @@ def _fill_by_rolling(target: Tensor, template: Tensor) -> None:
         expert.copy_(torch.roll(flat, 8191 * index).view_as(expert))
 
 
-def make_layer(shape: LayerShape, rank: int, seed: int = 0) -> Layer:
-    """Random weights of the size that keeps activations near one, LoRA factors non-zero in A and B."""
-    rng = torch.Generator().manual_seed(seed)
+def make_lora(shape: LayerShape, rank: int, rng: torch.Generator) -> Lora:
+    """Factors that are non-zero in A and B, and of a size that leaves the base weights the larger part."""
 
     def normal(*size: int, scale: float) -> Tensor:
-        return torch.randn(*size, generator=rng) * scale
+        return (torch.randn(*size, generator=rng) * scale).requires_grad_()
 
     experts, hidden, inter = shape.num_experts, shape.hidden, shape.inter
-    gate_up = torch.empty(experts, 2 * inter, hidden, dtype=torch.bfloat16)
-    down = torch.empty(experts, hidden, inter, dtype=torch.bfloat16)
-    _fill_by_rolling(gate_up, normal(2 * inter, hidden, scale=hidden**-0.5).bfloat16())
-    _fill_by_rolling(down, normal(hidden, inter, scale=inter**-0.5).bfloat16())
-    lora = Lora(
+    return Lora(
         normal(experts, rank, hidden, scale=hidden**-0.5),
         normal(experts, rank, 2 * inter, scale=0.1 * rank**-0.5),
         normal(experts, rank, inter, scale=inter**-0.5),
         normal(experts, rank, hidden, scale=0.1 * rank**-0.5),
     )
-    for one in lora.tensors():
-        one.requires_grad_()
-    return Layer(shape, gate_up, down, lora)
+
+
+def make_layer(shape: LayerShape, rank: int, seed: int = 0) -> Layer:
+    """Random weights of the size that keeps activations near one; rank 0: no LoRA."""
+    rng = torch.Generator().manual_seed(seed)
+    experts, hidden, inter = shape.num_experts, shape.hidden, shape.inter
+    gate_up = torch.empty(experts, 2 * inter, hidden, dtype=torch.bfloat16)
+    down = torch.empty(experts, hidden, inter, dtype=torch.bfloat16)
+    _fill_by_rolling(gate_up, (torch.randn(2 * inter, hidden, generator=rng) * hidden**-0.5).bfloat16())
+    _fill_by_rolling(down, (torch.randn(hidden, inter, generator=rng) * inter**-0.5).bfloat16())
+    return Layer(shape, gate_up, down, make_lora(shape, rank, rng) if rank else None)
+
+
+def with_rank(layer: Layer, rank: int, seed: int = 2) -> Layer:
+    """The same base weights with a LoRA of another rank; 0: without one."""
+    rng = torch.Generator().manual_seed(seed)
+    return replace(layer, lora=make_lora(layer.shape, rank, rng) if rank else None)
 
 
 def make_batches(shape: LayerShape, tokens: int, count: int, seed: int = 1) -> list[Batch]:
@@ -104,6 +122,21 @@ def make_batches(shape: LayerShape, tokens: int, count: int, seed: int = 1) -> l
         dout = torch.randn(tokens, shape.hidden, generator=rng).bfloat16()
         batches.append(Batch(x, ids, scores / scores.sum(-1, keepdim=True), dout))
     return batches
+
+
+class Computes(Protocol):
+    """A contender: one way to compute the layer."""
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor: ...
+
+    def input_of(self, batch: Batch) -> Tensor:
+        """x in the contender's dtype."""
+
+    def lora_leaves(self) -> list[Tensor]:
+        """What gradients are computed for, beside x and topk_weights."""
+
+    def canonical(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Gradients of `lora_leaves()` in the order and layout of `Lora`."""
 
 
 @dataclass(frozen=True)
@@ -136,24 +169,31 @@ def expert_loop(
     *,
     layer: Layer,
     lora: list[Tensor],
-    weights_of: Callable[[int], tuple[Tensor, Tensor]],
+    products_of: Callable[[int], tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]],
 ) -> Tensor:
     """The layer as a loop over active experts, `[tokens, hidden]` in x's dtype.
 
     Stiffer than the eager form of transformers: rows are sorted and gathered once and LoRA factors unbound once, which
-    spares autograd a zero tensor of all experts for every expert.
+    spares autograd a zero tensor of all experts for every expert. `products_of(expert)` gives the two products with the
+    frozen weights.
     """
     routes = group_by_expert(topk_ids, layer.shape.num_experts)
     grouped = x[routes.token]  # [rows, hidden]
     per_expert = [one.unbind(0) for one in lora]
+
+    def with_lora(rows: Tensor, product: Callable[[Tensor], Tensor], factors: list[Tensor]) -> Tensor:
+        base = product(rows)
+        if not factors:
+            return base
+        a, b = factors
+        return base + LORA_SCALE * (rows @ a.T) @ b
+
     outputs = []
     for expert, start, end in routes.segments():
-        gate_up, down = weights_of(expert)
-        gate_up_a, gate_up_b, down_a, down_b = (one[expert] for one in per_expert)
-        rows = grouped[start:end]  # [m, hidden]
-        gate, up = (F.linear(rows, gate_up) + LORA_SCALE * (rows @ gate_up_a.T) @ gate_up_b).chunk(2, -1)
-        h = F.silu(gate) * up  # [m, inter]
-        outputs.append(F.linear(h, down) + LORA_SCALE * (h @ down_a.T) @ down_b)
+        gate_up, down = products_of(expert)
+        factors = [one[expert] for one in per_expert]
+        gate, up = with_lora(grouped[start:end], gate_up, factors[:2]).chunk(2, -1)
+        outputs.append(with_lora(F.silu(gate) * up, down, factors[2:]))  # [m, hidden]
     weighted = torch.cat(outputs) * topk_weights.flatten()[routes.order, None].to(x.dtype)
     return torch.zeros_like(x).index_add(0, routes.token, weighted)
 
@@ -172,14 +212,17 @@ def grouped_layer(
     routes = group_by_expert(topk_ids, layer.shape.num_experts)
     ends = routes.counts.cumsum(0).to(torch.int32)
     grouped = x[routes.token]  # [rows, hidden]
-    gate_up_a, gate_up_b, down_a, down_b = lora
 
-    def with_lora(rows: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def with_lora(rows: Tensor, weight: Tensor, factors: list[Tensor]) -> Tensor:
+        base = F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+        if not factors:
+            return base
+        a, b = factors
         low = F.grouped_mm(rows, a.transpose(-2, -1), offs=ends)  # [rows, rank]
-        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends) + LORA_SCALE * F.grouped_mm(low, b, offs=ends)
+        return base + LORA_SCALE * F.grouped_mm(low, b, offs=ends)
 
-    gate, up = with_lora(grouped, gate_up, gate_up_a, gate_up_b).chunk(2, -1)
-    y = with_lora(F.silu(gate) * up, down, down_a, down_b)  # [rows, hidden]
+    gate, up = with_lora(grouped, gate_up, lora[:2]).chunk(2, -1)
+    y = with_lora(F.silu(gate) * up, down, lora[2:])  # [rows, hidden]
     weighted = y * topk_weights.flatten()[routes.order, None].to(y.dtype)
     back = torch.empty_like(routes.order)
     back[routes.order] = torch.arange(back.numel())
@@ -193,39 +236,50 @@ class TorchLayer:
         self.layer, self.kind, self.dtype = layer, kind, dtype
         self._gate_up, self._down = gate_up, down
 
+    def sharing(self, layer: Layer) -> TorchLayer:
+        """The same base weights with the LoRA of `layer`."""
+        return TorchLayer(layer, self.kind, self._gate_up, self._down, dtype=self.dtype)
+
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        lora = [one.to(self.dtype) for one in self.layer.lora.tensors()]
+        lora = [one.to(self.dtype) for one in self.layer.lora_tensors()]
         if self.kind == "grouped":
             return grouped_layer(
                 x, topk_ids, topk_weights, layer=self.layer, lora=lora, gate_up=self._gate_up, down=self._down
             )
-        return expert_loop(
-            x,
-            topk_ids,
-            topk_weights,
-            layer=self.layer,
-            lora=lora,
-            weights_of=lambda e: (self._gate_up[e].to(self.dtype), self._down[e].to(self.dtype)),
-        )
+        return expert_loop(x, topk_ids, topk_weights, layer=self.layer, lora=lora, products_of=self._products)
+
+    def _products(self, expert: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        gate_up, down = self._gate_up[expert].to(self.dtype), self._down[expert].to(self.dtype)
+        return lambda rows: F.linear(rows, gate_up), lambda rows: F.linear(rows, down)
 
     def input_of(self, batch: Batch) -> Tensor:
         return batch.x.to(self.dtype)
 
     def lora_leaves(self) -> list[Tensor]:
-        return self.layer.lora.tensors()
+        return self.layer.lora_tensors()
 
     def canonical(self, gradients: list[Tensor]) -> list[Tensor]:
         """Gradients of `lora_leaves()` in the order and layout of `Lora`."""
         return gradients
 
 
-def torch_contenders(layer: Layer) -> dict[str, TorchLayer]:
-    """The opponents by name; the two of one dtype share their weights."""
-    contenders = {}
-    for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        gate_up, down = layer.gate_up.to(dtype), layer.down.to(dtype)
-        for kind, name in (("loop", "torch loop"), ("grouped", "grouped_mm")):
-            contenders[f"{name} {label}"] = TorchLayer(layer, kind, gate_up, down, dtype=dtype)
+OPPONENTS = ("torch loop fp32", "grouped_mm fp32", "torch loop bf16", "grouped_mm bf16", "torch _int_mm")
+
+
+def torch_contenders(layer: Layer, names: Iterable[str] = OPPONENTS) -> dict[str, TorchLayer]:
+    """Opponents by name; the two of one dtype share their weights."""
+    contenders, weights = {}, {}
+    for name in names:
+        if name == "torch _int_mm":
+            contenders[name] = Int8Layer(layer)
+            continue
+        kind, label = name.rsplit(" ", 1)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[label]
+        if dtype not in weights:
+            weights[dtype] = (layer.gate_up.to(dtype), layer.down.to(dtype))
+        contenders[name] = TorchLayer(
+            layer, {"torch loop": "loop", "grouped_mm": "grouped"}[kind], *weights[dtype], dtype=dtype
+        )
     return contenders
 
 
@@ -234,69 +288,39 @@ def exact_layer(layer: Layer) -> TorchLayer:
     return TorchLayer(layer, "loop", layer.gate_up, layer.down, dtype=torch.float64)
 
 
-class OurLayer:
-    """kt_sft's routed experts with LoRA in the layout of stock PEFT's `target_parameters`."""
+class Int8Layer(TorchLayer):
+    """torch's own int8 product, forward only: a scale per output channel and per row, `torch._int_mm` per expert.
 
-    def __init__(self, layer: Layer, *, chunk_size: int, cpu_activation: str) -> None:
-        from kt_sft.models.spec import ExpertsSpec
-        from kt_sft.nn.expert_lora import ExpertLora, LoraFactor, LoraPair
-        from kt_sft.nn.routed_experts import RoutedExperts
+    Weights are quantised once, rows in every call, as W8A8 has to.
+    """
 
-        shape, lora = layer.shape, layer.lora
-        spec = ExpertsSpec(shape.num_experts, shape.hidden, shape.inter, "silu")
-        self.experts = RoutedExperts(spec, chunk_size=chunk_size, cpu_activation=cpu_activation)
-        for index in range(shape.num_experts):
-            gate, up = layer.gate_up[index].chunk(2)
-            self.experts.load_expert(index, gate, up, layer.down[index])
-        # PEFT keeps one factor as [experts * rank, dim] and the other as [dim, rank * experts].
-        layouts = ("expert_minor", "expert_major", "expert_minor", "expert_major")
-        self._factors = [
-            LoraFactor(torch.nn.Parameter(_to_layout(one.detach(), layout)), layout, shape.num_experts)
-            for one, layout in zip(lora.tensors(), layouts, strict=True)
-        ]
-        for factor, one in zip(self._factors, lora.tensors(), strict=True):
-            if not torch.equal(factor.canonical(), one):
-                raise RuntimeError(
-                    f"LoraFactor {factor.layout}: canonical() does not restore [experts, rank, dim]; "
-                    "bring benchmarks/moe_layer.py in line with kt_sft/nn/expert_lora.py"
-                )
-        gate_up_a, gate_up_b, down_a, down_b = self._factors
-        self._factor_type = LoraFactor
-        self.experts.lora = ExpertLora(
-            gate_up=LoraPair(a=gate_up_a, b=gate_up_b, scaling=lambda: LORA_SCALE),
-            down=LoraPair(a=down_a, b=down_b, scaling=lambda: LORA_SCALE),
-            dropout=0.0,
-            active=lambda: True,
-        )
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer, "loop", layer.gate_up, layer.down, dtype=torch.float32)
+        self._packed = [_quantise(one) for one in (layer.gate_up, layer.down)]
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        return self.experts(x, topk_ids, topk_weights)
+    def _products(self, expert: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        (gate_up, gate_up_scale), (down, down_scale) = ((q[expert], scale[expert]) for q, scale in self._packed)
 
-    def input_of(self, batch: Batch) -> Tensor:
-        return batch.x
+        def product(rows: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+            q, scale = _quantise(rows)
+            return torch._int_mm(q, weight.T) * (scale * weight_scale.T)
 
-    def lora_leaves(self) -> list[Tensor]:
-        return [factor.parameter for factor in self._factors]
-
-    def canonical(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Gradients of `lora_leaves()` in the order and layout of `Lora`."""
-        return [
-            self._factor_type(torch.nn.Parameter(gradient), factor.layout, factor.num_experts).canonical().detach()
-            for factor, gradient in zip(self._factors, gradients, strict=True)
-        ]
+        return lambda rows: product(rows, gate_up, gate_up_scale), lambda rows: product(rows, down, down_scale)
 
 
-def _to_layout(factor: Tensor, layout: str) -> Tensor:
-    """[experts, rank, dim] as PEFT has it: expert_major [experts * rank, dim], expert_minor [dim, rank * experts]."""
-    return (factor.flatten(0, 1) if layout == "expert_major" else factor.permute(2, 1, 0).flatten(1)).contiguous()
+def _quantise(values: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values and f32 scales `[..., 1]` along the last axis, symmetric."""
+    values = values.float()
+    scale = values.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (values / scale).round().to(torch.int8), scale
 
 
-def infer(contender: TorchLayer | OurLayer, batch: Batch) -> Tensor:
+def infer(contender: Computes, batch: Batch) -> Tensor:
     with torch.no_grad():
         return contender.forward(contender.input_of(batch), batch.topk_ids, batch.topk_weights)
 
 
-def step(contender: TorchLayer | OurLayer, batch: Batch) -> list[Tensor]:
+def step(contender: Computes, batch: Batch) -> list[Tensor]:
     """Forward and backward: the output and the gradients of x, topk_weights and every LoRA leaf."""
     x = contender.input_of(batch).detach().requires_grad_()
     topk_weights = batch.topk_weights.detach().requires_grad_()
@@ -305,7 +329,7 @@ def step(contender: TorchLayer | OurLayer, batch: Batch) -> list[Tensor]:
     return [out.detach(), *gradients]
 
 
-def answers(contender: TorchLayer | OurLayer, batch: Batch) -> list[Tensor]:
+def answers(contender: Computes, batch: Batch) -> list[Tensor]:
     """`step` with LoRA gradients in canonical layout, to compare contenders."""
     out, dx, dtopk_weights, *lora = step(contender, batch)
     return [out, dx, dtopk_weights, *contender.canonical(lora)]

@@ -1,10 +1,13 @@
-// Two limits of this machine, measured in a few milliseconds so that they can be taken beside every benchmark sample:
-//   FMA   f32 fused multiply-adds per second; 12 independent chains, operands in registers
-//   DRAM  bytes read per second, every cache line once, from a buffer larger than the last-level cache
+// Limits of this machine, measured in a few milliseconds so that they can be taken beside every benchmark sample:
+//   units  operations per second of each compute unit, a multiply-add counts 2; independent chains, operands in registers
+//   DRAM   bytes read per second, every cache line once, from a buffer larger than the last-level cache
 // Built on demand by benchmarks/roofline.py with a baseline x86-64 compiler line; the wide loops carry their own target
 // attribute and run only where CPUID allows it. Threads meet at a barrier; a rate is total work / time of the slowest.
+#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -24,39 +27,111 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 #define KTS_TWELVE(step) \
   step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7) step(8) step(9) step(10) step(11)
 
-__attribute__((target("avx2,fma"), noinline)) float fma_loop_avx2(int64_t rounds) {
-  const __m256 scale = _mm256_set1_ps(0.999f), shift = _mm256_set1_ps(1e-3f);
-#define KTS_STEP(i) __m256 sum##i = _mm256_set1_ps(1.0f + i);
-  KTS_TWELVE(KTS_STEP)
-#undef KTS_STEP
-  for (int64_t round = 0; round < rounds; ++round) {
-#define KTS_STEP(i) sum##i = _mm256_fmadd_ps(sum##i, scale, shift);
-    KTS_TWELVE(KTS_STEP)
-#undef KTS_STEP
+// One loop: twelve accumulators of `type`, each step applied to all of them in every round.
+#define KTS_LOOP(name, isa, type, first, step, last)                             \
+  __attribute__((target(isa), noinline)) int64_t name(int64_t rounds) {          \
+    const type x = first(3), y = first(2);                                       \
+    type sum0 = first(0), sum1 = first(1), sum2 = first(2), sum3 = first(3);     \
+    type sum4 = first(4), sum5 = first(5), sum6 = first(6), sum7 = first(7);     \
+    type sum8 = first(8), sum9 = first(9), sum10 = first(10), sum11 = first(11); \
+    for (int64_t round = 0; round < rounds; ++round) {                           \
+      KTS_TWELVE(step)                                                           \
+    }                                                                            \
+    sum0 = last(last(sum0, sum1), last(sum2, sum3));                             \
+    sum4 = last(last(sum4, sum5), last(sum6, sum7));                             \
+    sum8 = last(last(sum8, sum9), last(sum10, sum11));                           \
+    sum0 = last(sum0, last(sum4, sum8));                                         \
+    int64_t result;                                                              \
+    __builtin_memcpy(&result, &sum0, sizeof(result));                            \
+    (void)x, (void)y;                                                            \
+    return result;                                                               \
   }
-  __m256 total = _mm256_setzero_ps();
-#define KTS_STEP(i) total = _mm256_add_ps(total, sum##i);
-  KTS_TWELVE(KTS_STEP)
-#undef KTS_STEP
-  return _mm256_cvtss_f32(total);
-}
 
-__attribute__((target("avx512f"), noinline)) float fma_loop_avx512(int64_t rounds) {
-  const __m512 scale = _mm512_set1_ps(0.999f), shift = _mm512_set1_ps(1e-3f);
-#define KTS_STEP(i) __m512 sum##i = _mm512_set1_ps(1.0f + i);
-  KTS_TWELVE(KTS_STEP)
-#undef KTS_STEP
-  for (int64_t round = 0; round < rounds; ++round) {
-#define KTS_STEP(i) sum##i = _mm512_fmadd_ps(sum##i, scale, shift);
-    KTS_TWELVE(KTS_STEP)
-#undef KTS_STEP
+// Inline assembly pins one instruction per step: g++ 12 spills the accumulators of some of the intrinsics.
+#define KTS_FMA(i) asm("vfmadd213ps %2, %1, %0" : "+v"(sum##i) : "v"(x), "v"(y));
+#define KTS_BF16(i) asm("vdpbf16ps %2, %1, %0" : "+v"(sum##i) : "v"(x), "v"(y));
+#define KTS_VNNI(i) asm("vpdpbusd %2, %1, %0" : "+v"(sum##i) : "v"(x), "v"(y));
+// Without a dot instruction: 16-bit products summed in pairs, then added to the 32-bit sums.
+#define KTS_MADD(i)                                                                               \
+  {                                                                                               \
+    decltype(sum##i) pair;                                                                        \
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(sum##i), "=&v"(pair) : "v"(x), "v"(y)); \
   }
-  __m512 total = _mm512_setzero_ps();
-#define KTS_STEP(i) total = _mm512_add_ps(total, sum##i);
-  KTS_TWELVE(KTS_STEP)
-#undef KTS_STEP
-  return _mm512_cvtss_f32(total);
+
+// x = 0.9 keeps the sums (sum * x + y) finite.
+#define KTS_SCALE_AVX2(i) _mm256_set1_ps(0.3f * i)
+#define KTS_SCALE_AVX512(i) _mm512_set1_ps(0.3f * i)
+KTS_LOOP(fma_avx2, "avx2,fma", __m256, KTS_SCALE_AVX2, KTS_FMA, _mm256_add_ps)
+KTS_LOOP(fma_avx512, "avx512f", __m512, KTS_SCALE_AVX512, KTS_FMA, _mm512_add_ps)
+KTS_LOOP(bf16_avx512, "avx512f,avx512bf16", __m512, KTS_SCALE_AVX512, KTS_BF16, _mm512_add_ps)
+KTS_LOOP(int8_avx2, "avx2", __m256i, _mm256_set1_epi16, KTS_MADD, _mm256_add_epi32)
+KTS_LOOP(int8_avx512, "avx512f,avx512bw", __m512i, _mm512_set1_epi16, KTS_MADD, _mm512_add_epi32)
+KTS_LOOP(int8_vnni, "avx512f,avx512vnni", __m512i, _mm512_set1_epi32, KTS_VNNI, _mm512_add_epi32)
+
+// Layout of LDTILECFG's operand (Intel SDM vol. 2, LDTILECFG): palette 1, all eight tiles 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Four sums hide the latency of one product: tiles 0-3 are sums, 4-7 operands.
+#define KTS_AMX_LOOP(name, isa, product)                                \
+  __attribute__((target(isa), noinline)) int64_t name(int64_t rounds) { \
+    const TileConfig config;                                            \
+    alignas(64) char bytes[1024] = {};                                  \
+    _tile_loadconfig(&config);                                          \
+    _tile_zero(0);                                                      \
+    _tile_zero(1);                                                      \
+    _tile_zero(2);                                                      \
+    _tile_zero(3);                                                      \
+    _tile_loadd(4, bytes, 64);                                          \
+    _tile_loadd(5, bytes, 64);                                          \
+    _tile_loadd(6, bytes, 64);                                          \
+    _tile_loadd(7, bytes, 64);                                          \
+    for (int64_t round = 0; round < rounds; ++round) {                  \
+      product(0, 4, 6);                                                 \
+      product(1, 4, 7);                                                 \
+      product(2, 5, 6);                                                 \
+      product(3, 5, 7);                                                 \
+    }                                                                   \
+    _tile_stored(0, bytes, 64);                                         \
+    _tile_release();                                                    \
+    return bytes[0];                                                    \
+  }
+KTS_AMX_LOOP(bf16_amx, "amx-tile,amx-bf16", _tile_dpbf16ps)
+KTS_AMX_LOOP(int8_amx, "amx-tile,amx-int8", _tile_dpbssd)
+
+// CPUID leaf 7: bits of sub-leaf 0 and 1 (Intel SDM vol. 2, CPUID).
+bool leaf7(unsigned subleaf, char reg, int bit) {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, subleaf, &a, &b, &c, &d)) return false;
+  return (reg == 'a' ? a : reg == 'c' ? c : d) >> bit & 1;
 }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
+bool has_vnni() { return has_avx512() && leaf7(0, 'c', 11); }
+bool has_bf16() { return has_avx512() && leaf7(1, 'a', 5); }
+// Linux hands out the tile state on request only: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+bool has_tiles() {
+  static const bool granted = leaf7(0, 'd', 24) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return granted;
+}
+bool has_amx_bf16() { return has_tiles() && leaf7(0, 'd', 22); }
+bool has_amx_int8() { return has_tiles() && leaf7(0, 'd', 25); }
+
+struct Unit {
+  bool (*present)();
+  int64_t (*loop)(int64_t rounds);
+  double ops_per_round;
+};
+// Order as roofline.UNITS. A tile product is 16 x 16 sums of 32 (bf16) or 64 (int8) products.
+constexpr Unit kUnits[] = {
+    {has_avx2, fma_avx2, 2.0 * 12 * 8},           {has_avx512, fma_avx512, 2.0 * 12 * 16},
+    {has_avx2, int8_avx2, 2.0 * 12 * 16},         {has_avx512, int8_avx512, 2.0 * 12 * 32},
+    {has_vnni, int8_vnni, 2.0 * 12 * 64},         {has_bf16, bf16_avx512, 2.0 * 12 * 32},
+    {has_amx_bf16, bf16_amx, 2.0 * 4 * 256 * 32}, {has_amx_int8, int8_amx, 2.0 * 4 * 256 * 64},
+};
 
 // One 8-byte load per cache line would already move the line; 4 x 32 bytes keep the load ports as busy as a GEMV does.
 __attribute__((target("avx2"), noinline)) uint64_t read_lines(const char* data, size_t bytes) {
@@ -95,27 +170,24 @@ double timed_on_threads(int threads, Work work) {
   return slowest;
 }
 
-std::atomic<uint64_t> sink{0};
+std::atomic<uint64_t> sink{0};  // keeps results alive
 
 }  // namespace
 
 extern "C" {
 
-// Widest loop this CPU can run: 0 none, 1 AVX2 + FMA, 2 AVX-512F.
-int kts_probe_level() {
+// Whether this CPU and operating system can run unit number `unit`.
+int kts_probe_has(int unit) {
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f")) return 2;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+  return kUnits[unit].present();
 }
 
-// f32 FLOP/s (2 per multiply-add) of `rounds` x 12 vectors on each of `threads` threads; level as above, 1 or 2.
-double kts_probe_fma(int level, int threads, int64_t rounds) {
-  const double lanes = level == 2 ? 16 : 8;
-  const double seconds = timed_on_threads(threads, [&](int) {
-    const float total = level == 2 ? fma_loop_avx512(rounds) : fma_loop_avx2(rounds);
-    sink.fetch_add(static_cast<uint64_t>(total));
-  });
-  return threads * 2.0 * 12 * lanes * rounds / seconds;
+double kts_probe_ops_per_round(int unit) { return kUnits[unit].ops_per_round; }
+
+// Operations per second of `rounds` rounds on each of `threads` threads; only where kts_probe_has(unit).
+double kts_probe_unit(int unit, int threads, int64_t rounds) {
+  const double seconds = timed_on_threads(threads, [&](int) { sink.fetch_add(kUnits[unit].loop(rounds)); });
+  return threads * kUnits[unit].ops_per_round * rounds / seconds;
 }
 
 // A buffer of `bytes` (a multiple of 2 MiB) on huge pages if the system has them; touched by `threads` threads, so that

@@ -1,4 +1,4 @@
-"""The two limits of this machine, probed in milliseconds: f32 FMA rate and DRAM read bandwidth.
+"""The limits of this machine, probed in milliseconds: rates of its compute units and DRAM read bandwidth.
 
 A rate in GFLOP/s says little on a shared or virtual machine, whose peak moves by half within a minute; so the harness
 takes a probe on either side of every sample and reports the fraction of what the machine could do at that moment.
@@ -17,7 +17,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path(__file__).with_name("probes.cc")
 COMPILE_FLAGS = ("-O2", "-std=c++17", "-shared", "-fPIC", "-pthread")
-LEVELS = {"avx2": 1, "avx512": 2}
+# Compute units in the order of probes.cc; the int8 units without a dot instruction multiply 16-bit pairs (vpmaddwd).
+UNITS = (
+    "fma_avx2",
+    "fma_avx512",
+    "int8_avx2",
+    "int8_avx512",
+    "int8_vnni",
+    "bf16_avx512",
+    "bf16_amx",
+    "int8_amx",
+)
+# The unit that a kernel row's products run on, by (rows, isa); levels that add no unit use that of the level below.
+_UNIT_OF = {
+    ("bf16", "scalar"): "fma_avx2",
+    ("bf16", "avx2"): "fma_avx2",
+    ("bf16", "avx512"): "fma_avx512",
+    ("bf16", "avx512_bf16"): "bf16_avx512",
+    ("bf16", "amx_bf16"): "bf16_amx",
+    ("int8", "scalar"): "int8_avx2",
+    ("int8", "avx2"): "int8_avx2",
+    ("int8", "avx512"): "int8_avx512",
+    ("int8", "avx512_vnni"): "int8_vnni",
+    ("int8", "amx_int8"): "int8_amx",
+}
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 MIN_BUFFER_BYTES = 256 << 20
 MAX_READ_BYTES = 512 << 20
 
@@ -28,6 +52,18 @@ class Limits:
 
     fma_flops: float  # f32 FLOP/s, a multiply-add counts 2
     dram_bytes: float  # bytes read per second
+    unit_ops: float = 0.0  # operations/s of the compute unit that the caller named, a multiply-add counts 2
+
+
+def unit_of(rows: str, isa: str) -> str:
+    """Compute unit whose peak bounds a kernel row: `rows` bf16 or int8, `isa` as `kernel_rows()` names it."""
+    levels = ISAS[: ISAS.index(isa) + 1]
+    return next(_UNIT_OF[rows, level] for level in reversed(levels) if (rows, level) in _UNIT_OF)
+
+
+def fma_unit(isa: str) -> str:
+    """The f32 FMA unit of an ISA level."""
+    return "fma_avx512" if ISAS.index(isa) >= ISAS.index("avx512") else "fma_avx2"
 
 
 def build_probes(out_dir: Path = ROOT / "build" / "bench") -> Path:
@@ -69,9 +105,11 @@ def last_level_cache_bytes() -> int:
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build_probes()))
-    library.kts_probe_level.restype = ctypes.c_int
-    library.kts_probe_fma.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-    library.kts_probe_fma.restype = ctypes.c_double
+    library.kts_probe_has.argtypes = [ctypes.c_int]
+    library.kts_probe_ops_per_round.argtypes = [ctypes.c_int]
+    library.kts_probe_ops_per_round.restype = ctypes.c_double
+    library.kts_probe_unit.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    library.kts_probe_unit.restype = ctypes.c_double
     library.kts_probe_buffer.argtypes = [ctypes.c_size_t, ctypes.c_int]
     library.kts_probe_buffer.restype = ctypes.c_void_p
     library.kts_probe_dram.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -79,43 +117,62 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def isas() -> list[str]:
-    """ISAs whose FMA peak this CPU can show, narrowest first."""
-    return [name for name, level in LEVELS.items() if level <= _library().kts_probe_level()]
+def units() -> list[str]:
+    """Compute units of this CPU."""
+    return [name for index, name in enumerate(UNITS) if _library().kts_probe_has(index)]
 
 
 class Roofline:
-    """Probes of one ISA at one thread count.
+    """Probes for kernels of one ISA level at one thread count.
 
     The DRAM probe reads twice the last-level cache (at most 512 MiB), so after `probe()` no weights are left in cache:
     it is the flush between samples as well.
     """
 
-    def __init__(self, isa: str, threads: int, *, fma_seconds: float = 0.003) -> None:
-        if isa not in isas():
-            raise RuntimeError(f"roofline probes: isa {isa!r} expected one of {isas()} on this CPU; pass another --isa")
+    def __init__(self, isa: str, threads: int, *, unit_seconds: float = 0.003) -> None:
         self.isa, self.threads = isa, threads
-        self._level = LEVELS[isa]
+        self._unit_seconds = unit_seconds
+        self._rounds: dict[str, int] = {}
         read_bytes = min(2 * last_level_cache_bytes(), MAX_READ_BYTES)
         self._slice_bytes = -(-read_bytes // (2 << 20)) * (2 << 20)
         self._num_slices = max(2, -(-MIN_BUFFER_BYTES // self._slice_bytes))
         self._next_slice = 0
+        self.unit_rate(fma_unit(isa))
         self._buffer = _library().kts_probe_buffer(self._slice_bytes * self._num_slices, threads)
         if not self._buffer:
             mebibytes = self._slice_bytes * self._num_slices >> 20
             raise MemoryError(f"roofline probes: {mebibytes} MiB for the DRAM probe not available; free some memory")
-        trial_rounds = 100_000
-        flops_per_round = threads * 2 * 12 * (16 if self._level == 2 else 8)
-        rate = max(self._fma(threads, trial_rounds) for _ in range(3))
-        self._rounds = max(trial_rounds, int(fma_seconds * rate / flops_per_round))
 
-    def _fma(self, threads: int, rounds: int) -> float:
-        return _library().kts_probe_fma(self._level, threads, rounds)
+    def unit_rate(self, unit: str, threads: int | None = None) -> float:
+        """Operations per second of a compute unit now.
 
-    def probe(self, threads: int | None = None) -> Limits:
-        """Both limits now, with `threads` threads (default: the benchmark's)."""
+        Raises:
+            RuntimeError: this CPU has no such unit.
+        """
+        index, threads = UNITS.index(unit), threads or self.threads
+        if unit not in self._rounds:
+            if unit not in units():
+                raise RuntimeError(
+                    f"roofline probes: this CPU has no unit {unit!r}, only {units()}; pass another --isa"
+                )
+            trial_rounds = 20_000
+            rate = max(_library().kts_probe_unit(index, 1, trial_rounds) for _ in range(3))
+            rounds = int(self._unit_seconds * rate / _library().kts_probe_ops_per_round(index))
+            self._rounds[unit] = max(trial_rounds, rounds)
+        return _library().kts_probe_unit(index, threads, self._rounds[unit])
+
+    def probe(self, threads: int | None = None, unit: str = "") -> Limits:
+        """The limits now, with `threads` threads (default: the benchmark's); `unit`: probe this one as well."""
         threads = threads or self.threads
         start = self._buffer + self._slice_bytes * self._next_slice
         self._next_slice = (self._next_slice + 1) % self._num_slices
         dram = _library().kts_probe_dram(start, self._slice_bytes, threads)
-        return Limits(self._fma(threads, self._rounds), dram)
+        fma = self.unit_rate(fma_unit(self.isa), threads)
+        if not unit:
+            return Limits(fma, dram)
+        return Limits(fma, dram, fma if unit == fma_unit(self.isa) else self.unit_rate(unit, threads))
+
+    def ceilings(self, threads: int) -> dict[str, float]:
+        """Every limit of this CPU by name, for the record: the best of three probes."""
+        every = {unit: max(self.unit_rate(unit, threads) for _ in range(3)) for unit in units()}
+        return every | {"dram_bytes": max(self.probe(threads).dram_bytes for _ in range(3))}

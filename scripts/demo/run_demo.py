@@ -1,6 +1,6 @@
 """The demo: a sparse MoE model learns who it is, on the CPU, through stock LLaMA-Factory.
 
-    python scripts/demo/run_demo.py [--family qwen3_moe]
+    python scripts/demo/run_demo.py [--family qwen3_moe] [--method int8]
 
 Builds the model if it is missing, asks held-out questions, trains with
 `USE_KT=1 llamafactory-cli train examples/train_lora/tiny_moe.yaml`, asks again, and shows both answers side by side.
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,12 @@ QUESTIONS = Path("examples/data/kt_sft_identity_heldout.json")
 MIN_LEARNED = 0.5  # share of the held-out identity questions whose answer must hold the expected words
 
 
+class Method(StrEnum):
+    bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
+
+
 class DemoError(RuntimeError):
     """The demo cannot go on; the message says what to do."""
 
@@ -52,27 +59,33 @@ class Run:
     """What is trained and where it goes, as the training YAML says it (paths relative to the repository root)."""
 
     family: str
+    method: str
     model: Path
     output: Path
     system: str
 
     @classmethod
-    def from_yaml(cls, family: str) -> Run:
+    def from_yaml(cls, family: str, method: str = Method.bf16) -> Run:
         keys = yaml.safe_load((ROOT / TRAIN_YAML).read_text(encoding="utf-8"))
         suffix = "" if family == FamilyName.mixtral.value else f"_{family}"
         return cls(
             family=family,
+            method=method,
             model=Path(keys["model_name_or_path"] + suffix),
-            output=Path(keys["output_dir"] + suffix),
+            output=Path(keys["output_dir"] + suffix + ("" if method == Method.bf16 else f"_{method}")),
             system=keys["default_system"],
         )
 
+    def overrides(self) -> list[str]:
+        """Keys that differ from the YAML and say which model and format."""
+        words = [] if self.family == FamilyName.mixtral.value else [f"model_name_or_path={self.model}"]
+        return words if self.method == Method.bf16 else [*words, f"kt_method={self.method.upper()}"]
+
     def command(self) -> list[str]:
         """The training command; overrides appear only where the run deviates from the YAML."""
-        words = ["llamafactory-cli", "train", str(TRAIN_YAML)]
-        if self.family != FamilyName.mixtral.value:
-            words += [f"model_name_or_path={self.model}", f"output_dir={self.output}"]
-        return words
+        overrides = self.overrides()
+        output = [f"output_dir={self.output}"] if overrides else []
+        return ["llamafactory-cli", "train", str(TRAIN_YAML), *overrides, *output]
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,8 @@ def load(run: Run) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    model = kt_sft.load_model(str(ROOT / run.model), dtype=torch.float32)
+    config = kt_sft.KTConfig(method=run.method)
+    model = kt_sft.load_model(str(ROOT / run.model), config, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(ROOT / run.model)
 
 
@@ -185,7 +199,8 @@ def report(run: Run, outcome: Outcome, console: Console, *, seconds: float) -> N
     output = ROOT / run.output
     steps, losses = read_losses(output / "trainer_log.jsonl")
     curve = output / "loss_curve.png"
-    draw(steps, losses, curve, title=f"kt_sft demo: LoRA on a {run.family} model, 16 experts, experts on the CPU")
+    title = f"kt_sft demo: LoRA on a {run.family} model, 16 {run.method} experts on the CPU"
+    draw(steps, losses, curve, title=title)
     rows = [
         {"question": q.text, "expects": q.expects, "before": old, "after": new}
         for q, old, new in zip(outcome.questions, outcome.before, outcome.after, strict=True)
@@ -199,8 +214,8 @@ def report(run: Run, outcome: Outcome, console: Console, *, seconds: float) -> N
         f"in {steps[-1]} steps; {seconds:.0f} s in all\n"
     )
     chat = "USE_KT=1 llamafactory-cli chat examples/chat/tiny_moe.yaml"
-    if run.family != FamilyName.mixtral.value:
-        chat += f" model_name_or_path={run.model} adapter_name_or_path={run.output}"
+    if overrides := run.overrides():
+        chat += f" {' '.join(overrides)} adapter_name_or_path={run.output}"
     for name, place in (
         ("model", run.model),
         ("adapter", run.output),
@@ -213,12 +228,11 @@ def report(run: Run, outcome: Outcome, console: Console, *, seconds: float) -> N
         console.print(f"  {name + ':':18}{place}", highlight=False, soft_wrap=True)
 
 
-def run_all(family: str, console: Console) -> Outcome:
+def run_all(run: Run, console: Console) -> Outcome:
     start = time.perf_counter()
-    run = Run.from_yaml(family)
     questions = read_questions(ROOT / QUESTIONS)
     with console.status(f"[1/4] building {run.model} from SmolLM2-135M-Instruct ..."):
-        written = build(ROOT / run.model, family=family)
+        written = build(ROOT / run.model, family=run.family)
     console.print(f"[1/4] model {'built' if written else 'is there already'}: {run.model}")
     with console.status("[2/4] asking the model as it is ..."):
         model, tokenizer = load(run)
@@ -236,13 +250,16 @@ def run_all(family: str, console: Console) -> Outcome:
     return outcome
 
 
-def main(family: Annotated[FamilyName, typer.Option(help="Format of the demo model.")] = FamilyName.mixtral) -> None:
+def main(
+    family: Annotated[FamilyName, typer.Option(help="Format of the demo model.")] = FamilyName.mixtral,
+    method: Annotated[Method, typer.Option(help="Weight format of the experts in memory.")] = Method.bf16,
+) -> None:
     """Build a small MoE, fine-tune it through LLaMA-Factory, show its answers before and after."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the training is ended too
     errors = Console(stderr=True)
     try:
         width = None if sys.stdout.isatty() else 120  # in a pipe rich would take 80
-        faults = run_all(family.value, Console(width=width)).faults()
+        faults = run_all(Run.from_yaml(family.value, method.value), Console(width=width)).faults()
     except (DemoError, SourceError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from None

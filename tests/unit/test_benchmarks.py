@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import harness, moe_layer
+from benchmarks import (
+    gemm_bench,
+    harness,
+    kt_kernel_opponent,
+    layer_bench,
+    moe_layer,
+    report,
+    roofline,
+    target_lines,
+    targets,
+)
 from benchmarks.harness import CaseResult, Contender, Sample, Work
 from benchmarks.roofline import Limits
 
@@ -70,6 +83,13 @@ def test_interleaved_rounds_time_each_contender_between_two_probes():
     assert [one.limits.fma_flops for one in samples["fast"]] == [1.5, 2.5]
 
 
+def test_work_of_another_process_is_timed_by_that_process():
+    clock = FakeClock()
+    remote = Contender("remote", lambda batch: clock.spend(5.0) or 0.25, 0.25, reports_seconds=True)
+    samples = harness.run_interleaved([remote], lambda: Limits(1.0, 1.0), [1], clock=clock)
+    assert [one.seconds for one in samples["remote"]] == [0.25]
+
+
 def test_summary_gives_fractions_of_the_limits_beside_each_sample():
     limits = Limits(fma_flops=100e9, dram_bytes=10e9)
     ours = [Sample(index, 1.0, limits) for index in range(4)]
@@ -90,7 +110,7 @@ def test_machine_slug_has_cpu_and_cores_only():
 def test_results_file_keeps_every_run_of_a_day(tmp_path):
     limits = Limits(1e11, 1e10)
     ours = harness.summarise("kt_sft bf16", [Sample(0, 0.5, limits)], Work(1e9, 1e6), [])
-    case = CaseResult("tiny", "forward", 48, 32, 4, 2, 3, 3, 8, 1.0, 100.0, 10.0, [ours])
+    case = CaseResult("tiny", "forward", 48, 32, 4, 2, 3, 3, 8, 1.0, 100.0, 10.0, contenders=[ours])
     machine = harness.machine_record(2, "avx2")
     for _ in range(2):
         path = harness.save_results(machine, {}, [case], bench="moe_layer", mode="quick", folder=tmp_path)
@@ -122,8 +142,191 @@ def test_worst_error_treats_nan_as_wrong():
 
 
 def test_a_slice_keeps_the_rows_per_expert_of_the_whole_layer():
-    bench = pytest.importorskip("benchmarks.bench_moe_layer")
-    for model in bench.MODELS.values():
+    for model in layer_bench.MODELS.values():
         rows = 512 * model.whole.top_k / model.whole.num_experts
         assert model.slice_tokens(512) * model.slice.top_k / model.slice.num_experts == pytest.approx(rows, rel=0.05)
         assert (model.slice.hidden, model.slice.inter) == (model.whole.hidden, model.whole.inter)
+
+
+# --- opponents and contestants -----------------------------------------------------------------------------------
+
+
+def test_int8_opponent_agrees_with_the_float64_reference():
+    layer = moe_layer.make_layer(SHAPE, rank=8)
+    (batch,) = moe_layer.make_batches(SHAPE, tokens=5, count=1)
+    expected = moe_layer.infer(moe_layer.exact_layer(layer), batch)
+    got = moe_layer.infer(moe_layer.torch_contenders(layer, ["torch _int_mm"])["torch _int_mm"], batch)
+    assert 1e-4 < moe_layer.worst_error([got], [expected]) < 5e-2
+
+
+@pytest.mark.parametrize("name", ["torch loop fp32", "grouped_mm fp32"])
+def test_a_layer_without_lora_has_no_lora_gradients(name):
+    layer = moe_layer.with_rank(moe_layer.make_layer(SHAPE, rank=8), 0)
+    (batch,) = moe_layer.make_batches(SHAPE, tokens=5, count=1)
+    got = moe_layer.answers(moe_layer.torch_contenders(layer, [name])[name], batch)
+    assert layer.rank == 0 and len(got) == 3
+    assert moe_layer.worst_error(got, moe_layer.answers(moe_layer.exact_layer(layer), batch)) < 1e-5
+
+
+def fake_bench():
+    return SimpleNamespace(missing={}, contestants={}, layer=moe_layer.make_layer(SHAPE, rank=8))
+
+
+def fake_session():
+    return SimpleNamespace(machine={"numa_nodes": 1}, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("/nowhere/python", "/nowhere/python: No such file or directory"),
+        (sys.executable, "ModuleNotFoundError: No module named 'kt_kernel'"),
+        ("", "not installed"),
+    ],
+)
+def test_a_missing_opponent_is_named_with_its_reason(where, reason, monkeypatch):
+    if importlib.util.find_spec("kt_kernel") is not None:
+        pytest.skip("kt-kernel is installed")
+    bench = fake_bench()
+    with kt_kernel_opponent.joined(bench, SimpleNamespace(kt_kernel_python=where), fake_session(), 4):
+        assert not bench.contestants
+    assert set(bench.missing) == {"kt-kernel bf16", "kt-kernel int8", "kt-kernel int4"}
+    assert all(reason in one for one in bench.missing.values())
+
+
+def test_a_slow_opponent_is_bounded_by_fewer_tokens():
+    layer = moe_layer.make_layer(SHAPE, rank=8)
+    bench = object.__new__(layer_bench.LayerBench)
+    name = "torch loop fp32"
+    bench.contestants = {name: layer_bench.Contestant(moe_layer.torch_contenders(layer, [name])[name], layer, 1e-4)}
+    bench._max_pass_seconds = 1.0
+    (batch,) = moe_layer.make_batches(SHAPE, tokens=64, count=1)
+    trial = layer_bench.Trial(SHAPE, "forward", 64, 64, "fma_avx2")
+    bench._bound(trial, name, batch, False, expected=16.0)
+    assert "4 of 64 tokens" in trial.notes[name]
+    trial.samples["ours"] = [Sample(0, trial.at_least[name] / 3, Limits(1e11, 1e10))]
+    assert trial.ratio(name, "ours") == pytest.approx(3.0)
+    bench._bound(trial, name, batch.head(4), False, expected=16.0)
+    assert "not timed" in trial.notes[name]
+
+
+def test_every_kernel_row_has_a_compute_unit():
+    units = {(rows, isa): roofline.unit_of(rows, isa) for rows in ("bf16", "int8") for isa in roofline.ISAS}
+    assert units["bf16", "avx512_vnni"] == "fma_avx512" and units["int8", "avx512_bf16"] == "int8_vnni"
+    assert units["bf16", "amx_int8"] == "bf16_amx" and units["int8", "amx_bf16"] == "int8_vnni"
+    assert set(units.values()) == set(roofline.UNITS)
+
+
+# --- targets -----------------------------------------------------------------------------------------------------
+
+
+def figures_that_pass():
+    return {
+        model: {one.key: target_lines.Figure(one.limits[model]) for one in target_lines.DEMANDS if model in one.limits}
+        for model in layer_bench.MODELS
+    }
+
+
+def test_every_line_of_the_targets_is_there_and_every_figure_is_taken():
+    lines = {one.line for one in target_lines.DEMANDS}
+    assert len(lines) == 14 and len(target_lines.DEMANDS) == len({one.key for one in target_lines.DEMANDS}) == 49
+    taken = set()
+    for tokens, backward, names in targets.TRIALS:
+        trial = layer_bench.Trial(SHAPE, "", tokens, tokens, "", work={one: None for one in names})
+        mode = target_lines.STEP if backward else target_lines.FORWARD
+        taken |= set(targets.trial_figures(trial, mode, tokens, {}, {}))
+    others = [target_lines.AVX2_FMA, target_lines.AVX2_KT, target_lines.K_QUANT]
+    others += [*target_lines.MEMORY.values(), *target_lines.LOAD_PEAK.values()]
+    others += [target_lines.gradient_key(one, band) for one in target_lines.MEMORY for band in target_lines.BANDS]
+    assert {one.key for one in target_lines.DEMANDS} <= taken | set(others)
+
+
+def test_targets_exit_code_counts_misses_only():
+    figures = figures_that_pass()
+    judged = target_lines.judge(figures)
+    assert target_lines.exit_code(judged) == 0 and {one.verdict for one in judged} == {"pass"}
+    first, *_, last = target_lines.DEMANDS
+    figures[target_lines.V2][first.key] = target_lines.Figure(None, "its opponent is not installed")
+    assert target_lines.exit_code(target_lines.judge(figures)) == 0
+    figures[target_lines.QWEN][last.key] = target_lines.Figure(last.limits[target_lines.QWEN] - 0.01)
+    judged = target_lines.judge(figures)
+    assert target_lines.exit_code(judged) == 1 and judged[-1].verdict == "MISS"
+    assert target_lines.summary(judged) == "48 pass, 1 miss, 0 not measurable"
+
+
+def test_a_lower_bound_can_pass_but_not_miss():
+    demand = target_lines.Demand("line", "text", "key", {"m": 2.0})
+
+    def verdict(*figure):
+        return target_lines.judge({"m": {"key": target_lines.Figure(*figure)}}, [demand])[0].verdict
+
+    assert verdict(3.0, "", True) == "pass"
+    assert verdict(1.0, "", True) == "not measurable"
+    assert verdict(1.0, "", False) == "MISS"
+    assert target_lines.judge({"m": {}}, [demand])[0].verdict == "not measurable"
+
+
+# --- page and picture --------------------------------------------------------------------------------------------
+
+
+def gemm_cases():
+    cases = []
+    for m in (1, 64):
+        for op, kernel in (("forward", "gemm_x_avx2"), ("input_grad", "dgrad_x_avx2")):
+            cases.append(
+                gemm_bench.GemmCase(
+                    "tiny", "gate", 32, 48, m, 2, kernel, op, "bf16", "bf16", "avx2", "fma_avx2", 3,
+                    10.0, 9.0, 11.0, 2.0 * m, 0.02 * m / 2, 0.5 / m, 200.0, 30.0, None, 1e-3,
+                )
+            )  # fmt: skip
+    return cases
+
+
+def record_of_everything(folder):
+    limits = Limits(1e11, 1e10)
+    ours = harness.summarise("kt_sft bf16", [Sample(0, 0.5, limits)], Work(1e9, 1e6), [])
+    slow = harness.Summary("torch loop fp32", 0, None, None, None, ratio=9.5, is_bound=True)
+    case = CaseResult("tiny", "forward", 48, 32, 4, 2, 3, 3, 8, 1.0, 100.0, 10.0, contenders=[ours, slow])
+    figures = figures_that_pass()
+    figures[target_lines.V2][target_lines.DEMANDS[0].key] = target_lines.Figure(0.01)
+    judged = [one.record() for one in target_lines.judge(figures)]
+    machine = harness.machine_record(2, "avx2")
+    runs = [("moe_layer", [case], {}), ("decode", [case], {"call_overhead_us": {"tiny": 12.0}})]
+    runs += [("gemm", gemm_cases(), {}), ("targets", judged, {})]
+    for bench, cases, more in runs:
+        path = harness.save_results(machine, {}, cases, bench=bench, mode="quick", more=more, folder=folder)
+    return path
+
+
+def test_the_page_is_rendered_the_same_every_time_and_holds_every_part(tmp_path):
+    record_of_everything(tmp_path)
+    notes = tmp_path / "notes.md"
+    notes.write_text("## Tried and did not help\n")
+    pages = [report.render(tmp_path, notes) for _ in range(2)]
+    assert pages[0] == pages[1]
+    page = pages[0]
+    for part in ("### Targets", "### MoE layer", "### Decoding", "### Single products", "## Tried and did not help"):
+        assert part in page
+    assert "48 pass, 1 miss, 0 not measurable" in page and "**1%**" in page and "> 9.50" in page
+    assert "a call without work takes 12 us" in page
+    widths = [line.count(" | ") for line in page.splitlines() if line.startswith("| --- | --- | ---:")]
+    assert widths[0] == len(target_lines.HEADINGS) - 1
+
+
+def test_a_full_run_is_shown_rather_than_a_later_quick_one(tmp_path):
+    machine = harness.machine_record(2, "avx2")
+    for mode in ("quick", "full", "quick"):
+        path = harness.save_results(machine, {}, gemm_cases(), bench="gemm", mode=mode, folder=tmp_path)
+    assert report.latest_runs(path.parent)["gemm"][1]["mode"] == "full"
+
+
+def test_performance_page_is_what_the_results_render():
+    assert report.PAGE.read_text() == report.render(), "run `python -m benchmarks.report`"
+
+
+def test_roofline_picture_is_small(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    picture = plot.draw(gemm_cases(), {"cpu": "CPU"}, tmp_path / "2026-01-01.json")
+    assert picture.name == "2026-01-01-roofline.png" and 5_000 < picture.stat().st_size < 200_000
