@@ -125,7 +125,7 @@ class RoutedExperts(nn.Module):
         call = MoeCall(self.layer, rows=self.rows(), chunk_size=self.chunk_size, retain=self.retain)
         lora = NO_LORA
         if self.lora is not None and self.lora.active():
-            lora = self.lora.tensors()
+            lora = self.lora.tensors() if torch.is_grad_enabled() else NO_LORA  # without gradients the copies do
             call.operands = self.lora.operands()
             call.after_backward = self.lora.drop_copies
             call.scales = self.lora.scales()

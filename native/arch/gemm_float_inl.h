@@ -19,11 +19,14 @@ constexpr int64_t kMaxBlockM = 12;
 constexpr int64_t kWidenedFloats = kMaxTaskPanels * kReduceBlock * kPanel;
 static_assert((kMaxBlockM * kAStride + kWidenedFloats) * 4 <= kGemmScratchBytes);
 
+// GEMV takes longer pieces, so that weights stream panel by panel.
+constexpr int64_t kGemvBlock = 2048;
+constexpr int64_t kGemvStride = kGemvBlock + 16;
 constexpr int kFewRows = 4;  // GEMV: memory decides, weights are read once and in order
 
 // scales: null, or one factor per element, and the product is rounded to bf16; unit: a power of two, exact but for
 // products below 2^-102.
-template <class V>
+template <class V, int64_t kStride = kAStride>
 KTS_INLINE void widen_rows(const bf16_t* const* a_rows, int64_t rows, int64_t begin, int64_t count, float* a,
                            const float* scales = nullptr, float unit = 1.0f) {
   const auto scaled = [&](typename V::F v, int64_t t) {
@@ -32,7 +35,7 @@ KTS_INLINE void widen_rows(const bf16_t* const* a_rows, int64_t rows, int64_t be
   const int64_t padded = align_up(count, kTileK);
   for (int64_t i = 0; i < rows; ++i) {
     const bf16_t* from = a_rows[i] + begin;
-    float* to = a + i * kAStride;
+    float* to = a + i * kStride;
     int64_t t = 0;
     for (; t + V::W <= count; t += V::W) V::store(to + t, scaled(V::load_bf16(from + t), t));
     if (t < count) {
@@ -69,7 +72,7 @@ struct Step {
 };
 
 // sum[i][v] += x[i] * (one phase of dwords[v]).
-template <class V, class Weights, int MR, int NV, class Scale>
+template <class V, class Weights, int64_t kStride, int MR, int NV, class Scale>
 KTS_INLINE void add_phase(const float* x, const typename V::I (&dwords)[NV], const Scale (&scale)[NV], int phase,
                           typename V::F (&sum)[MR][NV]) {
   typename V::F w[NV];
@@ -77,7 +80,7 @@ KTS_INLINE void add_phase(const float* x, const typename V::I (&dwords)[NV], con
   for (int v = 0; v < NV; ++v) w[v] = Weights::weight(dwords[v], scale[v], phase);
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    const typename V::F xi = V::set1(x[i * kAStride]);
+    const typename V::F xi = V::set1(x[i * kStride]);
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) sum[i][v] = V::fma(xi, w[v], sum[i][v]);
   }
@@ -86,7 +89,7 @@ KTS_INLINE void add_phase(const float* x, const typename V::I (&dwords)[NV], con
 // MR rows x NV vectors of columns that begin with tile `tile` of a panel; `blocks` blocks of 32 k from kb.
 // kCold: the weights come from memory, not from the caches. Not inlined: the sums would spill among the callers'
 // variables.
-template <class V, class Weights, int MR, int NV, bool kCold>
+template <class V, class Weights, int MR, int NV, bool kCold, int64_t kStride = kAStride>
 [[gnu::noinline]] void micro_packed(const Weights& weights, const float* a, int64_t panel, int64_t tile, int64_t kb,
                                     int64_t blocks, float* c, int64_t ldc, bool accumulate) {
   using F = typename V::F;
@@ -123,13 +126,13 @@ template <class V, class Weights, int MR, int NV, bool kCold>
       } else if constexpr (Weights::kPerDword == 2) {
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) dwords[v] = block[v / kHere].dwords(v % kHere, j);
-        add_phase<V, Weights, MR, NV>(x, dwords, scale, 0, sum);
-        add_phase<V, Weights, MR, NV>(x + 1, dwords, scale, 1, sum);
+        add_phase<V, Weights, kStride, MR, NV>(x, dwords, scale, 0, sum);
+        add_phase<V, Weights, kStride, MR, NV>(x + 1, dwords, scale, 1, sum);
       } else {
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) dwords[v] = block[v / kHere].dwords(v % kHere, j);
 #pragma GCC unroll 1  // unrolled, broadcasts of one phase move into another and push sums out of the registers
-        for (int f = 0; f < 4; ++f) add_phase<V, Weights, MR, NV>(x + f, dwords, scale, f, sum);
+        for (int f = 0; f < 4; ++f) add_phase<V, Weights, kStride, MR, NV>(x + f, dwords, scale, f, sum);
       }
       x += Weights::kPerDword;
     }
@@ -291,18 +294,18 @@ void gemv_rows(const GemmTask& task) {
   constexpr int kNarrow = NV > kPerPanel ? kPerPanel : NV;
   const Weights weights(*task.w);
   float* a = static_cast<float*>(task.scratch);
-  for (int64_t k0 = 0; k0 < task.w->k; k0 += kReduceBlock) {
-    const int64_t count = min_i64(kReduceBlock, task.w->k - k0), blocks = ceil_div(count, kTileK), kb = k0 / kTileK;
+  for (int64_t k0 = 0; k0 < task.w->k; k0 += kGemvBlock) {
+    const int64_t count = min_i64(kGemvBlock, task.w->k - k0), blocks = ceil_div(count, kTileK), kb = k0 / kTileK;
     const bool accumulate = task.accumulate || k0 > 0;
-    widen_rows<V>(task.a_rows, R, task.a_offset + k0, count, a);
+    widen_rows<V, kGemvStride>(task.a_rows, R, task.a_offset + k0, count, a);
     int64_t p = task.panel_begin;
     float* c = task.c;
     for (; kPanels > 1 && p + kPanels <= task.panel_end; p += kPanels, c += kPanels * kPanel)
-      micro_packed<V, Weights, R, NV, true>(weights, a, p, 0, kb, blocks, c, task.ldc, accumulate);
+      micro_packed<V, Weights, R, NV, true, kGemvStride>(weights, a, p, 0, kb, blocks, c, task.ldc, accumulate);
     for (; p < task.panel_end; ++p, c += kPanel)
       for (int v = 0; v < kPerPanel; v += kNarrow)
-        micro_packed<V, Weights, R, kNarrow, true>(weights, a, p, v * V::W / kTileN, kb, blocks, c + v * V::W, task.ldc,
-                                                   accumulate);
+        micro_packed<V, Weights, R, kNarrow, true, kGemvStride>(weights, a, p, v * V::W / kTileN, kb, blocks,
+                                                                c + v * V::W, task.ldc, accumulate);
   }
   scale_columns<V, Weights>(task);
 }
