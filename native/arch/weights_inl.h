@@ -56,17 +56,15 @@ class Tiles {
 
 struct NoScale {};
 
-template <class V>
-class Bf16Weights {
+// What bf16 and int8 share: tiles of 1 KiB whose dwords are used as they are.
+template <class V, int kDword>
+class PlainWeights {
   using T = Tiles<V, kTileBytes>;
-  T tiles_;
 
  public:
   using I = typename V::I;
   using F = typename V::F;
-  static constexpr Format kFormat = Format::kBf16;
-  static constexpr float kUnit = 1.0f;
-  static constexpr int kPerDword = 2;
+  static constexpr int kPerDword = kDword;
   static constexpr int kRows = kTileK / kPerDword;
   static constexpr int kHalves = 1;  // blocks that share their dwords
 
@@ -77,18 +75,18 @@ class Bf16Weights {
     KTS_MEMBER void prefetch(int v, int j) const { __builtin_prefetch(T::at(rows, v, j) + kPrefetchBytes); }
   };
 
-  explicit Bf16Weights(const PackedMatrix& w) : tiles_(w, w.k_panels() * 2 * kTileBytes) {}
-
   // 32 k from kb * 32, columns from the given tile of the panel on.
   KTS_MEMBER Block block(int64_t panel, int64_t tile, int64_t kb) const {
     return {tiles_.row(panel, tile, kb * kRows)};
   }
-  KTS_INLINE F weight(I dwords, NoScale, int phase) { return phase == 0 ? V::even(dwords) : V::odd(dwords); }
 
   // Asks for 32 k of a panel.
   KTS_MEMBER void prefetch(int64_t panel, int64_t kb) const {
     const uint8_t* at = tiles_.row(panel, 0, kb * kRows);
-    for (int i = 0; i < 2 * kTileBytes; i += 64) __builtin_prefetch(at + i);
+    for (int i = 0; i < kRows * 64; i += 64) {
+      __builtin_prefetch(at + i);
+      __builtin_prefetch(at + i + kTileBytes);
+    }
   }
 
   // As Tiles::transpose, W vectors of dwords; int4: then another W, `stride` vectors on, for the odd blocks.
@@ -98,49 +96,34 @@ class Bf16Weights {
 #pragma GCC unroll 16
     for (int i = 0; i < V::W; ++i) to[i] = dwords[i];
   }
+
+ protected:
+  PlainWeights(const PackedMatrix& w, int64_t panel_bytes) : tiles_(w, panel_bytes) {}
+
+ private:
+  T tiles_;
 };
 
 template <class V>
-class Int8Weights {
-  using T = Tiles<V, kTileBytes>;
-  T tiles_;
-
+class Bf16Weights : public PlainWeights<V, 2> {
  public:
-  using I = typename V::I;
-  using F = typename V::F;
+  static constexpr Format kFormat = Format::kBf16;
+  static constexpr float kUnit = 1.0f;
+
+  explicit Bf16Weights(const PackedMatrix& w) : PlainWeights<V, 2>(w, w.k_panels() * 2 * kTileBytes) {}
+  KTS_INLINE typename V::F weight(typename V::I dwords, NoScale, int phase) {
+    return phase == 0 ? V::even(dwords) : V::odd(dwords);
+  }
+};
+
+template <class V>
+class Int8Weights : public PlainWeights<V, 4> {
+ public:
   static constexpr Format kFormat = Format::kInt8;
   static constexpr float kUnit = 0x1p-24f;
-  static constexpr int kPerDword = 4;
-  static constexpr int kRows = kTileK / kPerDword;
-  static constexpr int kHalves = 1;
 
-  struct Block {
-    const uint8_t* rows;
-    KTS_MEMBER NoScale scale(int) const { return {}; }
-    KTS_MEMBER I dwords(int v, int j) const { return T::load(rows, v, j); }
-    KTS_MEMBER void prefetch(int v, int j) const { __builtin_prefetch(T::at(rows, v, j) + kPrefetchBytes); }
-  };
-
-  explicit Int8Weights(const PackedMatrix& w) : tiles_(w, align_up(w.k, kTileKQ) * kPanel) {}
-
-  KTS_MEMBER Block block(int64_t panel, int64_t tile, int64_t kb) const {
-    return {tiles_.row(panel, tile, kb * kRows)};
-  }
-  KTS_INLINE F weight(I dwords, NoScale, int phase) { return V::top_byte(dwords, phase); }
-
-  KTS_MEMBER void prefetch(int64_t panel, int64_t kb) const {
-    const uint8_t* at = tiles_.row(panel, 0, kb * kRows);
-    for (int i = 0; i < kTileBytes / 2; i += 64) {
-      __builtin_prefetch(at + i);
-      __builtin_prefetch(at + i + kTileBytes);
-    }
-  }
-  KTS_MEMBER void transpose(int64_t panel, int64_t row, int v, int64_t ahead, I* to, int64_t) const {
-    I dwords[V::W];
-    tiles_.transpose(panel, row, v, ahead, dwords);
-#pragma GCC unroll 16
-    for (int i = 0; i < V::W; ++i) to[i] = dwords[i];
-  }
+  explicit Int8Weights(const PackedMatrix& w) : PlainWeights<V, 4>(w, align_up(w.k, kTileKQ) * kPanel) {}
+  KTS_INLINE typename V::F weight(typename V::I dwords, NoScale, int phase) { return V::top_byte(dwords, phase); }
 };
 
 template <class V>

@@ -1,4 +1,4 @@
-// The only caller of kernel pointers.
+// Selects and runs. PackedLinear alone calls kernel pointers itself: its callers may name a row.
 #include "kts/gemm.h"
 
 namespace kts {

@@ -32,11 +32,11 @@ void quantize_x(Pass& pass) {
   if (pass.x_int8.values == nullptr) return;
   const int64_t hidden = pass.shape().hidden, stride = align_up(hidden, kTileKQ);
   pass.pool->parallel_for(pass.input.tokens, [&](int64_t token, int) {
-    pass.x_int8.scales[token] =
+    pass.token_scales[token] =
         pass.ops->quantize_row(pass.input.x + token * hidden, hidden, pass.x_int8.values + token * stride);
   });
   for (int64_t row = 0; row < pass.routing.num_rows; ++row)
-    pass.x_int8.row_scales[row] = pass.x_int8.scales[pass.routing.row_token[row]];
+    pass.x_int8.scales[row] = pass.token_scales[pass.routing.row_token[row]];
 }
 
 void project_h_to_rank(Pass& pass, const RowBlock& block) {
@@ -59,7 +59,7 @@ namespace {
 void quantize_h(Pass& pass, const RowBlock& piece) {
   const int64_t inter = pass.shape().inter, stride = align_up(inter, kTileKQ);
   for (int64_t row = piece.begin; row < piece.end; ++row)
-    pass.h_int8.row_scales[row] = pass.ops->quantize_row(pass.h_rows[row], inter, pass.h_int8.values + row * stride);
+    pass.h_int8.scales[row] = pass.ops->quantize_row(pass.h_rows[row], inter, pass.h_int8.values + row * stride);
 }
 
 // The rows of a block as the first operand of a base product of the forward.
@@ -67,7 +67,7 @@ GemmTask forward_task(const RowBlock& block, const bf16_t* const* rows, const In
                       const ColumnRange& range, const ThreadScratch& scratch) {
   GemmTask task;
   task.a_rows = rows + block.begin;
-  if (int8.values != nullptr) task.q_rows = int8.rows + block.begin, task.q_scales = int8.row_scales + block.begin;
+  if (int8.values != nullptr) task.q_rows = int8.rows + block.begin, task.q_scales = int8.scales + block.begin;
   task.m = block.rows();
   task.w = &w;
   task.panel_begin = range.panel_begin;

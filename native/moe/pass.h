@@ -29,10 +29,9 @@ struct ThreadScratch {
 
 // Rows of int8 (MoeInput::rows), quantised once from bf16.
 struct Int8Rows {
-  int8_t* values = nullptr;       // rows of align_up(length, 64)
-  float* scales = nullptr;        // x: one per token
+  int8_t* values = nullptr;       // rows of align_up(length, 64): of x one per token, of h one per routed row
   const int8_t** rows = nullptr;  // [routed rows]
-  float* row_scales = nullptr;    // [routed rows]
+  float* scales = nullptr;        // [routed rows]
 };
 
 struct Pass {
@@ -55,16 +54,17 @@ struct Pass {
   const bf16_t** xl_rows = nullptr;  // [rows] the same after dropout: input of the LoRA branch
   const bf16_t** h_rows = nullptr;
   const bf16_t** hl_rows = nullptr;
-  bf16_t* x_dropped = nullptr;  // [rows, hidden], only with dropout
-  bf16_t* h_dropped = nullptr;  // [rows, inter_stride], only with dropout
-  bf16_t* h = nullptr;          // [rows, inter_stride]
-  Int8Rows x_int8;              // [tokens], only with int8 rows
-  Int8Rows h_int8;              // [routed rows]
-  ForwardTape tape;             // of the chunk; in a recomputing backward it points into the arena
-  float* xa_gate = nullptr;     // [rows, rank] scale * (dropped x) A^T
-  float* xa_up = nullptr;       // == xa_gate when A is shared
-  float* ha = nullptr;          // [rows, rank] the same of h and down.A; times the routing weight in backward
-  float* shard_sums = nullptr;  // [shards, tokens, hidden], only with several shards
+  bf16_t* x_dropped = nullptr;    // [rows, hidden], only with dropout
+  bf16_t* h_dropped = nullptr;    // [rows, inter_stride], only with dropout
+  bf16_t* h = nullptr;            // [rows, inter_stride]
+  Int8Rows x_int8;                // [tokens], only with int8 rows
+  float* token_scales = nullptr;  // [tokens] of x_int8
+  Int8Rows h_int8;                // [routed rows]
+  ForwardTape tape;               // of the chunk; in a recomputing backward it points into the arena
+  float* xa_gate = nullptr;       // [rows, rank] scale * (dropped x) A^T
+  float* xa_up = nullptr;         // == xa_gate when A is shared
+  float* ha = nullptr;            // [rows, rank] the same of h and down.A; times the routing weight in backward
+  float* shard_sums = nullptr;    // [shards, tokens, hidden], only with several shards
 
   // backward only
   const bf16_t* dout = nullptr;  // [tokens, hidden] of the chunk

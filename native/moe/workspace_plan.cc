@@ -43,9 +43,8 @@ static void plan_lora(Pass& pass, int64_t rows, Arena& arena) {
 
 static void plan_int8_rows(Int8Rows& int8, int64_t values, int64_t length, int64_t routed_rows, Arena& arena) {
   int8.values = arena.take<int8_t>(values * align_up(length, kTileKQ));
-  int8.scales = arena.take<float>(values);
   int8.rows = arena.take<const int8_t*>(routed_rows);
-  int8.row_scales = arena.take<float>(routed_rows);
+  int8.scales = arena.take<float>(routed_rows);
 }
 
 void plan_pass(Pass& pass, int threads, Arena& arena) {
@@ -72,8 +71,10 @@ void plan_pass(Pass& pass, int threads, Arena& arena) {
     pass.du = arena.take<bf16_t>(rows * stride);
     pass.dweight_parts = arena.take<float>(rows * (stride / kPanel));
   }
-  if (pass.int8_rows() && (!pass.is_backward || pass.recomputes))
+  if (pass.int8_rows() && (!pass.is_backward || pass.recomputes)) {
     plan_int8_rows(pass.x_int8, pass.input.tokens, shape.hidden, rows, arena);
+    pass.token_scales = arena.take<float>(pass.input.tokens);
+  }
   if (pass.int8_rows() && !pass.is_backward) plan_int8_rows(pass.h_int8, rows, shape.inter, rows, arena);
   if (pass.num_shards() > 1) pass.shard_sums = arena.take<float>(pass.num_shards() * pass.input.tokens * shape.hidden);
   plan_lora(pass, rows, arena);
