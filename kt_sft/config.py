@@ -20,7 +20,7 @@ METHODS = {
     "MOE_INT4": "INT4",
 }
 INT4_GROUP_SIZES = (32, 64, 128)
-EXPERT_ACTIVATIONS = ("auto", "bf16", "int8")
+EXPERT_ACTIVATIONS = ("auto", "bf16", "bfp16", "int8")
 CPU_LINEARS = ("auto", "off", "bf16", "int8")
 CPU_ACTIVATIONS = ("retain", "recompute")
 ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -40,9 +40,10 @@ class KTConfig:
         method: weight format in memory: `BF16`, `INT8` (one scale per output channel) or `INT4` (one scale per group of
             inputs); `AMXBF16`, `AMXINT8`, `MOE_INT8`, `AMXINT4`, `MOE_INT4` are other names for them.
         int4_group_size: 32, 64 or 128 weights share a scale in `INT4`; sizes need not be multiples of it.
-        expert_activations: `bf16` multiplies bf16 activations with the weights; `int8` quantises them row by row, which
-            needs `INT8` or `INT4` and gives straight-through gradients; `auto` is bf16 in training and wherever
-            gradients are recorded, else int8 if the CPU has int8 dot instructions (docs/numerics.md: errors).
+        expert_activations: `bf16` multiplies bf16 activations with the weights; `bfp16` does the same, but few rows
+            per expert (decoding) in block floating point, which is faster; `int8` quantises them row by row. The last
+            two need `INT8` or `INT4` and give straight-through gradients. `auto` is bf16 in training and wherever
+            gradients are recorded, else int8 if the CPU has int8 dot instructions, or bfp16 (docs/numerics.md: errors).
         threads: kernel threads of this process; None: physical cores that the process may use, divided by the
             processes on this machine.
         threadpool_count: groups of threads, one per NUMA node; None: the number of NUMA nodes.
@@ -87,8 +88,9 @@ class KTConfig:
     def _faults(self) -> Iterator[str]:
         if not isinstance(self.method, str) or self.method.upper() not in METHODS:
             yield _unknown("method", self.method, METHODS)
-        elif self.expert_activations == "int8" and METHODS[self.method.upper()] == "BF16":
-            yield "expert_activations: int8 needs method INT8 or INT4, found BF16; set one of them, or leave it auto"
+        elif self.expert_activations in ("bfp16", "int8") and METHODS[self.method.upper()] == "BF16":
+            found = f"expert_activations: {self.expert_activations} needs method INT8 or INT4, found BF16"
+            yield f"{found}; set one of them, or leave it auto"
         if type(self.int4_group_size) is not int or self.int4_group_size not in INT4_GROUP_SIZES:
             yield f"int4_group_size: expected one of 32, 64, 128, found {self.int4_group_size!r}"
         for name, known in _CHOICES.items():

@@ -24,7 +24,8 @@ class RoutedExperts(nn.Module):
         spec: sizes and activation.
         weight_format: `bf16`, `int8` or `int4`; what is loaded is rounded to it.
         group_size: weights that share a scale in `int4`.
-        expert_activations: `bf16`, `int8` (quantised row by row) or `auto`, see `rows`.
+        expert_activations: `bf16`, `bfp16` (block floating point for few rows), `int8` (quantised row by row) or
+            `auto`, see `rows`.
         chunk_size: tokens per native pass.
         cpu_activation: `retain` or `recompute` gate and up products in backward.
         dtype: that the placeholders show to PEFT.
@@ -95,11 +96,12 @@ class RoutedExperts(nn.Module):
         return self.weight_format == "bf16"
 
     def rows(self) -> str:
-        """Activations of a forward pass that starts now: `bf16` or `int8`.
+        """Activations of a forward pass that starts now: `bf16`, `bfp16` or `int8`.
 
-        `auto` takes int8 for inference only, that is in eval mode with gradients off, and where int8 dot instructions
-        make it faster. A pass without gradients in train mode stays bf16: it is the first one of a checkpointed layer,
-        or a reference for the policy in training, and must compute what the pass with gradients computes.
+        `auto` takes int8 or bfp16 for inference only, that is in eval mode with gradients off: int8 where the CPU has
+        int8 dot instructions, which make it faster, bfp16 elsewhere. A pass without gradients in train mode stays bf16:
+        it is the first one of a checkpointed layer, or a reference for the policy in training, and must compute what
+        the pass with gradients computes.
         """
         if self.expert_activations != "auto":
             return self.expert_activations

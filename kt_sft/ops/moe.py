@@ -21,8 +21,9 @@ class MoeCall:
 
     Args:
         layer: `kt_sft._native.MoeLayer`.
-        rows: `bf16` or, with quantised weights, `int8`: activations rounded to integers row by row. Gradients pass
-            straight through that rounding and are those of the stored weights.
+        rows: `bf16` or, with quantised weights, `int8` (activations rounded to integers row by row) or `bfp16` (up to
+            four rows per expert in block floating point). Gradients pass straight through that rounding and are those
+            of the stored weights.
         scales: LoRA scale of gate, up and down (PEFT's own entries, never alpha / rank computed again).
         operands: f32 CPU copies of the LoRA tensors, contiguous along the last axis, in `LoraTensors` order;
             None: made here.

@@ -118,9 +118,11 @@ KTS_INLINE void store_sums(const GemmTask& task, int64_t i0, int64_t rows, float
 }
 
 // MR rows x NP phases from phase kFirst of one vector of dwords per n.
-template <class V, class Weights, int MR, int NP, int kFirst>
-[[gnu::noinline]] void micro_transposed(const float* a, const typename V::I* dwords, int64_t count, float* sums) {
+template <class V, class Weights, int MR, int NP, int kFirst, class Ahead>
+[[gnu::noinline]] void micro_transposed(const float* a, const typename V::I* dwords, int64_t count, float* sums,
+                                        Ahead& shared_ahead) {
   using F = typename V::F;
+  Ahead ahead = shared_ahead;  // in registers
   constexpr int64_t kStride = DgemvScratch<V, Weights>::kColumns;
   F sum[MR][NP];
 #pragma GCC unroll 16
@@ -128,6 +130,7 @@ template <class V, class Weights, int MR, int NP, int kFirst>
 #pragma GCC unroll 4
     for (int f = 0; f < NP; ++f) sum[i][f] = V::load(sums + i * kStride + (kFirst + f) * V::W);
   for (int64_t n = 0; n < count; ++n) {
+    ahead.step();
     F w[NP];
 #pragma GCC unroll 4
     for (int f = 0; f < NP; ++f) w[f] = Weights::weight(dwords[n], NoScale(), kFirst + f);
@@ -138,6 +141,7 @@ template <class V, class Weights, int MR, int NP, int kFirst>
       for (int f = 0; f < NP; ++f) sum[i][f] = V::fma(x, w[f], sum[i][f]);
     }
   }
+  shared_ahead = ahead;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
@@ -145,15 +149,16 @@ template <class V, class Weights, int MR, int NP, int kFirst>
 }
 
 // `rows` rows times the transposed dwords of one vector of columns per n.
-template <class V, class Weights, int MR>
-KTS_INLINE void add_columns(const float* a, int64_t rows, const typename V::I* dwords, int64_t count, float* sums) {
+template <class V, class Weights, int MR, class Ahead>
+KTS_INLINE void add_columns(const float* a, int64_t rows, const typename V::I* dwords, int64_t count, float* sums,
+                            Ahead& ahead) {
   with_rows<MR>(rows, [&]<int R>() {
     constexpr int kAll = Weights::kPerDword;
     if constexpr (kAll == 2 || 3 * R <= MR) {
-      micro_transposed<V, Weights, R, kAll, 0>(a, dwords, count, sums);
+      micro_transposed<V, Weights, R, kAll, 0>(a, dwords, count, sums, ahead);
     } else {
-      micro_transposed<V, Weights, R, 2, 0>(a, dwords, count, sums);
-      micro_transposed<V, Weights, R, 2, 2>(a, dwords, count, sums);
+      micro_transposed<V, Weights, R, 2, 0>(a, dwords, count, sums, ahead);
+      micro_transposed<V, Weights, R, 2, 2>(a, dwords, count, sums, ahead);
     }
   });
 }
@@ -182,28 +187,30 @@ KTS_INLINE void transpose_unit(const Weights& weights, int64_t n0, int64_t count
 }
 
 // One unit: sums of `rows` rows += a[rows][count] times the transposed dwords.
-template <class V, class Weights, int MR>
+template <class V, class Weights, int MR, class Ahead>
 KTS_INLINE void add_unit(const Weights& weights, const DgemvScratch<V, Weights>& scratch, const float* a, int64_t rows,
-                         int64_t n0, int64_t count, int64_t unit, const typename V::I* dwords, float* sums) {
+                         int64_t n0, int64_t count, int64_t unit, const typename V::I* dwords, float* sums,
+                         Ahead& ahead) {
   for (int half = 0; half < Weights::kHalves; ++half) {
     const float* x = a;
     if constexpr (Weights::kFormat == Format::kInt4) {
       scale_rows<V>(weights, rows, n0, count, unit * 2 + half, a, scratch.scaled);
       x = scratch.scaled;
     }
-    add_columns<V, Weights, MR>(x, rows, dwords + half * kReduceBlock, count, sums + half * Units<V, Weights>::kCols);
+    add_columns<V, Weights, MR>(x, rows, dwords + half * kReduceBlock, count, sums + half * Units<V, Weights>::kCols,
+                                ahead);
   }
 }
 
 // One block of rows: the dwords of 32 n of a unit are used at once, out of the first-level cache, and memory is asked
-// for what comes at least kPrefetchBytes later.
+// for the task's part of the next panel.
 template <class V, class Weights, int MR>
 void dgemv_one_block(const GemmTask& task) {
   const Weights weights(*task.w);
   const Units<V, Weights> units(task);
   const DgemvScratch<V, Weights> scratch(task.scratch);
-  const int64_t ahead =
-      ceil_div(kMaxTaskPanels, task.panel_end - task.panel_begin) * Weights::kPerDword * Weights::kHalves / 2;
+  const int64_t ahead = ceil_div(kMaxTaskPanels, task.panel_end - task.panel_begin) * Weights::kHalves;
+  NoAhead nothing;
   load_sums<V, Weights>(task, 0, task.m, scratch.sums);
   for (int64_t n0 = 0; n0 < task.w->n; n0 += kReduceBlock) {
     const int64_t block = min_i64(kReduceBlock, task.w->n - n0);
@@ -212,7 +219,7 @@ void dgemv_one_block(const GemmTask& task) {
       for (int64_t u = units.begin; u < units.end; ++u) {
         transpose_unit<V>(weights, n0 + n, kPanel, u, ahead, scratch.dwords);
         add_unit<V, Weights, MR>(weights, scratch, scratch.a + n, task.m, n0 + n, min_i64(kPanel, block - n), u,
-                                 scratch.dwords, scratch.sums + (u - units.begin) * Units<V, Weights>::kWidth);
+                                 scratch.dwords, scratch.sums + (u - units.begin) * Units<V, Weights>::kWidth, nothing);
       }
   }
   store_sums<V, Weights>(task, 0, task.m, scratch.sums);
@@ -229,16 +236,16 @@ void dgemv_blocks(const GemmTask& task, int64_t i0, int64_t m) {
   for (int64_t n0 = 0; n0 < task.w->n; n0 += kReduceBlock) {
     const int64_t count = min_i64(kReduceBlock, task.w->n - n0);
     const auto dwords = [&](int64_t u) { return scratch.dwords + (u - units.begin) * Weights::kHalves * kReduceBlock; };
-    Ahead<Weights> ahead(weights, (n0 + count) / kPanel, next_panels(task, n0 + count), task.panel_begin, panels,
-                         ceil_div(m, MR) * (units.end - units.begin));
+    RegionAhead ahead =
+        next_weights(weights, task, n0 + count, ceil_div(m, MR) * (units.end - units.begin) * Weights::kHalves * count);
     for (int64_t u = units.begin; u < units.end; ++u) transpose_unit<V>(weights, n0, count, u, 0, dwords(u));
     for (int64_t i = 0, rows; i < m; i += rows) {
       rows = block_rows(m - i, MR);
       widen_grad_rows<V, Weights>(task, i0 + i, rows, n0, count, scratch.a);
       for (int64_t u = units.begin; u < units.end; ++u) {
-        ahead.next_call();
         add_unit<V, Weights, MR>(weights, scratch, scratch.a, rows, n0, count, u, dwords(u),
-                                 scratch.sums + i * scratch.kColumns + (u - units.begin) * Units<V, Weights>::kWidth);
+                                 scratch.sums + i * scratch.kColumns + (u - units.begin) * Units<V, Weights>::kWidth,
+                                 ahead);
       }
     }
   }

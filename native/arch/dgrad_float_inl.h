@@ -39,9 +39,12 @@ KTS_INLINE void widen_grad_rows(const GemmTask& task, int64_t i, int64_t rows, i
     widen_rows<V>(task.a_rows + i, rows, task.a_offset + n0, count, a);
 }
 
-// Panels of the next kReduceBlock, which begins at n.
-KTS_INLINE int64_t next_panels(const GemmTask& task, int64_t n) {
-  return n < task.w->n ? ceil_div(min_i64(kReduceBlock, task.w->n - n), kPanel) : 0;
+// The task's part of the next kReduceBlock, which begins at n.
+template <class Weights>
+KTS_INLINE RegionAhead next_weights(const Weights& weights, const GemmTask& task, int64_t n, int64_t steps) {
+  const int64_t panels = n < task.w->n ? ceil_div(min_i64(kReduceBlock, task.w->n - n), kPanel) : 0;
+  return {weights.block(n / kPanel, 0, task.panel_begin).rows, panels,
+          (task.panel_end - task.panel_begin) * weights.block_bytes(), weights.panel_bytes(), steps};
 }
 
 template <class V, class Weights, int MR>
@@ -53,8 +56,8 @@ void dgrad_widened(const GemmTask& task) {
   for (int64_t n0 = 0; n0 < task.w->n; n0 += kReduceBlock) {
     const int64_t count = min_i64(kReduceBlock, task.w->n - n0);
     const bool accumulate = task.accumulate || n0 > 0;
-    Ahead<Weights> ahead(weights, (n0 + count) / kPanel, next_panels(task, n0 + count), task.panel_begin, panels,
-                         ceil_div(task.m, MR) * panels * Step<V>::kPerPanel);
+    RegionAhead ahead =
+        next_weights(weights, task, n0 + count, ceil_div(task.m, MR) * panels * Step<V>::kPerPanel * count);
     for (int64_t n = 0; n < count; n += kPanel)
       for (int64_t p = 0; p < panels; ++p)
         transpose_panel<V>(weights, (n0 + n) / kPanel, task.panel_begin + p,
@@ -65,9 +68,9 @@ void dgrad_widened(const GemmTask& task) {
       for (int64_t p = 0; p < panels; ++p)
         for (int s = 0; s < Step<V>::kPerPanel; ++s) {
           float* c = task.c + i * task.ldc + p * kPanel + s * Step<V>::kCols;
-          ahead.next_call();
-          with_rows<MR>(
-              rows, [&]<int R>() { micro_widened<V, R>(a, w + widened_at<V>(p, s), count, c, task.ldc, accumulate); });
+          with_rows<MR>(rows, [&]<int R>() {
+            micro_widened<V, R>(a, w + widened_at<V>(p, s), count, c, task.ldc, accumulate, ahead);
+          });
         }
     }
   }

@@ -87,14 +87,15 @@ KTS_INLINE void add_phase(const float* x, const typename V::I (&dwords)[NV], con
 }
 
 // MR rows x NV vectors of columns that begin with tile `tile` of a panel; `blocks` blocks of 32 k from kb.
-// kCold: the weights come from memory, not from the caches. Not inlined: the sums would spill among the callers'
-// variables.
-template <class V, class Weights, int MR, int NV, bool kCold, int64_t kStride = kAStride>
+// Not inlined: the sums would spill among the callers' variables.
+template <class V, class Weights, int MR, int NV, int64_t kStride = kAStride, class Ahead>
 [[gnu::noinline]] void micro_packed(const Weights& weights, const float* a, int64_t panel, int64_t tile, int64_t kb,
-                                    int64_t blocks, float* c, int64_t ldc, bool accumulate) {
+                                    int64_t blocks, float* c, int64_t ldc, bool accumulate, Ahead& shared_ahead) {
   using F = typename V::F;
   constexpr int kPerPanel = kPanel / V::W, kPanels = NV > kPerPanel ? NV / kPerPanel : 1;
-  constexpr int kHere = NV / kPanels;  // vectors per panel
+  constexpr int kHere = NV / kPanels;            // vectors per panel
+  constexpr int kLines = kHere * V::W / kTileN;  // of 64 bytes, per panel and row of dwords
+  Ahead ahead = shared_ahead;                    // in registers
   F sum[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -110,10 +111,7 @@ template <class V, class Weights, int MR, int NV, bool kCold, int64_t kStride = 
     for (int v = 0; v < NV; ++v) scale[v] = block[v / kHere].scale(v % kHere);
 #pragma GCC unroll 1
     for (int j = 0; j < Weights::kRows; ++j) {
-      if constexpr (kCold)
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v)
-          if (v * V::W % kTileN == 0) block[v / kHere].prefetch(v % kHere, j);
+      if (Weights::kHalves == 1 || (b & 1) == 0 || !Ahead::kOncePerLine) ahead.template step<kPanels, kLines>();
       typename Weights::I dwords[NV];
       if constexpr (MR == 1) {  // one vector at a time, so that all sums stay in registers
 #pragma GCC unroll 16
@@ -137,6 +135,7 @@ template <class V, class Weights, int MR, int NV, bool kCold, int64_t kStride = 
       x += Weights::kPerDword;
     }
   }
+  shared_ahead = ahead;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 16
@@ -146,8 +145,9 @@ template <class V, class Weights, int MR, int NV, bool kCold, int64_t kStride = 
 // w: f32 [count][2 W].
 template <class V, int MR>
 [[gnu::noinline]] void micro_widened(const float* a, const float* w, int64_t count, float* c, int64_t ldc,
-                                     bool accumulate) {
+                                     bool accumulate, RegionAhead& shared_ahead) {
   using F = typename V::F;
+  RegionAhead ahead = shared_ahead;  // in registers
   F sum0[MR], sum1[MR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -155,6 +155,7 @@ template <class V, int MR>
     sum1[i] = accumulate ? V::load(c + i * ldc + V::W) : V::zero();
   }
   for (int64_t t = 0; t < count; ++t) {
+    ahead.step();
     const F w0 = V::load(w), w1 = V::load(w + V::W);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
@@ -165,6 +166,7 @@ template <class V, int MR>
     w += 2 * V::W;
     ++a;
   }
+  shared_ahead = ahead;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     V::store(c + i * ldc, sum0[i]);
@@ -198,13 +200,13 @@ template <class V, class Weights>
   }
 }
 
-// int8: finished sums times the scales of their columns.
+// int8: finished sums, in units of `unit`, times the scales of their columns.
 template <class V, class Weights>
-KTS_INLINE void scale_columns(const GemmTask& task) {
+KTS_INLINE void scale_columns(const GemmTask& task, float unit = Weights::kUnit) {
   if constexpr (Weights::kFormat == Format::kInt8) {
     const float* scales = task.w->int8_scales() + task.panel_begin * kPanel;
     for (int64_t j = 0; j < (task.panel_end - task.panel_begin) * kPanel; j += V::W) {
-      const typename V::F scale = V::mul(V::load(scales + j), V::set1(Weights::kUnit));
+      const typename V::F scale = V::mul(V::load(scales + j), V::set1(unit));
       for (int64_t i = 0; i < task.m; ++i) {
         float* c = task.c + i * task.ldc + j;
         V::store(c, V::mul(V::load(c), scale));
@@ -223,24 +225,6 @@ constexpr int64_t widen_blocks() {
   return 2;
 }
 
-// Asks for the weights of the next kReduceBlock a little at a time, between the calls of micro-kernels, so that memory
-// works while they compute. `panel` and `kb` begin the weights of one matrix panel by `blocks` blocks of 32 k.
-template <class Weights>
-class Ahead {
- public:
-  Ahead(const Weights& weights, int64_t panel, int64_t panels, int64_t kb, int64_t blocks, int64_t calls)
-      : weights_(weights), panel_(panel), kb_(kb), blocks_(blocks), total_(panels * blocks), calls_(calls) {}
-
-  KTS_MEMBER void next_call() {
-    ++call_;
-    for (; done_ * calls_ < total_ * call_; ++done_) weights_.prefetch(panel_ + done_ / blocks_, kb_ + done_ % blocks_);
-  }
-
- private:
-  const Weights& weights_;
-  int64_t panel_, kb_, blocks_, total_, calls_, done_ = 0, call_ = 0;
-};
-
 template <class V, class Weights, int MR>
 void gemm_float_forward(const GemmTask& task) {
   const Weights weights(*task.w);
@@ -252,8 +236,9 @@ void gemm_float_forward(const GemmTask& task) {
     const int64_t count = min_i64(kReduceBlock, task.w->k - k0), blocks = ceil_div(count, kTileK), kb = k0 / kTileK;
     const int64_t next_blocks = min_i64(kReduceBlock / kTileK, task.w->k_panels() - kb - blocks);
     const bool accumulate = task.accumulate || k0 > 0;
-    Ahead<Weights> ahead(weights, task.panel_begin, panels, kb + blocks, next_blocks,
-                         row_blocks * panels * Step<V>::kPerPanel);
+    RegionAhead ahead(weights.block(task.panel_begin, 0, kb + blocks).rows, panels, next_blocks * weights.block_bytes(),
+                      weights.panel_bytes(),
+                      row_blocks * panels * Step<V>::kPerPanel * blocks * (widens ? kTileK : Weights::kRows));
     for (int64_t p = 0; widens && p < panels; ++p)
       widen_panel<V>(weights, task.panel_begin + p, kb, blocks, w + widened_at<V>(p, 0));
     for (int64_t i = 0, rows; i < task.m; i += rows) {
@@ -262,16 +247,12 @@ void gemm_float_forward(const GemmTask& task) {
       for (int64_t p = 0; p < panels; ++p)
         for (int s = 0; s < Step<V>::kPerPanel; ++s) {
           float* c = task.c + i * task.ldc + p * kPanel + s * Step<V>::kCols;
-          if (row_blocks > 1) ahead.next_call();
           with_rows<MR>(rows, [&]<int R>() {
             if (widens)
-              micro_widened<V, R>(a, w + widened_at<V>(p, s), blocks * kTileK, c, task.ldc, accumulate);
-            else if (widen_blocks<V, Weights>() == 2 || row_blocks == 1 || k0 == 0)
-              micro_packed<V, Weights, R, 2, true>(weights, a, task.panel_begin + p, s, kb, blocks, c, task.ldc,
-                                                   accumulate);
-            else if constexpr (widen_blocks<V, Weights>() > 2)
-              micro_packed<V, Weights, R, 2, false>(weights, a, task.panel_begin + p, s, kb, blocks, c, task.ldc,
-                                                    accumulate);
+              micro_widened<V, R>(a, w + widened_at<V>(p, s), blocks * kTileK, c, task.ldc, accumulate, ahead);
+            else
+              micro_packed<V, Weights, R, 2>(weights, a, task.panel_begin + p, s, kb, blocks, c, task.ldc, accumulate,
+                                             ahead);
           });
         }
     }
@@ -287,11 +268,29 @@ constexpr int gemv_vectors() {
   return R == 2 || (Weights::kFormat == Format::kInt4 && V::W == 8) ? 4 : 8;
 }
 
+// The rows of one panel, and of the kPanels - 1 panels that follow, kb counted in blocks of 32 k. Where the registers hold
+// less than a panel, its tiles take turns every few blocks, which memory does not notice.
+template <class V, class Weights, int R, int NV>
+KTS_INLINE void gemv_panel(const Weights& weights, const float* a, int64_t panel, int64_t kb, int64_t blocks, float* c,
+                           int64_t ldc, bool accumulate) {
+  constexpr int kPerPanel = kPanel / V::W, kSteps = NV < kPerPanel ? kPerPanel / NV : 1;
+  constexpr int64_t kTurn = kSteps > 1 ? 4 : kGemvBlock / kTileK;
+  for (int64_t b = 0; b < blocks; b += kTurn) {
+    const int64_t here = min_i64(kTurn, blocks - b);
+    for (int s = 0; s < kSteps; ++s) {
+      StreamAhead ahead(weights.block(panel, 0, kb + b).rows + s * here * weights.block_bytes() / kSteps +
+                            (kSteps > 1 ? 2 : 1) * kPrefetchBytes,
+                        weights.panel_bytes());
+      micro_packed<V, Weights, R, NV, kGemvStride>(weights, a + b * kTileK, panel, s * NV * V::W / kTileN, kb + b, here,
+                                                   c + s * NV * V::W, ldc, accumulate || b > 0, ahead);
+    }
+  }
+}
+
 template <class V, class Weights, int R>
 void gemv_rows(const GemmTask& task) {
   constexpr int NV = gemv_vectors<V, Weights, R>(), kPerPanel = kPanel / V::W;
   constexpr int64_t kPanels = NV > kPerPanel ? NV / kPerPanel : 1;
-  constexpr int kNarrow = NV > kPerPanel ? kPerPanel : NV;
   const Weights weights(*task.w);
   float* a = static_cast<float*>(task.scratch);
   for (int64_t k0 = 0; k0 < task.w->k; k0 += kGemvBlock) {
@@ -300,12 +299,10 @@ void gemv_rows(const GemmTask& task) {
     widen_rows<V, kGemvStride>(task.a_rows, R, task.a_offset + k0, count, a);
     int64_t p = task.panel_begin;
     float* c = task.c;
-    for (; kPanels > 1 && p + kPanels <= task.panel_end; p += kPanels, c += kPanels * kPanel)
-      micro_packed<V, Weights, R, NV, true, kGemvStride>(weights, a, p, 0, kb, blocks, c, task.ldc, accumulate);
+    for (; p + kPanels <= task.panel_end; p += kPanels, c += kPanels * kPanel)
+      gemv_panel<V, Weights, R, NV>(weights, a, p, kb, blocks, c, task.ldc, accumulate);
     for (; p < task.panel_end; ++p, c += kPanel)
-      for (int v = 0; v < kPerPanel; v += kNarrow)
-        micro_packed<V, Weights, R, kNarrow, true, kGemvStride>(weights, a, p, v * V::W / kTileN, kb, blocks,
-                                                                c + v * V::W, task.ldc, accumulate);
+      gemv_panel<V, Weights, R, min_i64(NV, kPerPanel)>(weights, a, p, kb, blocks, c, task.ldc, accumulate);
   }
   scale_columns<V, Weights>(task);
 }

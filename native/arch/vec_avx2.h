@@ -153,6 +153,44 @@ struct Vec {
     *odd = _mm256_shuffle_ps(a, b, 0xdd);
   }
 
+  // --- gemv_bfp_inl.h ---
+  KTS_INLINE I and_i(I a, I b) { return _mm256_and_si256(a, b); }
+  template <int N>
+  KTS_INLINE I sll_i16(I a) {
+    return _mm256_slli_epi16(a, N);
+  }
+  template <int N>
+  KTS_INLINE I srl_i16(I a) {
+    return _mm256_srli_epi16(a, N);
+  }
+  template <int N>
+  KTS_INLINE I sra_i16(I a) {
+    return _mm256_srai_epi16(a, N);
+  }
+  KTS_INLINE I to_i32(F v) { return _mm256_cvtps_epi32(v); }
+  KTS_INLINE F to_f32(I v) { return _mm256_cvtepi32_ps(v); }
+  KTS_INLINE int32_t sum_i(I a) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+  }
+  KTS_INLINE I set1_pair(const int16_t* p) {
+    return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)));
+  }
+  // sum + a0 * b0 + a1 * b1 of the int16 pairs of every dword
+  KTS_INLINE I dot_i16(I sum, I a, I b) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    asm("" : "+x"(sum));  // otherwise the compiler adds products to each other first, and sums leave the registers
+    return sum;
+  }
+  // int32 -> int16, in fours: 0, 2, 1, 3
+  KTS_INLINE void store_i16_pairs(int16_t* p, I v) {
+    const I order = _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                     0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    const I low = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, order), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(low));
+  }
+
   // --- quantize_inl.h ---
   KTS_INLINE I max_magnitude(I largest, const bf16_t* p) {
     return _mm256_max_epu16(largest, _mm256_and_si256(load_i(p), _mm256_set1_epi16(0x7fff)));

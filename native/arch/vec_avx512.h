@@ -136,6 +136,39 @@ struct Vec {
     *odd = _mm512_permutex2var_ps(low, _mm512_add_epi32(index, _mm512_set1_epi32(1)), high);
   }
 
+  // --- gemv_bfp_inl.h ---
+  KTS_INLINE I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+  template <int N>
+  KTS_INLINE I sll_i16(I a) {
+    return _mm512_slli_epi16(a, N);
+  }
+  template <int N>
+  KTS_INLINE I srl_i16(I a) {
+    return _mm512_srli_epi16(a, N);
+  }
+  template <int N>
+  KTS_INLINE I sra_i16(I a) {
+    return _mm512_srai_epi16(a, N);
+  }
+  KTS_INLINE I to_i32(F v) { return _mm512_cvtps_epi32(v); }
+  KTS_INLINE F to_f32(I v) { return _mm512_cvtepi32_ps(v); }
+  KTS_INLINE int32_t sum_i(I a) { return _mm512_reduce_add_epi32(a); }
+  KTS_INLINE I set1_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
+  KTS_INLINE I dot_i16(I sum, I a, I b) {
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+    asm("" : "+v"(sum));  // as on AVX2
+    return sum;
+  }
+  KTS_INLINE void store_i16_pairs(int16_t* p, I v) {
+    const __m256i order =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(v), order));
+  }
+
   // --- quantize_inl.h ---
   KTS_INLINE I max_magnitude(I largest, const bf16_t* p) {
     return _mm512_max_epu16(largest, _mm512_and_si512(load_i(p), _mm512_set1_epi16(0x7fff)));

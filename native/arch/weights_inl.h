@@ -10,15 +10,9 @@
 //   int4  half bytes -> signed bytes q or 16 q, then as int8, times scale and 2^-24 or 2^-28: q * scale is a bf16 number,
 //         so nothing is rounded
 #pragma once
-#include "kts/packed.h"
-
-// Member functions of vectors: no out-of-line copies.
-#define KTS_MEMBER inline __attribute__((always_inline))
+#include "prefetch_inl.h"
 
 namespace kts {
-
-// Weights are asked for this far ahead along a panel: the hardware's streams stop at page ends.
-constexpr int64_t kPrefetchBytes = 4096;
 
 // The tiles of all panels.
 template <class V, int64_t kBytes>
@@ -27,6 +21,8 @@ class Tiles {
   static constexpr int64_t kTileRows = kBytes / 64;
 
   Tiles(const PackedMatrix& w, int64_t panel_bytes) : data_(w.bytes()), panel_bytes_(panel_bytes) {}
+
+  int64_t panel_bytes() const { return panel_bytes_; }
 
   // Row `row` of dwords of the left (tile = 0) or right tiles of a panel, counted from k = 0.
   KTS_MEMBER const uint8_t* row(int64_t panel, int64_t tile, int64_t row) const {
@@ -38,14 +34,17 @@ class Tiles {
   }
   KTS_INLINE typename V::I load(const uint8_t* rows, int v, int j) { return V::load_i(at(rows, v, j)); }
 
-  // Rows row ... row + W - 1: dwords[i], lane l: row + l of n = v * W + i. Asks for the same of `ahead` panels further.
+  // Rows row ... row + W - 1: dwords[i], lane l: row + l of n = v * W + i. Asks for as many bytes of `ahead` panels
+  // further, in the order of memory: asking for rows of the two tiles in turn costs a quarter to half of the bandwidth.
   KTS_MEMBER void transpose(int64_t panel, int64_t row, int v, int64_t ahead, typename V::I (&dwords)[V::W]) const {
     const uint8_t* rows = this->row(panel, 0, row);
 #pragma GCC unroll 16
     for (int i = 0; i < V::W; ++i) {
-      if (v * V::W % kTileN == 0) __builtin_prefetch(at(rows, v, i) + ahead * panel_bytes_);
       dwords[i] = load(rows, v, i);
     }
+    constexpr int64_t kHere = V::W * V::W * 4;
+    const uint8_t* next = data_ + (panel + ahead) * panel_bytes_ + row * 128 + v * kHere;
+    for (int64_t i = 0; i < kHere; i += 64) __builtin_prefetch(next + i);
     V::transpose(dwords);
   }
 
@@ -72,21 +71,14 @@ class PlainWeights {
     const uint8_t* rows;
     KTS_MEMBER NoScale scale(int) const { return {}; }
     KTS_MEMBER I dwords(int v, int j) const { return T::load(rows, v, j); }
-    KTS_MEMBER void prefetch(int v, int j) const { __builtin_prefetch(T::at(rows, v, j) + kPrefetchBytes); }
   };
+
+  int64_t panel_bytes() const { return tiles_.panel_bytes(); }
+  static constexpr int64_t block_bytes() { return kRows * 2 * 64; }  // of 32 k of a panel
 
   // 32 k from kb * 32, columns from the given tile of the panel on.
   KTS_MEMBER Block block(int64_t panel, int64_t tile, int64_t kb) const {
     return {tiles_.row(panel, tile, kb * kRows)};
-  }
-
-  // Asks for 32 k of a panel.
-  KTS_MEMBER void prefetch(int64_t panel, int64_t kb) const {
-    const uint8_t* at = tiles_.row(panel, 0, kb * kRows);
-    for (int i = 0; i < kRows * 64; i += 64) {
-      __builtin_prefetch(at + i);
-      __builtin_prefetch(at + i + kTileBytes);
-    }
   }
 
   // As Tiles::transpose, W vectors of dwords; int4: then another W, `stride` vectors on, for the odd blocks.
@@ -158,7 +150,6 @@ class Int4Weights {
     Half half{0};
     KTS_MEMBER F scale(int v) const { return V::mul(V::load_bf16(scales + v * V::W), V::set1(half.unit)); }
     KTS_MEMBER I dwords(int v, int j) const { return V::nibbles(T::load(rows, v, j), half.mask, half.bias); }
-    KTS_MEMBER void prefetch(int v, int j) const { __builtin_prefetch(T::at(rows, v, j) + kPrefetchBytes); }
   };
 
   explicit Int4Weights(const PackedMatrix& w)
@@ -171,6 +162,8 @@ class Int4Weights {
                                             : 2) {}
 
   int64_t blocks() const { return blocks_; }
+  int64_t panel_bytes() const { return tiles_.panel_bytes(); }
+  static constexpr int64_t block_bytes() { return kRows * 64; }
   // Scales of the 32 n of a panel for block kb.
   KTS_MEMBER const bf16_t* scales(int64_t panel, int64_t kb) const {
     return scales_ + (panel * groups_ + (kb >> group_shift_)) * kPanel;
@@ -181,12 +174,6 @@ class Int4Weights {
   KTS_INLINE F weight(I dwords, F scale, int phase) { return V::mul(V::top_byte(dwords, phase), scale); }
   KTS_INLINE F weight(I dwords, NoScale, int phase) { return V::top_byte(dwords, phase); }
 
-  // Two blocks share their bytes: the even one asks for the panel's left tile, the odd one for the right tile.
-  KTS_MEMBER void prefetch(int64_t panel, int64_t kb) const {
-    const uint8_t* at = tiles_.row(panel, kb % 2, kb / 2 * kRows);
-    for (int i = 0; i < kTileBytesInt4; i += 64) __builtin_prefetch(at + i);
-    __builtin_prefetch(scales(panel, kb));
-  }
   KTS_MEMBER void transpose(int64_t panel, int64_t row, int v, int64_t ahead, I* to, int64_t stride) const {
     const Half low(0), high(1);
     I dwords[V::W];

@@ -7,6 +7,7 @@
 
 #include "bindings.h"
 #include "gil.h"
+#include "rows_arg.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -14,13 +15,6 @@ namespace py = pybind11;
 namespace kts {
 
 namespace {
-
-Rows rows_from_name(const std::string& name, Format format) {
-  if (name == "bf16") return Rows::kBf16;
-  if (name != "int8") throw py::value_error("rows: expected bf16 or int8, got " + name);
-  if (format == Format::kBf16) throw py::value_error("rows: int8 needs int8 or int4 weights");
-  return Rows::kInt8;
-}
 
 LinearOutput output_of(const TensorArg& out, const std::string& dtype) {
   if (dtype == "bf16") return {out.bf16(), nullptr, out.stride(0)};

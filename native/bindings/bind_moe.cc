@@ -6,6 +6,7 @@
 #include "bindings.h"
 #include "gil.h"
 #include "kts/moe.h"
+#include "rows_arg.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -64,12 +65,6 @@ struct LoraGradArg {
   }
 };
 
-Rows rows_from_name(const std::string& name) {
-  if (name == "bf16") return Rows::kBf16;
-  if (name == "int8") return Rows::kInt8;
-  throw py::value_error("rows: expected bf16 or int8, got " + name);
-}
-
 struct CallArgs {
   TensorArg x, ids, weights;
   LoraArg gate, up, down;
@@ -90,7 +85,7 @@ struct CallArgs {
     x.expect_shape({tokens, shape.hidden}).expect_contiguous();
     ids.expect_shape({tokens, -1}).expect_contiguous();
     weights.expect_shape({tokens, ids.size(1)}).expect_contiguous();
-    input = {tokens, ids.size(1), x.bf16(), ids.i64(), weights.f32(), rows_from_name(rows)};
+    input = {tokens, ids.size(1), x.bf16(), ids.i64(), weights.f32(), rows_from_name(rows, shape.format.kind)};
     lora = {gate.view, up.view, down.view};
     if (g_.is_none()) return;
     g.emplace(g_, "g", "f16", 2);
@@ -178,10 +173,11 @@ void backward(const MoeLayer& layer, const py::object& dout_, const py::object& 
 }  // namespace
 
 void bind_moe(py::module_& m) {
-  // int8 rows are the faster ones where the CPU multiplies bytes.
+  // int8 rows are the faster ones where the CPU multiplies bytes, block floating point elsewhere.
   m.def("default_rows", [](const std::string& format) {
+    if (weight_format(format.c_str(), 32).kind == Format::kBf16) return "bf16";
     const bool has_dot = (active_isa() & (kAvx512Vnni | kAmxInt8)) != 0;
-    return std::string(has_dot && weight_format(format.c_str(), 32).kind != Format::kBf16 ? "int8" : "bf16");
+    return has_dot ? "int8" : (active_isa() & (kAvx2 | kAvx512)) != 0 ? "bfp16" : "bf16";
   });
   py::class_<MoeLayer>(m, "MoeLayer")
       .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format,

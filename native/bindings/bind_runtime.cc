@@ -9,6 +9,7 @@
 #include "kts/thread_pool.h"
 #include "kts/topology.h"
 #include "kts/workspace.h"
+#include "rows_arg.h"
 
 namespace py = pybind11;
 
@@ -23,7 +24,7 @@ py::list kernel_rows() {
     item["name"] = row.name;
     item["op"] = row.direction == Direction::kForward ? "forward" : "input_grad";
     item["format"] = format_name(row.format);
-    item["rows"] = row.rows == Rows::kBf16 ? "bf16" : "int8";
+    item["rows"] = rows_name(row.rows);
     item["isa"] = isa_name(row.isa);
     item["block_m"] = row.block_m;
     item["max_m"] = row.max_m;

@@ -34,7 +34,8 @@ static double estimated_cost(const KernelRow& row, int64_t m) {
 const KernelRow& select_gemm(Format format, Rows rows, Direction direction, int64_t m, IsaSet isa) {
   const KernelRow* best = nullptr;
   for (const KernelRow& row : kernel_table()) {
-    if ((row.isa & isa) == 0 || row.format != format || row.rows != rows || row.direction != direction) continue;
+    if ((row.isa & isa) == 0 || row.format != format || row.direction != direction) continue;
+    if (row.rows != rows && !(rows == Rows::kBfp16 && row.rows == Rows::kBf16)) continue;
     if (row.max_m > 0 && m > row.max_m) continue;
     if (best == nullptr || estimated_cost(row, m) < estimated_cost(*best, m)) best = &row;
   }

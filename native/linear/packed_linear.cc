@@ -242,7 +242,7 @@ void PackedLinear::forward(const bf16_t* a, int64_t a_stride, int64_t m, Rows ro
   std::lock_guard<std::mutex> lock(runtime().mutex);
   check_loaded();
   check_output(out, m);
-  KTS_CHECK(rows == Rows::kBf16 || k_ <= kMaxInt8RowLength, "PackedLinear: int8 rows take at most 32768 inputs");
+  KTS_CHECK(rows != Rows::kInt8 || k_ <= kMaxInt8RowLength, "PackedLinear: int8 rows take at most 32768 inputs");
   Product p;
   p.kernel = &choose_kernel(kernel, format_.kind, rows, Direction::kForward, m);
   p.w = weight();

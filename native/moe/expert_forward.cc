@@ -63,8 +63,8 @@ void quantize_h(Pass& pass, const RowBlock& piece) {
 }
 
 // The rows of a block as the first operand of a base product of the forward.
-GemmTask forward_task(const RowBlock& block, const bf16_t* const* rows, const Int8Rows& int8, const PackedMatrix& w,
-                      const ColumnRange& range, const ThreadScratch& scratch) {
+GemmTask forward_task(const Pass& pass, const RowBlock& block, const bf16_t* const* rows, const Int8Rows& int8,
+                      const PackedMatrix& w, const ColumnRange& range, const ThreadScratch& scratch) {
   GemmTask task;
   task.a_rows = rows + block.begin;
   if (int8.values != nullptr) task.q_rows = int8.rows + block.begin, task.q_scales = int8.scales + block.begin;
@@ -75,6 +75,7 @@ GemmTask forward_task(const RowBlock& block, const bf16_t* const* rows, const In
   task.c = scratch.sum0;
   task.ldc = range.padded_cols;
   task.scratch = scratch.gemm;
+  task.block_floating_point = pass.input.rows == Rows::kBfp16;
   return task;
 }
 
@@ -85,7 +86,7 @@ void gate_up_task(Pass& pass, int shard, const RowBlock& block, const ColumnRang
   const int64_t ldc = range.padded_cols, stride = shape.inter_stride(),
                 col = pass.layer->shard(shard).begin + range.col;
   const PackedMatrix gate = pass.layer->gate(block.expert, shard), up = pass.layer->up(block.expert, shard);
-  GemmTask task = forward_task(block, pass.x_rows, pass.x_int8, gate, range, scratch);
+  GemmTask task = forward_task(pass, block, pass.x_rows, pass.x_int8, gate, range, scratch);
   gemm(Direction::kForward, task);
   task.w = &up;
   task.c = scratch.sum1;
@@ -110,7 +111,7 @@ void down_task(Pass& pass, int shard, const ColumnRange& range, const ThreadScra
   for (int64_t b = 0; b < pass.num_blocks; ++b) {
     const RowBlock& block = pass.blocks[b];
     const PackedMatrix down = pass.layer->down(block.expert, shard);
-    GemmTask task = forward_task(block, pass.h_rows, pass.h_int8, down, range, scratch);
+    GemmTask task = forward_task(pass, block, pass.h_rows, pass.h_int8, down, range, scratch);
     task.a_offset = pass.layer->shard(shard).begin;
     gemm(Direction::kForward, task);
     if (pass.lora.down.present() && shard == 0)

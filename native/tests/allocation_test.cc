@@ -3,8 +3,10 @@
 // scratch, mmap.
 #include <atomic>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -99,6 +101,17 @@ struct Training {
   }
 };
 
+// Workers that start late bind themselves to CPUs meanwhile.
+void wait_for_workers() {
+  Runtime& rt = runtime();
+  const std::lock_guard<std::mutex> lock(rt.mutex);
+  std::atomic<int> inside{0};
+  rt.pool->parallel_for(rt.pool->threads(), [&](int64_t, int) {
+    ++inside;
+    while (inside < rt.pool->threads()) std::this_thread::yield();
+  });
+}
+
 MoeShape training_shape(WeightFormat format) {
   MoeShape shape;
   shape.num_experts = kExperts, shape.hidden = kHidden, shape.inter = kInter, shape.format = format;
@@ -117,6 +130,7 @@ KTS_TEST(a_training_step_allocates_nothing_after_the_first) {
   const int threads_before = num_threads();
   for (const int pools : {1, 2}) {
     set_threads(3, pools, true);
+    wait_for_workers();
     for (const WeightFormat format : {WeightFormat{}, WeightFormat{Format::kInt8}, WeightFormat{Format::kInt4, 32}}) {
       Training training(training_shape(format));
       for (const Rows rows : {Rows::kBf16, Rows::kInt8})

@@ -54,7 +54,7 @@ struct Problem {
     *ldc = align_up(cols, kPanel);
     std::vector<float> c(static_cast<size_t>(rows_here * *ldc), accumulate ? 3.0f : std::nanf(""));
     // Every row in memory of its own, which ends with it: reads beyond it are the sanitizer's to find. NaN before it.
-    const int64_t offset = row.rows == Rows::kBf16 ? 3 : 0;
+    const int64_t offset = row.rows == Rows::kInt8 ? 0 : 3;
     std::vector<std::vector<bf16_t>> own_rows;
     std::vector<const bf16_t*> rows;
     std::vector<const int8_t*> q;

@@ -15,11 +15,13 @@ MEMBER = re.compile(r"^(\S+?)(?:\.cc)?\.o:\s+file format")
 FUNCTION = re.compile(r"^([0-9a-f]+) <(.*)>:$")
 INSTRUCTION = re.compile(r"^\s+([0-9a-f]+):\s+(?:(?:rep|repz|notrack|bnd|data16|cs) )*(\S+)\s*(.*)$")
 JUMP = re.compile(r"^([0-9a-f]+) <")
-# Per dot product of a loop. Sums in memory cost a store each time. Where the registers do not reach for constants, such
-# as the scales of int4, they are read again as memory operands, which hides behind the arithmetic.
+# Per dot product of a loop; a sum that lives in memory from one round to the next is never tolerated. Stores: a vector
+# put aside within a round. Loads: where the registers do not reach for constants, such as the scales of int4, they are
+# read again as memory operands, which hides behind the arithmetic.
 TOLERATED_STORES = 1 / 8
 TOLERATED_LOADS = 2 / 3
 VECTOR = re.compile(r"%([xyz]mm\d+|tmm\d)")
+SLOT = re.compile(r"[-\w]*\([^)]*\)")
 MEMORY = re.compile(r"\((%\w+)?(?:,(%\w+))?")
 
 
@@ -28,16 +30,31 @@ class Instruction(NamedTuple):
     name: str
     operands: str
 
+    def slot(self) -> str:
+        """The memory operand."""
+        return SLOT.search(self.operands)[0]
+
+    def is_store(self) -> bool:
+        return self.operands.endswith(")")
+
 
 class HotLoop(NamedTuple):
     length: int  # instructions
     dots: int
     on_stack: list[Instruction]  # that move vectors from or to the stack
 
+    def carried(self) -> set[str]:
+        """Places on the stack that a round reads before it writes them, for the next round: sums."""
+        written_first: dict[str, bool] = {}
+        for i in self.on_stack:
+            written_first.setdefault(i.slot(), i.is_store())
+        return {i.slot() for i in self.on_stack if i.is_store() and not written_first[i.slot()]}
+
     def spills(self) -> bool:
         """Whether sums, and not just constants, live on the stack."""
-        stores = sum(1 for i in self.on_stack if i.operands.endswith(")"))
-        return stores > TOLERATED_STORES * self.dots or len(self.on_stack) - stores > TOLERATED_LOADS * self.dots
+        stores = sum(1 for i in self.on_stack if i.is_store())
+        loads = len(self.on_stack) - stores
+        return bool(self.carried()) or stores > TOLERATED_STORES * self.dots or loads > TOLERATED_LOADS * self.dots
 
 
 @dataclass

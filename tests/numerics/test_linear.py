@@ -250,7 +250,7 @@ def test_gradient_of_a_transposed_output_gradient():
         (lambda: forward(make(4, 4)[0], torch.zeros(2, 4)), "dtype bf16"),
         (lambda: forward(make(4, 4)[0], rows_of(2, 4), bias=torch.zeros(5)), r"shape \[4\]"),
         (lambda: forward(make(4, 4)[0], rows_of(2, 4), rows="int8"), "int8 or int4 weights"),
-        (lambda: forward(make(4, 4)[0], rows_of(2, 4), rows="int4"), "expected bf16 or int8"),
+        (lambda: forward(make(4, 4)[0], rows_of(2, 4), rows="int4"), "expected bf16, bfp16 or int8"),
         (lambda: make(4, 4)[0].forward(rows_of(2, 4), torch.zeros(2, 4), "f16"), "expected bf16 or f32"),
         (lambda: make(4, 4)[0].forward(rows_of(2, 4), torch.zeros(3, 4), "f32"), r"shape \[2, 4\]"),
         (lambda: make(4, 4)[0].forward(rows_of(2, 4), torch.zeros(4, 4)[::2], "f32"), "contiguous"),

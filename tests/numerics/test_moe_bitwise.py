@@ -27,6 +27,12 @@ def weights(request) -> tuple[str, int, str]:
     return request.param
 
 
+@pytest.fixture(params=[one for one in FORMATS if one[2] != "bfp16"], ids=format_id)
+def summed_in_one_order(request) -> tuple[str, int, str]:
+    """Block floating point is taken for few rows only."""
+    return request.param
+
+
 @pytest.fixture
 def vector_isa():
     """Vector kernels sum in one order for any number of rows; dot and tile kernels, chosen by that number, do not."""
@@ -76,7 +82,7 @@ def test_pools_agree_with_one_pool(pools, weights):
         assert_same(many, run(problem, layer))
     # Values on a rounding boundary may fall to the other side; int8 weights are other ones with every shard.
     kind, _, rows = weights
-    bound = 1e-4 if rows == "bf16" and kind != "int8" else 2e-2
+    bound = 1e-4 if rows != "int8" and kind != "int8" else 2e-2
     for name in one:
         assert rel_l2(many[name], one[name]) <= bound, name
 
@@ -92,8 +98,8 @@ def test_a_layer_made_with_pools_works_with_another_number_of_them():
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 22, 23])
-def test_results_do_not_depend_on_chunks(chunk, weights, vector_isa):
-    problem = make_problem(with_format(LayerCase(p=0.2, seed=25), weights))
+def test_results_do_not_depend_on_chunks(chunk, summed_in_one_order, vector_isa):
+    problem = make_problem(with_format(LayerCase(p=0.2, seed=25), summed_in_one_order))
     layer = make_layer(problem)
     whole, parts = run(problem, layer), run(problem, layer, chunk_size=chunk)
     for name in ("out", "dx", "dweights"):
@@ -117,8 +123,8 @@ def test_inference_equals_forward(lora, weights):
         assert torch.equal(run(problem, layer, backward=False)["out"], trained)
 
 
-def test_a_token_alone_equals_the_token_in_a_batch(weights, vector_isa):
-    problem = make_problem(with_format(LayerCase(seed=28, hidden=130, inter=70, tokens=9), weights))
+def test_a_token_alone_equals_the_token_in_a_batch(summed_in_one_order, vector_isa):
+    problem = make_problem(with_format(LayerCase(seed=28, hidden=130, inter=70, tokens=9), summed_in_one_order))
     layer = make_layer(problem)
     whole = run(problem, layer)
     for t in (0, 4, 8):

@@ -14,7 +14,7 @@ from kt_sft.errors import ConfigError, nearest
 KEYS: dict[str, tuple[type, str]] = {
     "kt_method": (str, "Weight format of the routed experts in memory: BF16, INT8, INT4 (also AMXBF16, AMXINT8, ...)."),
     "kt_int4_group_size": (int, "Weights that share a scale with kt_method INT4: 32 (default), 64 or 128."),
-    "kt_expert_activations": (str, "Activations of the experts: auto (default), bf16 or int8."),
+    "kt_expert_activations": (str, "Activations of the experts: auto (default), bf16, bfp16 or int8."),
     "kt_cpu_linear": (str, "Kernels for frozen linear layers on the CPU: auto (default), off, bf16 or int8."),
     "kt_weight_path": (str, "Checkpoint directory to read the experts from; default: model_name_or_path."),
     "kt_expert_checkpoint_path": (str, "Another name of kt_weight_path."),

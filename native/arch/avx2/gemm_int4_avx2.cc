@@ -2,6 +2,7 @@
 // Weights are q * scale, exactly.
 // Code in gemm_float_inl.h, dgrad_float_inl.h, dgemv_float_inl.h.
 #include "../dgemv_float_inl.h"
+#include "../gemv_bfp_inl.h"
 #include "../vec_avx2.h"
 
 namespace kts::avx2 {
@@ -10,6 +11,7 @@ using Weights = Int4Weights<Vec>;
 
 void gemm_bf16_s4_f32_6x16_avx2(const GemmTask& task) { gemm_float_forward<Vec, Weights, 6>(task); }
 void gemv_bf16_s4_f32_4x16_avx2(const GemmTask& task) { gemv_float_forward<Vec, Weights>(task); }
+void gemv_bfp16_s4_f32_4x16_avx2(const GemmTask& task) { gemv_bfp_forward<Vec, Weights>(task); }
 void dgrad_bf16_s4_f32_6x16_avx2(const GemmTask& task) { dgrad_float<Vec, Weights, 6, 32>(task); }
 void dgemv_bf16_s4_f32_4x16_avx2(const GemmTask& task) { dgemv_float<Vec, Weights, 6>(task); }
 

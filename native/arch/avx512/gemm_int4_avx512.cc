@@ -5,6 +5,7 @@
 // the one to take: memory decides there.
 // Code in gemm_float_inl.h and dgrad_float_inl.h.
 #include "../dgrad_float_inl.h"
+#include "../gemv_bfp_inl.h"
 #include "../vec_avx512.h"
 
 namespace kts::avx512 {
@@ -13,6 +14,7 @@ using Weights = Int4Weights<Vec>;
 
 void gemm_bf16_s4_f32_12x32_avx512(const GemmTask& task) { gemm_float_forward<Vec, Weights, 12>(task); }
 void gemv_bf16_s4_f32_4x32_avx512(const GemmTask& task) { gemv_float_forward<Vec, Weights>(task); }
+void gemv_bfp16_s4_f32_4x32_avx512(const GemmTask& task) { gemv_bfp_forward<Vec, Weights>(task); }
 void dgrad_bf16_s4_f32_12x32_avx512(const GemmTask& task) { dgrad_widened<Vec, Weights, 12>(task); }
 
 }  // namespace kts::avx512

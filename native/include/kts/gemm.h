@@ -20,6 +20,7 @@ enum class Direction : int { kForward = 0, kInputGrad = 1 };
 enum class Rows : int {
   kBf16 = 0,  // weight-only: sums in f32
   kInt8 = 1,  // quantised by row (RowOps::quantize_row): exact int32 sums, then scales; forward only
+  kBfp16 = 2,  // as kBf16, but few rows may be taken in block floating point (arch/gemv_bfp_inl.h); forward only
 };
 
 // One task of a product, for a range of column panels.
@@ -45,8 +46,11 @@ struct GemmTask {
   // int8 rows instead of a_rows: zeros up to a multiple of 64 elements; value = q * q_scales[i]
   const int8_t* const* q_rows = nullptr;
   const float* q_scales = nullptr;
+  bool block_floating_point = false;  // Rows::kBfp16
 
-  Rows rows() const { return q_rows != nullptr ? Rows::kInt8 : Rows::kBf16; }
+  Rows rows() const {
+    return q_rows != nullptr ? Rows::kInt8 : block_floating_point ? Rows::kBfp16 : Rows::kBf16;
+  }
 };
 
 using GemmFn = void (*)(const GemmTask&);
