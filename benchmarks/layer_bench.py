@@ -27,6 +27,8 @@ FORMATS = {
     "kt_sft bf16": ("bf16", "bf16", 2e-2),
     "kt_sft int8": ("int8", "bf16", 4e-2),
     "kt_sft int4": ("int4", "bf16", 0.3),
+    "kt_sft int8, bfp16 rows": ("int8", "bfp16", 4e-2),
+    "kt_sft int4, bfp16 rows": ("int4", "bfp16", 0.3),
     "kt_sft int8, int8 rows": ("int8", "int8", 6e-2),
     "kt_sft int4, int8 rows": ("int4", "int8", 0.3),
 }
@@ -184,7 +186,7 @@ class LayerBench:
             else:
                 ours = packed[weight_format] = OurLayer(self.layer, weight_format=weight_format, rows=rows)
             self.contestants[name] = Contestant(
-                ours, self.layer, max_error, ours.weight_bytes, rows, forward_only=rows == "int8"
+                ours, self.layer, max_error, ours.weight_bytes, rows, forward_only=rows != "bf16"
             )
         for rank in ranks:
             layer = moe_layer.with_rank(self.layer, rank)

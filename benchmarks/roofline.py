@@ -56,7 +56,8 @@ class Limits:
 
 
 def unit_of(rows: str, isa: str) -> str:
-    """Compute unit whose peak bounds a kernel row: `rows` bf16 or int8, `isa` as `kernel_rows()` names it."""
+    """Compute unit whose peak bounds a kernel row: `rows` and `isa` as `kernel_rows()` names them."""
+    rows = "int8" if rows == "bfp16" else rows  # products of int16 pairs
     levels = ISAS[: ISAS.index(isa) + 1]
     return next(_UNIT_OF[rows, level] for level in reversed(levels) if (rows, level) in _UNIT_OF)
 

@@ -66,7 +66,7 @@ def selected(options: argparse.Namespace) -> list[target_lines.Demand]:
 
 def inference_names(library: object) -> dict[str, str]:
     """Our contestants for int8 and int4 with the rows that inference takes on this CPU."""
-    suffix = {"int8": ", int8 rows", "bf16": ""}
+    suffix = {"int8": ", int8 rows", "bfp16": ", bfp16 rows", "bf16": ""}
     return {INFERENCE[one]: f"kt_sft {one}{suffix[library.default_rows(one)]}" for one in ("int8", "int4")}
 
 

@@ -25,9 +25,9 @@ from loss_curve import read_losses
 from tiny_moe.gguf_source import SourceError
 
 ROOT = Path(__file__).resolve().parents[2]
-# Area between two loss curves, relative to the area below the expected one, each the mean over SMOOTHED_STEPS steps: one
-# step sees a handful of rows. Not the largest ratio: the last losses are those of rows known by heart, a hundredth of
-# the first, and differ by tens of percent without meaning.
+# Area between two loss curves, relative to the area below the expected one; each is the mean over SMOOTHED_STEPS steps,
+# since one step sees a handful of rows. Not the largest ratio: the last losses are those of rows known by heart, a
+# hundredth of the first, and differ by tens of percent without meaning.
 SMOOTHED_STEPS = 5
 ALLOWED = {"int8": 0.01, "int4": 0.03}
 ALLOWED_BETWEEN_KERNELS = 0.01

@@ -18,8 +18,8 @@ enum class Direction : int { kForward = 0, kInputGrad = 1 };
 
 // What the rows of `a` are when a product with int8 or int4 weights is computed.
 enum class Rows : int {
-  kBf16 = 0,  // weight-only: sums in f32
-  kInt8 = 1,  // quantised by row (RowOps::quantize_row): exact int32 sums, then scales; forward only
+  kBf16 = 0,   // weight-only: sums in f32
+  kInt8 = 1,   // quantised by row (RowOps::quantize_row): exact int32 sums, then scales; forward only
   kBfp16 = 2,  // as kBf16, but few rows may be taken in block floating point (arch/gemv_bfp_inl.h); forward only
 };
 
@@ -48,9 +48,7 @@ struct GemmTask {
   const float* q_scales = nullptr;
   bool block_floating_point = false;  // Rows::kBfp16
 
-  Rows rows() const {
-    return q_rows != nullptr ? Rows::kInt8 : block_floating_point ? Rows::kBfp16 : Rows::kBf16;
-  }
+  Rows rows() const { return q_rows != nullptr ? Rows::kInt8 : block_floating_point ? Rows::kBfp16 : Rows::kBf16; }
 };
 
 using GemmFn = void (*)(const GemmTask&);
