@@ -7,38 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from kt_sft.native import native
-from kt_sft.ops.moe import LoraTensors
+from kt_sft.ops.moe import NO_LORA, LoraTensors, MoeCall, Projections, empty, native_projections
 
 EXPERT_MAJOR = "expert_major"  # stored [num_experts * rank, dim]
 EXPERT_MINOR = "expert_minor"  # stored [dim, rank * num_experts], expert index fastest
-_SAMPLES = 64  # values that tell a copy from its parameter; ten microseconds per look
-
-
-class _ExpertMinorView(torch.autograd.Function):
-    """`[dim, rank * num_experts]` seen as `[num_experts, rank, dim]`; the gradient goes back by blocks, in parallel.
-
-    torch's own strided copy of the gradient takes several times as long, at one token as long as the kernels.
-    """
-
-    @staticmethod
-    def forward(ctx, stored, num_experts):
-        return _expert_minor_view(stored, num_experts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        if grad.device.type == "cpu" and grad.dtype == torch.float32 and grad.is_contiguous():
-            stored = torch.empty(grad.shape[2], grad.shape[1] * grad.shape[0], dtype=torch.float32, device="cpu")
-            native().gradient_to_expert_minor(grad, stored)
-            return stored, None
-        return grad.permute(2, 1, 0).reshape(grad.shape[2], -1), None
-
-
-def _expert_minor_view(stored: Tensor, num_experts: int) -> Tensor:
-    return stored.view(stored.shape[0], -1, num_experts).permute(2, 1, 0)
+_SAMPLES = 64  # values that tell a copy from its parameter
+_SAMPLED_NATIVELY = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -53,22 +29,25 @@ class LoraFactor:
         """Differentiable view `[num_experts, rank, dim]`."""
         if self.layout == EXPERT_MAJOR:
             return self._expert_major(self.parameter)
-        return _ExpertMinorView.apply(self.parameter, self.num_experts)
+        return self.parameter.view(self.parameter.shape[0], -1, self.num_experts).permute(2, 1, 0)
+
+    @property
+    def is_operand(self) -> bool:
+        """Whether the parameter lies in memory as the kernels take it."""
+        p = self.parameter
+        return self.layout == EXPERT_MAJOR and p.dtype is torch.float32 and p.is_cpu and p.is_contiguous()
 
     def operand(self) -> Tensor:
-        """f32 CPU copy `[num_experts, rank, dim]`, contiguous; never the parameter's own memory."""
+        """f32 on the CPU `[num_experts, rank, dim]`, contiguous: its own memory if `is_operand`, else a copy."""
+        if self.is_operand:
+            return self._expert_major(self.parameter.detach())
         if self.layout == EXPERT_MAJOR:
-            return self._expert_major(self.parameter.detach().to("cpu", torch.float32, copy=True))
+            return self._expert_major(self.parameter.detach().to("cpu", torch.float32, copy=True).contiguous())
         stored = self.parameter.detach().to("cpu", torch.float32).contiguous()
         shape = (self.num_experts, stored.shape[1] // self.num_experts, stored.shape[0])
-        operand = torch.empty(shape, dtype=torch.float32, device="cpu")
+        operand = empty(shape, torch.float32)
         native().operand_from_expert_minor(stored, operand)
         return operand
-
-    def sample(self) -> float:
-        """Sum over a few values of the parameter."""
-        stored = self.parameter.detach().reshape(-1)
-        return stored[:: stored.numel() // _SAMPLES + 1].sum(dtype=torch.float64).item()
 
     def _expert_major(self, stored: Tensor) -> Tensor:
         return stored.view(self.num_experts, -1, stored.shape[-1])
@@ -81,6 +60,42 @@ class LoraPair:
     a: LoraFactor
     b: LoraFactor
     scaling: Callable[[], float]
+
+
+def _looks(factors: tuple[LoraFactor | None, ...]) -> tuple[tuple | None, ...]:
+    """What factors look like: equal for two looks if the operand of the first one still holds; None: cannot be told."""
+    copied = tuple(None if f is None or f.is_operand else f.parameter for f in factors)
+    looks = []
+    for factor, p, sample in zip(factors, copied, _samples(copied), strict=True):
+        if p is not None:
+            looks.append(None if p.is_inference() else (p.data_ptr(), p._version, sample))
+        else:
+            looks.append(() if factor is None else (factor.parameter.data_ptr(),))
+    return tuple(looks)
+
+
+def _samples(parameters: LoraTensors) -> tuple[float, ...]:
+    """Sum over a few values of each parameter; 0 for None."""
+    if all(p is None or (p.is_cpu and p.dtype in _SAMPLED_NATIVELY and p.is_contiguous()) for p in parameters):
+        return native().sample_factors(parameters)
+    return tuple(0.0 if p is None else _sample(p.detach().reshape(-1)) for p in parameters)
+
+
+def _sample(values: Tensor) -> float:
+    return values[:: values.numel() // _SAMPLES + 1].sum(dtype=torch.float64).item()
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Operands of all factors, and what these looked like when they were made."""
+
+    looks: tuple[tuple | None, ...]
+    aliases: LoraTensors  # hold the storages, so that no other one can turn up at their address
+    tensors: LoraTensors
+    shared: tuple[Tensor, ...]  # those that are the parameters' own memory
+
+
+_NO_OPERANDS = _Operands((None,) * 6, NO_LORA, NO_LORA, ())
 
 
 @dataclass
@@ -96,7 +111,9 @@ class ExpertLora:
     down: LoraPair | None
     dropout: float = 0.0
     active: Callable[[], bool] = lambda: True
-    _copies: dict[int, tuple[tuple, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    # Both are replaced as a whole: another thread may be reading.
+    _last: _Operands = field(default=_NO_OPERANDS, repr=False)
+    _projections: tuple[LoraTensors, tuple[float, ...], Projections] | None = field(default=None, repr=False)
 
     def _factors(self) -> tuple[LoraFactor | None, ...]:
         pairs = (self.gate_up, None, self.down)
@@ -107,28 +124,44 @@ class ExpertLora:
         return tuple(None if f is None else f.canonical() for f in self._factors())
 
     def operands(self) -> LoraTensors:
-        """f32 CPU copies of the same, made again when a parameter changed.
+        """The same in f32 on the CPU, contiguous; copies are made again when their parameter changed.
 
         Writes through `.data` (DeepSpeed, PEFT's hot swap, hand-written steps) leave the version alone. Those of a
         training step come after a backward, which ends all copies; others show in a sample of the values.
         """
-        return tuple(None if f is None else self._operand(i, f) for i, f in enumerate(self._factors()))
+        return self._operands().tensors
 
-    def _operand(self, index: int, factor: LoraFactor) -> Tensor:
-        p = factor.parameter
-        if p.is_inference():  # has no version
-            return factor.operand()
-        key = (p.data_ptr(), p._version, factor.sample())
-        cached = self._copies.get(index)
-        if cached is None or cached[0] != key:
-            # The alias holds the storage, so that no other one can turn up at its address.
-            cached = (key, p.detach(), factor.operand())
-            self._copies[index] = cached
-        return cached[2]
+    def _operands(self) -> _Operands:
+        factors, last = self._factors(), self._last
+        looks = _looks(factors)
+        if looks == last.looks and None not in looks:
+            return last
+        tensors = tuple(
+            None if f is None else before if look is not None and look == old else f.operand()
+            for f, look, old, before in zip(factors, looks, last.looks, last.tensors, strict=True)
+        )
+        made = self._last = _Operands(
+            looks,
+            tuple(None if f is None else f.parameter.detach() for f in factors),
+            tensors,
+            tuple(t for f, t in zip(factors, tensors, strict=True) if f is not None and f.is_operand),
+        )
+        return made
+
+    def bind(self, call: MoeCall) -> None:
+        """Give a call the operands with their scales, and what keeps them right until its backward."""
+        operands, scales = self._operands(), self.scales()
+        last = self._projections
+        if last is None or last[0] is not operands.tensors or last[1] != scales:
+            last = (operands.tensors, scales, native_projections(operands.tensors, scales, call.layer.inter))
+            self._projections = last
+        call.projections = last[2]
+        call.shared = operands.shared
+        call.after_backward = self.drop_copies
 
     def drop_copies(self) -> None:
         """The parameters are about to change: a backward has been here."""
-        self._copies.clear()
+        self._last, self._projections = _NO_OPERANDS, None
 
     def scales(self) -> tuple[float, float, float]:
         """Scale of gate, up and down."""

@@ -123,19 +123,18 @@ class RoutedExperts(nn.Module):
                 "use kt_sft.get_peft_model or kt_sft.load_adapter instead of PEFT's own"
             )
         shape = hidden_states.shape
-        x = hidden_states.reshape(-1, shape[-1])  # [tokens, hidden]
+        x = hidden_states if len(shape) == 2 else hidden_states.reshape(-1, shape[-1])  # [tokens, hidden]
         call = MoeCall(self.layer, rows=self.rows(), chunk_size=self.chunk_size, retain=self.retain)
         lora = NO_LORA
         if self.lora is not None and self.lora.active():
             lora = self.lora.tensors() if torch.is_grad_enabled() else NO_LORA  # without gradients the copies do
-            call.operands = self.lora.operands()
-            call.after_backward = self.lora.drop_copies
-            call.scales = self.lora.scales()
+            self.lora.bind(call)
             if self.training and self.lora.dropout > 0.0:
                 call.dropout = self.lora.dropout
                 # From torch's CPU generator: seeded with the run, and given back by checkpointing for its recompute.
                 call.seed = int(torch.randint(0, 2**62, (), device="cpu").item())
-        return moe(x, top_k_index, top_k_weights, lora, call).reshape(shape)
+        out = moe(x, top_k_index, top_k_weights, lora, call)
+        return out if len(shape) == 2 else out.reshape(shape)
 
     def _apply(self, fn, recurse=True):
         """Device and dtype moves leave expert data and placeholders alone."""

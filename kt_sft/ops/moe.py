@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kt_sft.native import native
+
+_NO_TAPE = (None, None, None, None)
+_HUGE_BYTES = 4 << 20  # two huge pages, of which one is whole wherever it begins
+
 # Order of the LoRA tensors in this file: a [num_experts, rank, in] and b [num_experts, rank, out] of gate, up, down.
 # up_a and up_b None with gate_b [num_experts, rank, 2 * inter]: gate and up share a (PEFT's fused gate_up_proj).
 LoraTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NO_LORA: LoraTensors = (None,) * 6
+# (a, b, scale) of gate, up and down as the extension takes them; None: no LoRA there.
+Projection = tuple[Tensor, Tensor, float] | None
+Projections = tuple[Projection, Projection, Projection]
 
 
 @dataclass
@@ -27,6 +35,8 @@ class MoeCall:
         scales: LoRA scale of gate, up and down (PEFT's own entries, never alpha / rank computed again).
         operands: f32 CPU copies of the LoRA tensors, contiguous along the last axis, in `LoraTensors` order;
             None: made here.
+        projections: made of operands and scales; None: made here.
+        shared: operands that are a parameter's own memory: to write it before backward is an error, as ever in torch.
         dropout: probability of the inverted dropout on the input of the LoRA branches; 0 turns it off.
         seed: of the dropout masks.
         chunk_size: tokens per native pass.
@@ -38,23 +48,20 @@ class MoeCall:
     rows: str = "bf16"
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     operands: LoraTensors | None = None
+    projections: Projections | None = None
+    shared: tuple[Tensor, ...] = ()
     dropout: float = 0.0
     seed: int = 0
     chunk_size: int = 1024
     retain: bool = True
     after_backward: Callable[[], None] | None = None
-    _lora: tuple | None = field(default=None, repr=False)
 
-    def native_lora(self, lora: LoraTensors) -> tuple:
-        """((a, b, scale) or None) of gate, up and down in the form that the extension takes."""
-        if self._lora is None:
-            tensors = self.operands if self.operands is not None else tuple(to_operand(t) for t in lora)
-            gate, up, down = split_projections(tensors, self.layer.inter)
-            self._lora = tuple(
-                None if a is None else (a, b, scale)
-                for (a, b), scale in zip((gate, up, down), self.scales, strict=True)
-            )
-        return self._lora
+    def native_lora(self, lora: LoraTensors) -> Projections:
+        """The projections, made on first use; backward gets those of forward."""
+        if self.projections is None:
+            operands = self.operands if self.operands is not None else tuple(to_operand(t) for t in lora)
+            self.projections = native_projections(operands, self.scales, self.layer.inter)
+        return self.projections
 
     def options(self) -> dict[str, object]:
         """What forward and backward of one call must agree in."""
@@ -69,6 +76,12 @@ class MoeCall:
 def to_operand(tensor: Tensor | None) -> Tensor | None:
     """f32 CPU copy of a LoRA factor, contiguous."""
     return None if tensor is None else tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def native_projections(operands: LoraTensors, scales: tuple[float, float, float], inter: int) -> Projections:
+    """The operands and scales of gate, up and down."""
+    pairs = split_projections(operands, inter)
+    return tuple(None if a is None else (a, b, scale) for (a, b), scale in zip(pairs, scales, strict=True))
 
 
 def split_projections(lora: LoraTensors, inter: int) -> tuple[tuple, tuple, tuple]:
@@ -95,74 +108,91 @@ def moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, lora: LoraTensors, ca
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, topk_weights, *lora))
     if wants_grad:
         return _Moe.apply(x, topk_ids, topk_weights, *lora, call)
-    return _run_forward(_inputs(x, topk_ids, topk_weights), lora, call, tape=(None, None), like=x)
+    return _run_forward(_inputs(x, topk_ids, topk_weights), lora, call, tape=_NO_TAPE, like=x)
 
 
 def _inputs(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """CPU copies in the extension's dtypes, the very tensors where nothing has to change."""
     return (
-        x.detach().to("cpu", torch.bfloat16).contiguous(),  # [tokens, hidden]
-        topk_ids.detach().to("cpu", torch.int64).contiguous(),  # [tokens, k]
-        topk_weights.detach().to("cpu", torch.float32).contiguous(),  # [tokens, k]
+        _input(x, torch.bfloat16),  # [tokens, hidden]
+        _input(topk_ids, torch.int64),  # [tokens, k]
+        _input(topk_weights, torch.float32),  # [tokens, k]
     )
 
 
-def _result(tokens: int, hidden: int, like: Tensor) -> tuple[Tensor, str]:
-    """Uninitialised output of the extension for a result of dtype `like.dtype`, with its dtype name."""
-    name = "bf16" if like.dtype == torch.bfloat16 else "f32"
-    return _empty((tokens, hidden), torch.bfloat16 if name == "bf16" else torch.float32), name
+def _input(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype is dtype and tensor.is_cpu and not tensor.requires_grad and tensor.is_contiguous():
+        return tensor  # each step below costs a microsecond even where it does nothing
+    return tensor.detach().to("cpu", dtype).contiguous()
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """On the CPU whatever the default device is."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+def _result(x: Tensor, like: Tensor) -> tuple[Tensor, str]:
+    """Uninitialised output of the extension, shaped as its input x, for a result of dtype `like.dtype`; dtype name."""
+    if like.dtype is torch.bfloat16:
+        return torch.empty_like(x), "bf16"
+    return torch.empty_like(x, dtype=torch.float32), "f32"
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """On the CPU whatever the default device is; large ones in huge pages, which cost less to touch and to find."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    if tensor.nbytes >= _HUGE_BYTES:
+        native().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def _run_forward(inputs: tuple, lora: LoraTensors, call: MoeCall, *, tape: tuple, like: Tensor) -> Tensor:
     x, ids, weights = inputs
-    out, out_dtype = _result(x.shape[0], x.shape[1], like)
-    g, u = tape
+    out, out_dtype = _result(x, like)
+    g, u, *xa = tape
     call.layer.forward(
-        x, ids, weights, lora=call.native_lora(lora), g=g, u=u, out=out, out_dtype=out_dtype, **call.options(),
+        x, ids, weights, lora=call.native_lora(lora), g=g, u=u, xa=tuple(xa), out=out, out_dtype=out_dtype,
+        **call.options(),
     )  # fmt: skip
-    return out.to(like.device, like.dtype)
+    return out if like.is_cpu and out.dtype is like.dtype else out.to(like.device, like.dtype)
+
+
+def _tape(rows: int, call: MoeCall, lora: LoraTensors) -> tuple[Tensor | None, ...]:
+    """g and u, f16, and x A^T of gate and of up, f32 `[rows, rank]`, where they have an A of their own."""
+    gate, up, _ = call.native_lora(lora)
+    g, u = (empty((rows, call.layer.inter_stride), torch.float16) for _ in range(2))
+    own = (gate, None if gate is not None and up is not None and up[0] is gate[0] else up)
+    return g, u, *(None if one is None else empty((rows, one[0].shape[1]), torch.float32) for one in own)
 
 
 class _Moe(torch.autograd.Function):
-    """The tape is (x, topk_ids, topk_weights, g, u): torch tensors, which checkpointing and offload hooks can drop."""
+    """The tape is (x, topk_ids, topk_weights, g, u, x A^T of gate and of up, shared operands): torch tensors, which
+    checkpointing and offload hooks can drop."""
 
     @staticmethod
     def forward(ctx, x, topk_ids, topk_weights, gate_a, gate_b, up_a, up_b, down_a, down_b, call):
         lora = (gate_a, gate_b, up_a, up_b, down_a, down_b)
         inputs = _inputs(x, topk_ids, topk_weights)
-        tape = (None, None)
-        if call.retain:
-            rows = topk_ids.numel()
-            tape = tuple(_empty((rows, call.layer.inter_stride), torch.float16) for _ in range(2))
+        tape = _tape(topk_ids.numel(), call, lora) if call.retain else _NO_TAPE
         out = _run_forward(inputs, lora, call, tape=tape, like=x)
-        ctx.save_for_backward(*inputs, *tape)
+        ctx.save_for_backward(*inputs, *tape, *call.shared)
         ctx.call = call
         ctx.x_like = (x.device, x.dtype)
         ctx.weights_like = (topk_weights.device, topk_weights.dtype)
-        ctx.lora_like = tuple(None if t is None else (t.device, t.dtype, t.shape) for t in lora)
+        ctx.lora_like = tuple(None if t is None else (t.device, t.dtype, t.shape, _is_expert_minor(t)) for t in lora)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, ids, weights, g, u = ctx.saved_tensors
+        x, ids, weights, g, u, *xa = ctx.saved_tensors[: 3 + len(_NO_TAPE)]
         call: MoeCall = ctx.call
         needs_x, _, needs_weights, *needs_lora = ctx.needs_input_grad[:9]
-        like = _empty((0,), ctx.x_like[1])
-        dx, dx_dtype = _result(x.shape[0], x.shape[1], like)
-        dweights = _empty(weights.shape, torch.float32) if needs_weights else None
+        like = empty((0,), ctx.x_like[1])
+        dx, dx_dtype = _result(x, like)
+        dweights = empty(weights.shape, torch.float32) if needs_weights else None
         dlora = tuple(
-            _empty(spec[2], torch.float32) if needed else None
+            _empty_gradient(*spec[2:]) if needed else None
             for spec, needed in zip(ctx.lora_like, needs_lora, strict=True)
         )
         lora = call.native_lora(NO_LORA)
         call.layer.backward(
-            dout.detach().to("cpu", torch.bfloat16).contiguous(), x, ids, weights, lora=lora, g=g, u=u,
+            dout.detach().to("cpu", torch.bfloat16).contiguous(), x, ids, weights, lora=lora, g=g, u=u, xa=tuple(xa),
             dx=dx if needs_x else None, dx_dtype=dx_dtype, dtopk_weights=dweights,
             lora_grads=_native_grads(dlora, lora, call.layer.inter), **call.options(),
         )  # fmt: skip
@@ -178,6 +208,20 @@ class _Moe(torch.autograd.Function):
             *grads_lora,
             None,
         )
+
+
+def _is_expert_minor(factor: Tensor) -> bool:
+    """Whether experts are the fastest index of `[num_experts, rank, dim]`, as in PEFT's `[dim, rank * num_experts]`."""
+    experts, rank, _ = factor.shape
+    return factor.stride() == (1, experts, experts * rank)
+
+
+def _empty_gradient(shape: tuple[int, ...], expert_minor: bool) -> Tensor:
+    """f32 in the memory layout of the factor, so that autograd takes the gradient as it is."""
+    experts, rank, dim = shape
+    if expert_minor:
+        return empty((dim, rank, experts), torch.float32).permute(2, 1, 0)
+    return empty(shape, torch.float32)
 
 
 def _native_grads(dlora: LoraTensors, lora: tuple, inter: int) -> tuple:

@@ -1,6 +1,7 @@
 // Row operations written once on Vec (arch/vec_*.h) and instantiated per ISA. Include only from elementwise_<isa>.cc.
 #pragma once
 #include "kts/elementwise.h"
+#include "lora_rows_inl.h"
 #include "quantize_inl.h"
 
 namespace kts {
@@ -109,123 +110,6 @@ void to_bf16(const float* src, int64_t cols, bf16_t* dst) {
   if (j < cols) V::store_bf16_n(dst + j, cols - j, V::load_n(src + j, cols - j));
 }
 
-template <class V, int MI, int NJ>
-KTS_INLINE void dot_block(const bf16_t* const* a_rows, const float* b, int64_t b_stride, int64_t k, float* c,
-                          int64_t ldc, bool accumulate) {
-  typename V::F sum[MI][NJ];
-  for (int i = 0; i < MI; ++i)
-    for (int j = 0; j < NJ; ++j) sum[i][j] = V::zero();
-  int64_t t = 0;
-  for (; t + V::W <= k; t += V::W) {
-    typename V::F bt[NJ];
-    for (int j = 0; j < NJ; ++j) bt[j] = V::load(b + j * b_stride + t);
-    for (int i = 0; i < MI; ++i) {
-      const auto at = V::load_bf16(a_rows[i] + t);
-      for (int j = 0; j < NJ; ++j) sum[i][j] = V::fma(at, bt[j], sum[i][j]);
-    }
-  }
-  if (t < k) {
-    typename V::F bt[NJ];
-    for (int j = 0; j < NJ; ++j) bt[j] = V::load_n(b + j * b_stride + t, k - t);
-    for (int i = 0; i < MI; ++i) {
-      const auto at = V::load_bf16_n(a_rows[i] + t, k - t);
-      for (int j = 0; j < NJ; ++j) sum[i][j] = V::fma(at, bt[j], sum[i][j]);
-    }
-  }
-  for (int i = 0; i < MI; ++i)
-    for (int j = 0; j < NJ; ++j) {
-      float* to = c + i * ldc + j;
-      *to = (accumulate ? *to : 0.0f) + V::sum(sum[i][j]);
-    }
-}
-
-// Blocks of 4 x 4 sums on wide registers files, 2 x 4 on sixteen registers. The lanes of one sum do not depend on the
-// block.
-template <class V>
-void dot_rows(const bf16_t* const* a_rows, int64_t m, const float* b, int64_t b_stride, int64_t n, int64_t k, float* c,
-              int64_t ldc, bool accumulate) {
-  constexpr int kMi = V::W >= 16 ? 4 : 2;
-  int64_t i = 0;
-  for (; i + kMi <= m; i += kMi) {
-    int64_t j = 0;
-    for (; j + 4 <= n; j += 4)
-      dot_block<V, kMi, 4>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
-    for (; j < n; ++j)
-      dot_block<V, kMi, 1>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
-  }
-  for (; i < m; ++i) {
-    int64_t j = 0;
-    for (; j + 4 <= n; j += 4)
-      dot_block<V, 1, 4>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
-    for (; j < n; ++j) dot_block<V, 1, 1>(a_rows + i, b + j * b_stride, b_stride, k, c + i * ldc + j, ldc, accumulate);
-  }
-}
-
-template <class V>
-KTS_INLINE typename V::F load_wide(const float* p) {
-  return V::load(p);
-}
-template <class V>
-KTS_INLINE typename V::F load_wide(const bf16_t* p) {
-  return V::load_bf16(p);
-}
-template <class V>
-KTS_INLINE typename V::F load_wide_n(const float* p, int64_t n) {
-  return V::load_n(p, n);
-}
-template <class V>
-KTS_INLINE typename V::F load_wide_n(const bf16_t* p, int64_t n) {
-  return V::load_bf16_n(p, n);
-}
-
-// Q: bf16_t or float.
-template <class V, class Q, int MI, int NJ>
-KTS_INLINE void axpy_block(const float* l, int64_t l_row, int64_t l_term, const Q* const* q_rows, int64_t q_offset,
-                           int64_t terms, float* c, int64_t ldc) {
-  typename V::F sum[MI][NJ];
-  for (int i = 0; i < MI; ++i)
-    for (int j = 0; j < NJ; ++j) sum[i][j] = V::load(c + i * ldc + j * V::W);
-  for (int64_t t = 0; t < terms; ++t) {
-    typename V::F q[NJ];
-    for (int j = 0; j < NJ; ++j) q[j] = load_wide<V>(q_rows[t] + q_offset + j * V::W);
-    for (int i = 0; i < MI; ++i) {
-      const auto left = V::set1(l[i * l_row + t * l_term]);
-      for (int j = 0; j < NJ; ++j) sum[i][j] = V::fma(left, q[j], sum[i][j]);
-    }
-  }
-  for (int i = 0; i < MI; ++i)
-    for (int j = 0; j < NJ; ++j) V::store(c + i * ldc + j * V::W, sum[i][j]);
-}
-
-template <class V, class Q>
-void axpy_tail(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const Q* const* q_rows, int64_t q_offset,
-               int64_t terms, float* c, int64_t ldc, int64_t cols) {
-  for (int64_t i = 0; i < rows; ++i) {
-    auto sum = V::load_n(c + i * ldc, cols);
-    for (int64_t t = 0; t < terms; ++t)
-      sum = V::fma(V::set1(l[i * l_row + t * l_term]), load_wide_n<V>(q_rows[t] + q_offset, cols), sum);
-    V::store_n(c + i * ldc, cols, sum);
-  }
-}
-
-template <class V, class Q>
-void axpy_rows(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const Q* const* q_rows, int64_t q_offset,
-               int64_t terms, float* c, int64_t ldc, int64_t cols) {
-  constexpr int kNj = V::W >= 16 ? 4 : 2;
-  int64_t j = 0;
-  for (; j + kNj * V::W <= cols; j += kNj * V::W) {
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4)
-      axpy_block<V, Q, 4, kNj>(l + i * l_row, l_row, l_term, q_rows, q_offset + j, terms, c + i * ldc + j, ldc);
-    for (; i < rows; ++i)
-      axpy_block<V, Q, 1, kNj>(l + i * l_row, l_row, l_term, q_rows, q_offset + j, terms, c + i * ldc + j, ldc);
-  }
-  for (; j + V::W <= cols; j += V::W)
-    for (int64_t i = 0; i < rows; ++i)
-      axpy_block<V, Q, 1, 1>(l + i * l_row, l_row, l_term, q_rows, q_offset + j, terms, c + i * ldc + j, ldc);
-  if (j < cols) axpy_tail<V, Q>(l, l_row, l_term, rows, q_rows, q_offset + j, terms, c + j, ldc, cols - j);
-}
-
 // Hash of (row key, column). The first three lines are a bijective 32-bit mixer (constants: C. Wellons,
 // "hash-prospector"), the last one brings in the second half of the row's key. moe/dropout.h and kt_sft/ops/dropout.py
 // say the same.
@@ -269,6 +153,7 @@ constexpr RowOps make_row_ops(Isa isa) {
                 dot_rows<V>,
                 axpy_rows<V, float>,
                 axpy_rows<V, bf16_t>,
+                transpose<V>,
                 quantize_row<V>,
                 mask_bf16<V>,
                 masked_add<V>};

@@ -33,9 +33,8 @@ struct LoraArg {
   LoraArg(const py::object& value, const char* name, const MoeShape& shape, int64_t in, int64_t out) {
     if (value.is_none()) return;
     const auto parts = value.cast<py::tuple>();
-    const std::string base(name);
-    a.emplace(parts[0], (base + ".a").c_str(), "f32", 3);
-    b.emplace(parts[1], (base + ".b").c_str(), "f32", 3);
+    a.emplace(parts[0], name, "f32", 3, ".a");
+    b.emplace(parts[1], name, "f32", 3, ".b");
     a->expect_shape({shape.num_experts, -1, in});
     b->expect_shape({shape.num_experts, a->size(1), out});
     view = {a->f32(),     a->stride(0), a->stride(1), b->f32(),
@@ -43,7 +42,7 @@ struct LoraArg {
   }
 };
 
-// (da [experts, rank, in] or None, db [experts, rank, out] or None) or None
+// (da [experts, rank, in] or None, db [experts, rank, out] or None) or None; in memory as FactorGrad says.
 struct LoraGradArg {
   std::optional<TensorArg> a, b;
   LoraGradView view;
@@ -51,30 +50,30 @@ struct LoraGradArg {
   LoraGradArg(const py::object& value, const char* name, const MoeShape& shape, int64_t rank, int64_t in, int64_t out) {
     if (value.is_none()) return;
     const auto parts = value.cast<py::tuple>();
-    const std::string base(name);
-    if (!parts[0].is_none()) {
-      a.emplace(parts[0], (base + ".da").c_str(), "f32", 3);
-      a->expect_shape({shape.num_experts, rank, in});
-      view.a = a->f32(), view.a_expert = a->stride(0), view.a_rank = a->stride(1);
-    }
-    if (!parts[1].is_none()) {
-      b.emplace(parts[1], (base + ".db").c_str(), "f32", 3);
-      b->expect_shape({shape.num_experts, rank, out});
-      view.b = b->f32(), view.b_expert = b->stride(0), view.b_rank = b->stride(1);
-    }
+    if (!parts[0].is_none()) view.a = factor(a.emplace(parts[0], name, "f32", 3, ".da", true), shape, rank, in);
+    if (!parts[1].is_none()) view.b = factor(b.emplace(parts[1], name, "f32", 3, ".db", true), shape, rank, out);
+  }
+
+  static FactorGrad factor(const TensorArg& grad, const MoeShape& shape, int64_t rank, int64_t dim) {
+    grad.expect_shape({shape.num_experts, rank, dim});
+    if (dim == 1 || grad.stride(2) == 1) return {grad.f32(), grad.stride(0), grad.stride(1), 1};
+    if ((shape.num_experts > 1 && grad.stride(0) != 1) || (rank > 1 && grad.stride(1) != shape.num_experts))
+      grad.refuse("a last dimension of stride 1, or experts fastest and ranks next");
+    return {grad.f32(), 1, shape.num_experts, grad.stride(2)};
   }
 };
 
 struct CallArgs {
   TensorArg x, ids, weights;
   LoraArg gate, up, down;
-  std::optional<TensorArg> g, u;
+  std::optional<TensorArg> g, u, xa_gate, xa_up;
   MoeInput input;
   ExpertLora lora;
   ForwardTape tape;
 
   CallArgs(const MoeShape& shape, const py::object& x_, const py::object& ids_, const py::object& weights_,
-           const py::tuple& lora_, const py::object& g_, const py::object& u_, const std::string& rows)
+           const py::tuple& lora_, const py::object& g_, const py::object& u_, const py::object& xa_,
+           const std::string& rows)
       : x(x_, "x", "bf16", 2),
         ids(ids_, "topk_ids", "i64", 2),
         weights(weights_, "topk_weights", "f32", 2),
@@ -93,6 +92,16 @@ struct CallArgs {
     g->expect_shape({tokens * input.top_k, shape.inter_stride()}).expect_contiguous();
     u->expect_shape({tokens * input.top_k, shape.inter_stride()}).expect_contiguous();
     tape = {g->f16(), u->f16()};
+    if (xa_.is_none()) return;
+    const auto parts = xa_.cast<py::tuple>();
+    tape.xa_gate = keep(xa_gate, parts[0], "xa gate", lora.gate);
+    tape.xa_up = keep(xa_up, parts[1], "xa up", lora.up);
+  }
+
+  float* keep(std::optional<TensorArg>& xa, const py::object& value, const char* name, const LoraView& view) const {
+    if (value.is_none()) return nullptr;
+    xa.emplace(value, name, "f32", 2).expect_shape({input.tokens * input.top_k, view.rank}).expect_contiguous();
+    return xa->f32();
   }
 };
 
@@ -139,8 +148,8 @@ void unpack_expert(const MoeLayer& layer, int64_t expert, const py::object& gate
 void forward(const MoeLayer& layer, const py::object& x, const py::object& ids, const py::object& weights,
              const py::tuple& lora, const py::object& g, const py::object& u, const py::object& out_,
              const std::string& out_dtype, float dropout_p, uint64_t dropout_seed, int64_t chunk,
-             const std::string& rows) {
-  const CallArgs args(layer.shape(), x, ids, weights, lora, g, u, rows);
+             const std::string& rows, const py::object& xa) {
+  const CallArgs args(layer.shape(), x, ids, weights, lora, g, u, xa, rows);
   const OutArg out(out_, "out", out_dtype, args.input.tokens, layer.shape().hidden);
   const GilRelease release;
   layer.forward(args.input, args.lora, {dropout_p, dropout_seed}, chunk, args.tape, out.out);
@@ -150,9 +159,9 @@ void backward(const MoeLayer& layer, const py::object& dout_, const py::object& 
               const py::object& weights, const py::tuple& lora, const py::object& g, const py::object& u,
               const py::object& dx_, const std::string& dx_dtype, const py::object& dweights_,
               const py::tuple& lora_grads, float dropout_p, uint64_t dropout_seed, int64_t chunk,
-              const std::string& rows) {
+              const std::string& rows, const py::object& xa) {
   const MoeShape& s = layer.shape();
-  const CallArgs args(s, x, ids, weights, lora, g, u, rows);
+  const CallArgs args(s, x, ids, weights, lora, g, u, xa, rows);
   const TensorArg dout(dout_, "dout", "bf16", 2);
   dout.expect_shape({args.input.tokens, s.hidden}).expect_contiguous();
   const OutArg dx(dx_, "dx", dx_dtype, args.input.tokens, s.hidden);
@@ -191,11 +200,11 @@ void bind_moe(py::module_& m) {
            py::arg("dtype") = "bf16")
       .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::kw_only(),
            py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("out"), py::arg("out_dtype"), py::arg("dropout_p"),
-           py::arg("dropout_seed"), py::arg("chunk_size"), py::arg("rows") = "bf16")
+           py::arg("dropout_seed"), py::arg("chunk_size"), py::arg("rows") = "bf16", py::arg("xa") = py::none())
       .def("backward", &backward, py::arg("dout"), py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
            py::kw_only(), py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("dx"), py::arg("dx_dtype"),
            py::arg("dtopk_weights"), py::arg("lora_grads"), py::arg("dropout_p"), py::arg("dropout_seed"),
-           py::arg("chunk_size"), py::arg("rows") = "bf16")
+           py::arg("chunk_size"), py::arg("rows") = "bf16", py::arg("xa") = py::none())
       .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
       .def_property_readonly("missing_experts", &MoeLayer::missing_experts)
       .def_property_readonly("format",

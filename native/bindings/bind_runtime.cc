@@ -64,6 +64,10 @@ void bind_runtime(py::module_& m) {
   m.def("amx_refusal", [] { return std::string(amx_refusal()); });
   m.def("kernel_rows", &kernel_rows);
   m.def("cpu_info", &cpu_info);
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"), "For memory that nobody has written yet.");
   m.def("workspace_growths", &pass_arena_growths);
   m.def("supports_activation", [](const std::string& name) {
     Activation activation;

@@ -25,7 +25,7 @@ void add_lora_input_grad(const Pass& pass, const LoraView& view, const float* co
   float* to = pass.drops() ? scratch.sum1 : scratch.sum0;
   if (pass.drops()) std::memset(to, 0, static_cast<size_t>(block.rows() * range.padded_cols) * sizeof(float));
   pass.ops->axpy_factor(coefficients + block.begin * view.rank, view.rank, 1, block.rows(), rows, begin + range.col,
-                        view.rank, to, range.padded_cols, range.cols);
+                        view.rank, to, range.padded_cols, range.cols, true);
   if (!pass.drops()) return;
   for (int64_t i = 0; i < block.rows(); ++i)
     pass.ops->masked_add(pass.mask(stream, block.begin + i), begin + range.col, to + i * range.padded_cols, range.cols,
@@ -160,7 +160,7 @@ void run_backward(Pass& pass, const MoeGrads& grads) {
     if (task < dx_tasks) {
       dx_task(pass, shard, hidden.range(pass, task), pass.scratch[thread], grads.dx);
     } else {
-      run_lora_grad_task(pass, grads.lora, (task - dx_tasks) * shards + shard);
+      run_lora_grad_task(pass, grads.lora, (task - dx_tasks) * shards + shard, pass.scratch[thread]);
     }
   });
   add_shards(pass, grads.dx);

@@ -18,14 +18,15 @@ void project_x_to_rank(Pass& pass, const RowBlock& piece) {
     for (int64_t row = piece.begin; row < piece.end; ++row)
       pass.ops->mask_bf16(pass.mask(DropoutStream::kHidden, row), 0, pass.x_rows[row], shape.hidden,
                           pass.x_dropped + row * shape.hidden);
-  const auto project = [&](const LoraView& view, float* xa) {
+  const auto project = [&](const LoraView& view, float* xa, const float* kept) {
+    if (pass.is_backward && kept != nullptr) return;  // the forward has done it
     float* to = xa + piece.begin * view.rank;
     pass.ops->dot_rows(pass.xl_rows + piece.begin, piece.rows(), view.a + piece.expert * view.a_expert, view.a_rank,
                        view.rank, shape.hidden, to, view.rank, false);
     scale_values(to, piece.rows() * view.rank, pass.scale_of(view));
   };
-  if (pass.lora.gate.present()) project(pass.lora.gate, pass.xa_gate);
-  if (pass.lora.up.present() && !pass.lora.shares_a()) project(pass.lora.up, pass.xa_up);
+  if (pass.lora.gate.present()) project(pass.lora.gate, pass.xa_gate, pass.tape.xa_gate);
+  if (pass.lora.up.present() && !pass.lora.shares_a()) project(pass.lora.up, pass.xa_up, pass.tape.xa_up);
 }
 
 void quantize_x(Pass& pass) {
@@ -51,7 +52,8 @@ void add_lora(const Pass& pass, const float* xa, const LoraView& lora, const Row
               float* sum, int64_t ldc) {
   const float* rows[kMaxRank];
   rank_rows(lora.b + block.expert * lora.b_expert, lora.b_rank, lora.rank, rows);
-  pass.ops->axpy_factor(xa + block.begin * lora.rank, lora.rank, 1, block.rows(), rows, col, lora.rank, sum, ldc, cols);
+  pass.ops->axpy_factor(xa + block.begin * lora.rank, lora.rank, 1, block.rows(), rows, col, lora.rank, sum, ldc, cols,
+                        true);
 }
 
 namespace {

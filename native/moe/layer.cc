@@ -154,6 +154,8 @@ Pass make_pass(const MoeLayer& layer, const MoeInput& input, const ExpertLora& l
   if (tape.retained()) {
     pass.tape.g = tape.g + pair * layer.shape().inter_stride();
     pass.tape.u = tape.u + pair * layer.shape().inter_stride();
+    if (tape.xa_gate != nullptr) pass.tape.xa_gate = tape.xa_gate + pair * lora.gate.rank;
+    if (tape.xa_up != nullptr) pass.tape.xa_up = tape.xa_up + pair * lora.up.rank;
   }
   return pass;
 }
@@ -191,13 +193,15 @@ void MoeLayer::backward(const MoeInput& input, const bf16_t* dout, const ExpertL
   std::lock_guard<std::mutex> lock(runtime().mutex);
   check_call(*this, input, lora, dropout, chunk);
   rest_openmp_threads();
-  zero_lora_grads(shape_, lora, grads.lora, *runtime().pool);
+  if (input.tokens == 0) zero_lora_grads(shape_, lora, grads.lora, nullptr, *runtime().pool);
   for (int64_t begin = 0; begin < input.tokens; begin += chunk) {
     Pass pass = make_pass(*this, input, lora, dropout, tape, {begin, min_i64(chunk, input.tokens - begin)});
     pass.is_backward = true;
     pass.recomputes = !tape.retained();
     pass.dout = dout + begin * shape_.hidden;
+    pass.adds_lora_grads = begin > 0;
     begin_pass(pass);
+    if (begin == 0) zero_lora_grads(shape_, lora, grads.lora, &pass.routing, *pass.pool);
     MoeGrads part = grads;
     part.dx = at_token(grads.dx, begin * shape_.hidden);
     if (part.dtopk_weights != nullptr) part.dtopk_weights += begin * input.top_k;

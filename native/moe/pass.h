@@ -24,7 +24,8 @@ struct ThreadScratch {
   std::byte* gemm = nullptr;  // kGemmScratchBytes
   float* sum0 = nullptr;      // [kRowBlock, 128]
   float* sum1 = nullptr;
-  float* tokens = nullptr;  // [tokens, 128] sums of all experts for the columns of a task
+  float* tokens = nullptr;   // [tokens, 128] sums of all experts for the columns of a task
+  float* experts = nullptr;  // [expert_minor_floats()], only in backward with LoRA
 };
 
 // Rows of int8 (MoeInput::rows), quantised once from bf16.
@@ -67,6 +68,7 @@ struct Pass {
   float* shard_sums = nullptr;    // [shards, tokens, hidden], only with several shards
 
   // backward only
+  bool adds_lora_grads = false;  // to those of earlier chunks
   const bf16_t* dout = nullptr;  // [tokens, hidden] of the chunk
   const bf16_t** dout_rows = nullptr;
   const bf16_t** dg_rows = nullptr;
@@ -141,10 +143,16 @@ struct HiddenTasks {
   ColumnRange range(const Pass& pass, int64_t task) const { return column_range(task, width, pass.shape().hidden); }
 };
 
-// Runs fn(piece) for pieces of the blocks, in parallel and evenly, however the rows are spread over experts.
+// Runs fn(piece) for pieces of the blocks, in parallel and evenly, however the rows are spread over experts: for whole
+// blocks, each of which reads the LoRA factors of its expert once, where none of them is more than half a thread's part.
 template <class Fn>
 void for_row_pieces(const Pass& pass, Fn&& fn) {
   constexpr int64_t kMostRows = 32;
+  const auto is_small = [&](const RowBlock& b) { return b.rows() * 2 * pass.pool->threads() <= pass.routing.num_rows; };
+  if (std::all_of(pass.blocks, pass.blocks + pass.num_blocks, is_small)) {
+    pass.pool->parallel_for(pass.num_blocks, [&](int64_t task, int) { fn(pass.blocks[task]); });
+    return;
+  }
   const int64_t wanted = pass.routing.num_rows / (4 * pass.pool->threads());
   const int64_t step = wanted < 1 ? 1 : min_i64(wanted, kMostRows);
   pass.pool->parallel_for(ceil_div(pass.routing.num_rows, step), [&](int64_t task, int) {
@@ -182,9 +190,13 @@ void store_tokens(const Pass& pass, int shard, const float* tokens, int64_t toke
 // With several shards: out = the sum of their parts, in ascending order.
 void add_shards(const Pass& pass, const MoeOutput& out);
 
-// --- lora_grad.cc: gradients of A and B, accumulated into grads ---
+// --- lora_grad.cc: gradients of A and B ---
+// Floats of a thread's scratch for gradients whose expert index is the fastest.
+int64_t expert_minor_floats(int64_t num_experts);
 int64_t num_lora_grad_tasks(const Pass& pass, const ExpertLoraGrads& grads);
-void run_lora_grad_task(const Pass& pass, const ExpertLoraGrads& grads, int64_t task);
-void zero_lora_grads(const MoeShape& shape, const ExpertLora& lora, const ExpertLoraGrads& grads, ThreadPool& pool);
+void run_lora_grad_task(const Pass& pass, const ExpertLoraGrads& grads, int64_t task, const ThreadScratch& scratch);
+// Zeros what no task writes: the experts without rows; all, if the call has no tokens (null).
+void zero_lora_grads(const MoeShape& shape, const ExpertLora& lora, const ExpertLoraGrads& grads,
+                     const Routing* routing, ThreadPool& pool);
 
 }  // namespace kts

@@ -13,6 +13,8 @@ static void plan_scratch(Pass& pass, int threads, Arena& arena) {
     scratch.sum0 = arena.take<float>(kSum);
     scratch.sum1 = arena.take<float>(kSum);
     scratch.tokens = arena.take<float>(pass.input.tokens * kMaxTaskPanels * kPanel);
+    if (pass.is_backward && pass.lora.present())
+      scratch.experts = arena.take<float>(expert_minor_floats(pass.shape().num_experts));
     if (pass.scratch != nullptr) pass.scratch[t] = scratch;
   }
 }
@@ -20,8 +22,11 @@ static void plan_scratch(Pass& pass, int threads, Arena& arena) {
 static void plan_lora(Pass& pass, int64_t rows, Arena& arena) {
   const MoeShape& shape = pass.shape();
   const ExpertLora& lora = pass.lora;
-  if (lora.gate.present()) pass.xa_gate = arena.take<float>(rows * lora.gate.rank);
-  if (lora.up.present()) pass.xa_up = lora.shares_a() ? pass.xa_gate : arena.take<float>(rows * lora.up.rank);
+  const auto take_xa = [&](const LoraView& view, float* kept) {
+    return kept != nullptr ? kept : arena.take<float>(rows * view.rank);
+  };
+  if (lora.gate.present()) pass.xa_gate = take_xa(lora.gate, pass.tape.xa_gate);
+  if (lora.up.present()) pass.xa_up = lora.shares_a() ? pass.xa_gate : take_xa(lora.up, pass.tape.xa_up);
   if (lora.down.present()) pass.ha = arena.take<float>(rows * lora.down.rank);
   if (pass.drops() && lora.present()) {
     pass.x_dropped = arena.take<bf16_t>(rows * shape.hidden);

@@ -32,6 +32,13 @@ char* map_aligned(size_t bytes) {
 
 }  // namespace
 
+void advise_huge_pages(void* memory, size_t bytes) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 PageBuffer::PageBuffer(size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
   data_ = bytes < kHugePage ? map_pages(bytes) : map_aligned(bytes);

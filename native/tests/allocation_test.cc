@@ -86,7 +86,7 @@ struct Training {
     const LoraView wide{a.data(), kRank * kHidden, kHidden, b.data(), kRank * kInter, kInter, kRank, 1.5f};
     const LoraView down{a.data(), kRank * kInter, kInter, b.data(), kRank * kHidden, kHidden, kRank, 1.5f};
     const auto grad = [&](const LoraView& v, int i) {
-      return LoraGradView{da[i].data(), v.a_expert, v.a_rank, db[i].data(), v.b_expert, v.b_rank};
+      return LoraGradView{{da[i].data(), v.a_expert, v.a_rank}, {db[i].data(), v.b_expert, v.b_rank}};
     };
     LoraView up = wide;
     up.a = b.data();  // gate and up do not share A

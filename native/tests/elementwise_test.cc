@@ -35,7 +35,8 @@ std::vector<bf16_t> random_bf16(Random& random, int64_t count, bool integers) {
 KTS_TEST(dot_rows_is_exact_on_small_integers) {
   for (const RowOps* ops : all_ops) {
     if (!runs_here(ops->isa)) continue;
-    for (const Shape& s : {Shape{1, 1, 1}, {3, 5, 7}, {4, 4, 16}, {5, 8, 33}, {9, 13, 100}, {2, 256, 31}}) {
+    for (const Shape& s :
+         {Shape{1, 1, 1}, {3, 5, 7}, {4, 4, 16}, {5, 8, 33}, {9, 13, 100}, {2, 256, 31}, {67, 7, 1100}}) {
       Random random(7);
       const auto a = random_bf16(random, s.m * s.k, true);
       std::vector<float> b(static_cast<size_t>(s.n * (s.k + 3)));
@@ -59,8 +60,15 @@ KTS_TEST(dot_rows_is_exact_on_small_integers) {
 KTS_TEST(axpy_rows_is_exact_on_small_integers_and_stays_inside) {
   for (const RowOps* ops : all_ops) {
     if (!runs_here(ops->isa)) continue;
-    for (const Shape& s :
-         {Shape{1, 1, 1}, {3, 5, 7}, {4, 64, 16}, {5, 67, 9}, {9, 130, 21}, {256, 31, 2}}) {  // rows, cols, terms
+    for (const Shape& s : {Shape{1, 1, 1},
+                           {1, 150, 5},
+                           {3, 5, 7},
+                           {4, 64, 16},
+                           {5, 67, 9},
+                           {9, 130, 21},
+                           {256, 31, 2},
+                           {13, 70, 300},
+                           {8, 40, 0}}) {  // rows, cols, terms
       for (const bool transposed : {false, true}) {
         Random random(8);
         const auto q = random_bf16(random, s.k * (s.n + 2), true);
@@ -69,8 +77,9 @@ KTS_TEST(axpy_rows_is_exact_on_small_integers_and_stays_inside) {
         std::vector<const bf16_t*> rows;
         for (int64_t t = 0; t < s.k; ++t) rows.push_back(q.data() + t * (s.n + 2));
         const int64_t l_row = transposed ? 1 : s.k, l_term = transposed ? s.m : 1, ldc = s.n + 1;
-        std::vector<float> c(static_cast<size_t>(s.m * ldc), 5.0f);
-        ops->axpy_rows(l.data(), l_row, l_term, s.m, rows.data(), 2, s.k, c.data(), ldc, s.n);
+        std::vector<float> c(static_cast<size_t>(s.m * ldc), 5.0f), written(c.size(), NAN);
+        ops->axpy_rows(l.data(), l_row, l_term, s.m, rows.data(), 2, s.k, c.data(), ldc, s.n, true);
+        ops->axpy_rows(l.data(), l_row, l_term, s.m, rows.data(), 2, s.k, written.data(), ldc, s.n, false);
         for (int64_t i = 0; i < s.m; ++i)
           for (int64_t j = 0; j < ldc; ++j) {
             float want = 5.0f;
@@ -79,8 +88,28 @@ KTS_TEST(axpy_rows_is_exact_on_small_integers_and_stays_inside) {
             KTS_EXPECT(c[static_cast<size_t>(i * ldc + j)] == want)
                 << isa_name(ops->isa) << " rows=" << s.m << " cols=" << s.n << " terms=" << s.k << " at " << i << ", "
                 << j;
+            const float alone = written[static_cast<size_t>(i * ldc + j)];
+            KTS_EXPECT(j < s.n ? alone == want - 5.0f : std::isnan(alone))
+                << isa_name(ops->isa) << " written: rows=" << s.m << " cols=" << s.n << " terms=" << s.k;
           }
       }
+    }
+  }
+}
+
+KTS_TEST(transpose_swaps_indices_and_stays_inside) {
+  for (const RowOps* ops : all_ops) {
+    if (!runs_here(ops->isa)) continue;
+    for (const Shape& s : {Shape{1, 1, 0}, {16, 8, 0}, {32, 32, 0}, {31, 17, 0}, {40, 5, 0}, {3, 100, 0}}) {
+      const int64_t from_stride = s.n + 3, to_stride = s.m + 2;
+      std::vector<float> from(static_cast<size_t>(s.m * from_stride)), to(static_cast<size_t>(s.n * to_stride), -1.0f);
+      for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<float>(i);
+      ops->transpose(from.data(), from_stride, s.m, s.n, to.data(), to_stride);
+      for (int64_t j = 0; j < s.n; ++j)
+        for (int64_t i = 0; i < to_stride; ++i)
+          KTS_EXPECT(to[static_cast<size_t>(j * to_stride + i)] ==
+                     (i < s.m ? static_cast<float>(i * from_stride + j) : -1.0f))
+              << isa_name(ops->isa) << " " << s.m << " x " << s.n << " at " << i << ", " << j;
     }
   }
 }

@@ -134,8 +134,8 @@ KTS_TEST(thin_products_touch_nothing_beyond_their_rows) {
 
         Guarded<float> l(n * m), wide_want(n * length), wide_got(n * length);
         fill(l, random);
-        scalar::kRowOps.axpy_rows(l.get(), m, 1, n, pointers.data(), 0, m, wide_want.get(), length, length);
-        ops->axpy_rows(l.get(), m, 1, n, pointers.data(), 0, m, wide_got.get(), length, length);
+        scalar::kRowOps.axpy_rows(l.get(), m, 1, n, pointers.data(), 0, m, wide_want.get(), length, length, true);
+        ops->axpy_rows(l.get(), m, 1, n, pointers.data(), 0, m, wide_got.get(), length, length, true);
         KTS_EXPECT(same_bits(wide_want, wide_got))
             << "axpy_rows " << isa_name(ops->isa) << " cols=" << length << " terms=" << m;
 
@@ -146,8 +146,8 @@ KTS_TEST(thin_products_touch_nothing_beyond_their_rows) {
           fill(*factors.back(), random);
           factor_rows.push_back(factors.back()->get());
         }
-        scalar::kRowOps.axpy_factor(l.get(), m, 1, n, factor_rows.data(), 0, m, wide_want.get(), length, length);
-        ops->axpy_factor(l.get(), m, 1, n, factor_rows.data(), 0, m, wide_got.get(), length, length);
+        scalar::kRowOps.axpy_factor(l.get(), m, 1, n, factor_rows.data(), 0, m, wide_want.get(), length, length, true);
+        ops->axpy_factor(l.get(), m, 1, n, factor_rows.data(), 0, m, wide_got.get(), length, length, true);
         KTS_EXPECT(same_bits(wide_want, wide_got))
             << "axpy_factor " << isa_name(ops->isa) << " cols=" << length << " terms=" << m;
       }
@@ -242,7 +242,7 @@ struct LayerRun {
       factor[2 * p] = make_factor(kExperts * kRank * in), factor[2 * p + 1] = make_factor(kExperts * kRank * width);
       lora[2 * p].resize(factor[2 * p].size()), lora[2 * p + 1].resize(factor[2 * p + 1].size());
       *view[p] = {factor[2 * p].data(), kRank * in, in, factor[2 * p + 1].data(), kRank * width, width, kRank, 1.5f};
-      *grad[p] = {lora[2 * p].data(), kRank * in, in, lora[2 * p + 1].data(), kRank * width, width};
+      *grad[p] = {{lora[2 * p].data(), kRank * in, in}, {lora[2 * p + 1].data(), kRank * width, width}};
     }
     out.resize(kTokens * kHidden), dx.resize(kTokens * kHidden), dweights.resize(kTokens * kTopK);
     std::vector<f16_t> g(static_cast<size_t>(kTokens * kTopK * shape.inter_stride())), u = g;

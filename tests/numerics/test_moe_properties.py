@@ -279,6 +279,27 @@ class TestErrors:
         with pytest.raises(ValueError, match="out of range"):
             layer.load_expert(5, good, good, down)
 
+    def test_tensors_come_by_plain_dlpack_too(self, layer):
+        """torch before 2.10, and other libraries, have no exchange table on their tensor types."""
+
+        class Plain:
+            def __init__(self, tensor: torch.Tensor) -> None:
+                self.tensor, self.requires_grad = tensor, tensor.requires_grad
+
+            def detach(self) -> Plain:
+                return Plain(self.tensor.detach())
+
+            def __dlpack__(self) -> object:
+                return self.tensor.__dlpack__()
+
+        values = torch.randn(100, requires_grad=True)
+        assert native().sample_factors((Plain(values),)) == native().sample_factors((values,))
+        down = torch.zeros(52, 37, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=r"up: expected shape \[37, 52\], got bf16 \[52, 37\]"):
+            layer.load_expert(0, Plain(down.T.contiguous()), Plain(down), down)
+        with pytest.raises(TypeError, match="gate: expected a tensor, got <class 'int'>"):
+            layer.load_expert(0, 1, down, down)
+
     def test_unknown_isa_activation_and_format(self):
         with pytest.raises(ValueError, match="expected one of auto, scalar, avx2"):
             native().set_isa("sse2")

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.native import native
+from kt_sft.nn import expert_lora
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
 from kt_sft.nn.routed_experts import RoutedExperts
 
@@ -97,13 +98,124 @@ def test_unchanged_parameters_are_converted_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_operands_are_copies_in_the_canonical_layout(dtype):
+def test_operands_in_the_canonical_layout(dtype):
+    """Copies, except of parameters that lie in memory as the kernels take them."""
     lora = make_experts(dtype)[0].lora
     for factor, operand, view in zip(lora._factors(), lora.operands(), lora.tensors(), strict=True):
         if factor is None:
             continue
         assert operand.dtype == torch.float32 and torch.equal(operand, view.float()) and operand.is_contiguous()
-        assert operand.untyped_storage().data_ptr() != factor.parameter.untyped_storage().data_ptr()
+        shares = operand.untyped_storage().data_ptr() == factor.parameter.untyped_storage().data_ptr()
+        assert shares == (factor.layout == EXPERT_MAJOR and dtype == torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("numel", [0, 1, 64, 65, 1000])
+def test_samples_see_the_same_values_whoever_takes_them(dtype, numel):
+    values = torch.randn(numel).to(dtype)
+    strided = torch.stack([values, values]).T[:, 0]  # never read natively
+    want = values[:: numel // 64 + 1].double().sum().item()
+    for parameter in (values, strided, nn.Parameter(values)):
+        assert expert_lora._samples((None, parameter))[1] == pytest.approx(want, rel=1e-12, abs=1e-12)
+
+
+def gradients(experts: RoutedExperts, parameters: list, inputs: tuple, between=lambda: None) -> list[Tensor]:
+    """Of the parameters, from one step with `between` after its forward."""
+    out = experts(*inputs)
+    between()
+    return list(torch.autograd.grad(out.square().sum(), parameters))
+
+
+@pytest.mark.parametrize("index", [0, 2], ids=["gate_up a", "down a"])
+def test_writing_a_shared_parameter_before_backward_is_refused(index, inputs):
+    experts, parameters = make_experts()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"), torch.no_grad():
+        with torch.enable_grad():
+            out = experts(*inputs).sum()
+        parameters[index].add_(1.0)
+        out.backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "indices"), [(torch.float32, (1, 3)), (torch.bfloat16, (0, 1, 2, 3))], ids=["f32", "bf16"]
+)
+def test_gradients_are_those_of_the_values_that_forward_saw(dtype, indices, inputs):
+    """Parameters that forward copied may change at once."""
+    want = gradients(*make_experts(dtype), inputs)
+    experts, parameters = make_experts(dtype)
+
+    def write() -> None:
+        for index in indices:
+            parameters[index].detach().add_(1.0)
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(experts, parameters, inputs, write), want, strict=True))
+
+
+def test_parameters_that_are_taken_away_between_forward_and_backward(inputs):
+    """DeepSpeed gathers a partitioned parameter for each pass anew, somewhere else."""
+    want = gradients(*make_experts(), inputs)
+    experts, parameters = make_experts()
+
+    def gather_again() -> None:
+        whole = [p.detach().clone() for p in parameters]
+        for p in parameters:
+            p.data = torch.empty(0)
+        garbage = [torch.full_like(p, torch.nan) for p in whole]  # where the parameters were, had nobody held them
+        for p, value in zip(parameters, whole, strict=True):
+            p.data = value
+        del garbage
+
+    got = gradients(experts, parameters, inputs, gather_again)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_two_forwards_before_two_backwards(inputs):
+    experts, parameters = make_experts()
+    other = (inputs[0].flip(0), *inputs[1:])
+    apart = [gradients(experts, parameters, batch) for batch in (inputs, other)]
+    losses = [experts(*batch).square().sum() for batch in (inputs, other)]
+    for loss in losses:
+        loss.backward()
+    for p, first, second in zip(parameters, *apart, strict=True):
+        assert torch.equal(p.grad, first + second) and p.grad.dtype == torch.float32
+
+
+def canonical_copy(experts: RoutedExperts) -> tuple[RoutedExperts, list[nn.Parameter]]:
+    """The same experts and LoRA, every factor stored as the kernels take it."""
+    twin = copy.copy(experts.lora)
+    factors = [
+        LoraFactor(nn.Parameter(f.canonical().detach().clone().contiguous().flatten(0, 1)), EXPERT_MAJOR, EXPERTS)
+        for f in experts.lora._factors()
+        if f is not None
+    ]
+    twin.gate_up, twin.down = (LoraPair(*factors[i : i + 2], lambda: 2.0) for i in (0, 2))
+    twin.drop_copies()
+    result = RoutedExperts(experts.spec, chunk_size=experts.chunk_size)
+    result.layer, result.lora = experts.layer, twin
+    return result, [f.parameter for f in factors]
+
+
+@pytest.mark.parametrize("chunk", [2, 1024])
+@pytest.mark.parametrize("used", [EXPERTS, 2, 0], ids=["all experts", "two experts", "no expert"])
+def test_gradients_do_not_depend_on_how_factors_are_stored(chunk, used, inputs):
+    experts, parameters = make_experts()
+    experts.chunk_size = chunk
+    other, other_parameters = canonical_copy(experts)
+    ids = inputs[1].sort(dim=0)[0]  # later chunks meet experts that earlier ones do not
+    ids = torch.where(ids < used, ids, EXPERTS)
+    batch = (inputs[0], ids, inputs[2])
+    got, want = gradients(experts, parameters, batch), gradients(other, other_parameters, batch)
+    for factor, a, b in zip((f for f in experts.lora._factors() if f), got, want, strict=True):
+        stored = LoraFactor(nn.Parameter(a), factor.layout, EXPERTS).canonical().detach()
+        assert a.is_contiguous() and torch.equal(stored.flatten(0, 1), b)
+        used_experts = stored.abs().sum((1, 2)) > 0
+        assert used_experts.tolist() == [e in ids.unique() for e in range(EXPERTS)]
+
+
+def test_no_tokens_give_zero_gradients(inputs):
+    experts, parameters = make_experts()
+    grads = gradients(experts, parameters, tuple(t[:0] for t in inputs))
+    assert all(torch.count_nonzero(g) == 0 and g.shape == p.shape for g, p in zip(grads, parameters, strict=True))
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])

@@ -44,12 +44,14 @@ struct RowOps {
   // c[i, j] (+)= sum_k a_i[k] * b[j * b_stride + k], i < m, j < n: both operands are read along k.
   void (*dot_rows)(const bf16_t* const* a_rows, int64_t m, const float* b, int64_t b_stride, int64_t n, int64_t k,
                    float* c, int64_t ldc, bool accumulate);
-  // c[i, :] += sum_t l[i * l_row + t * l_term] * q_t[:], i < rows, t < terms in ascending order; q_t = q_rows[t] +
+  // c[i, :] (+)= sum_t l[i * l_row + t * l_term] * q_t[:], i < rows, t < terms in ascending order; q_t = q_rows[t] +
   // q_offset.
   void (*axpy_factor)(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const float* const* q_rows,
-                      int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols);
+                      int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols, bool accumulate);
   void (*axpy_rows)(const float* l, int64_t l_row, int64_t l_term, int64_t rows, const bf16_t* const* q_rows,
-                    int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols);
+                    int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols, bool accumulate);
+  // to[j * to_stride + i] = from[i * from_stride + j], i < rows, j < cols
+  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to, int64_t to_stride);
   // x [cols] -> q = round(x / scale), to nearest even, scale = max |x| / 127 and at least 2^-126, returned; zeros up to a
   // multiple of 64.
   // The scale is NaN when x holds a NaN or infinity, 0 when x is all zeros.

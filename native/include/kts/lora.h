@@ -22,14 +22,19 @@ struct LoraView {
   bool present() const { return rank > 0; }
 };
 
-// Gradients in f32, same index rules; null = not wanted.
+// Where the gradient of one factor goes, f32: data[e * expert + r * rank + i * dim]; null = not wanted. Either dim is 1,
+// or the expert index is the fastest (PEFT's [dim, rank * num_experts]): expert = 1, rank = num_experts.
+struct FactorGrad {
+  float* data = nullptr;
+  int64_t expert = 0;
+  int64_t rank = 0;
+  int64_t dim = 1;
+
+  bool expert_minor() const { return dim != 1; }
+};
+
 struct LoraGradView {
-  float* a = nullptr;
-  int64_t a_expert = 0;
-  int64_t a_rank = 0;
-  float* b = nullptr;
-  int64_t b_expert = 0;
-  int64_t b_rank = 0;
+  FactorGrad a, b;
 };
 
 // gate and up share one A when up.a == gate.a (PEFT's fused gate_up form); then only gate's A gradient is written.

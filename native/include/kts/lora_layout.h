@@ -1,5 +1,5 @@
 // PEFT keeps some LoRA factors of fused experts as [dim, rank * num_experts], the expert index fastest; the kernels take
-// [num_experts, rank, dim]. Both ways in parallel, by blocks that stay in the first-level cache.
+// [num_experts, rank, dim]. In parallel, by whole cache lines. Gradients go the other way in moe/lora_grad.cc.
 #pragma once
 #include <cstdint>
 
@@ -13,8 +13,5 @@ struct LoraLayout {
 
 // operand [num_experts, rank, dim] = stored [dim, rank * num_experts]
 void operand_from_expert_minor(const LoraLayout& layout, const float* stored, float* operand);
-
-// stored [dim, rank * num_experts] = gradient [num_experts, rank, dim]
-void gradient_to_expert_minor(const LoraLayout& layout, const float* gradient, float* stored);
 
 }  // namespace kts

@@ -43,6 +43,9 @@ struct MoeInput {
 struct ForwardTape {
   f16_t* g = nullptr;  // [tokens * top_k, inter_stride]
   f16_t* u = nullptr;
+  // The LoRA products x A^T, f32 [tokens * top_k, rank]; may be null even where g is kept. up: only with an A of its own.
+  float* xa_gate = nullptr;
+  float* xa_up = nullptr;
 
   bool retained() const { return g != nullptr; }
 };

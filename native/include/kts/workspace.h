@@ -28,6 +28,9 @@ class Arena {
 
 inline constexpr size_t kHugePage = size_t{2} << 20;
 
+// Asks for huge pages for the whole ones inside [memory, memory + bytes) that nobody has written yet. Best effort.
+void advise_huge_pages(void* memory, size_t bytes);
+
 // Anonymous memory, zero until written, huge pages advised: aligned to one from that size on, to a small page below.
 // Throws std::bad_alloc.
 class PageBuffer {
