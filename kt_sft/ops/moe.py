@@ -33,10 +33,8 @@ class MoeCall:
             four rows per expert in block floating point). Gradients pass straight through that rounding and are those
             of the stored weights.
         scales: LoRA scale of gate, up and down (PEFT's own entries, never alpha / rank computed again).
-        operands: f32 CPU copies of the LoRA tensors, contiguous along the last axis, in `LoraTensors` order;
-            None: made here.
-        projections: made of operands and scales; None: made here.
-        shared: operands that are a parameter's own memory: to write it before backward is an error, as ever in torch.
+        projections: `native_projections` of the LoRA tensors and scales; None: made here.
+        shared: their operands that are a parameter's own memory: to write one before backward is an error, as in torch.
         dropout: probability of the inverted dropout on the input of the LoRA branches; 0 turns it off.
         seed: of the dropout masks.
         chunk_size: tokens per native pass.
@@ -47,7 +45,6 @@ class MoeCall:
     layer: object
     rows: str = "bf16"
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    operands: LoraTensors | None = None
     projections: Projections | None = None
     shared: tuple[Tensor, ...] = ()
     dropout: float = 0.0
@@ -59,8 +56,7 @@ class MoeCall:
     def native_lora(self, lora: LoraTensors) -> Projections:
         """The projections, made on first use; backward gets those of forward."""
         if self.projections is None:
-            operands = self.operands if self.operands is not None else tuple(to_operand(t) for t in lora)
-            self.projections = native_projections(operands, self.scales, self.layer.inter)
+            self.projections = native_projections(tuple(to_operand(t) for t in lora), self.scales, self.layer.inter)
         return self.projections
 
     def options(self) -> dict[str, object]:

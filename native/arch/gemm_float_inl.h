@@ -10,6 +10,7 @@
 #pragma once
 #include "kts/gemm.h"
 #include "weights_inl.h"
+#include "with_rows_inl.h"
 
 namespace kts {
 
@@ -43,20 +44,6 @@ KTS_INLINE void widen_rows(const bf16_t* const* a_rows, int64_t rows, int64_t be
       t += V::W;
     }
     for (; t < padded; t += V::W) V::store(to + t, V::zero());
-  }
-}
-
-// Calls fn<rows>() with rows, 1 <= rows <= MR, as a compile-time constant.
-template <int MR, class Fn>
-KTS_INLINE void with_rows(int64_t rows, Fn&& fn) {
-  if constexpr (MR == 1) {
-    fn.template operator()<1>();
-  } else {
-    if (rows == MR) {
-      fn.template operator()<MR>();
-    } else {
-      with_rows<MR - 1>(rows, fn);
-    }
   }
 }
 

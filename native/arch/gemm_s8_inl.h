@@ -15,6 +15,7 @@
 #include <immintrin.h>
 
 #include "micro_s8_inl.h"
+#include "with_rows_inl.h"
 
 namespace kts {
 
@@ -69,21 +70,9 @@ KTS_INLINE void copy_row(const GemmTask& task, int64_t i, int64_t row, int64_t k
   }
 }
 
-// Calls fn<rows>() with rows, 1 <= rows <= R, as a compile-time constant.
-template <int R, class Fn>
-KTS_INLINE void with_row_count(int64_t rows, Fn&& fn) {
-  if constexpr (R == 1) {
-    fn.template operator()<1>();
-  } else if (rows == R) {
-    fn.template operator()<R>();
-  } else {
-    with_row_count<R - 1>(rows, fn);
-  }
-}
-
 template <class P, bool kCold>
 KTS_INLINE void run_piece(const Int8RowsPiece& piece, int64_t rows) {
-  with_row_count<P::kBlockM>(rows, [&]<int R>() {
+  with_rows<P::kBlockM>(rows, [&]<int R>() {
     if constexpr (P::kFormat == Format::kInt4)
       micro_int4<P, R, kCold>(piece);
     else
@@ -111,7 +100,9 @@ struct Int8RowsPanel {
     piece.values = reinterpret_cast<float*>(scratch + P::kValuesAt);
     for (int step = 0; step < P::kSteps; ++step) {
       piece.w = (P::kUnpacks ? scratch + P::kWeightsAt : packed) + P::weights_at(step);
-      piece.ahead = next + step * tiles * P::kPackedTile;
+      // One step reads a panel in the order of memory.
+      const uint8_t* later = P::kStreams && P::kSteps == 1 ? packed + kPrefetchBytes : next;
+      piece.ahead = later + step * tiles * P::kPackedTile;
       aim_at_columns(piece, step);
       for (int64_t i = 0; i < rows; i += P::kBlockM) {
         piece.a = scratch + i * P::kAStride;

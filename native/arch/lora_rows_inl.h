@@ -2,6 +2,7 @@
 // Every sum has lanes and an order of terms of its own: results do not depend on the blocks, only on W.
 #pragma once
 #include "kts/elementwise.h"
+#include "with_rows_inl.h"
 
 namespace kts {
 
@@ -80,16 +81,14 @@ void dot_columns(const bf16_t* const* a_rows, int64_t m, const float* b, int64_t
 template <class V>
 void dot_rows(const bf16_t* const* a_rows, int64_t m, const float* b, int64_t b_stride, int64_t n, int64_t k, float* c,
               int64_t ldc, bool accumulate) {
-  using Columns = void (*)(const bf16_t* const*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
-  static constexpr Columns kColumns[kDotCols + 1] = {nullptr,           dot_columns<V, 1>, dot_columns<V, 2>,
-                                                     dot_columns<V, 3>, dot_columns<V, 4>, dot_columns<V, 5>,
-                                                     dot_columns<V, 6>};
   const int64_t blocks = ceil_div(n, kDotCols);
   for (int64_t i = 0; i < m; i += kDotRowsMax)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t j = n * block / blocks, cols = n * (block + 1) / blocks - j;
-      kColumns[cols](a_rows + i, min_i64(kDotRowsMax, m - i), b + j * b_stride, b_stride, k, c + i * ldc + j, ldc,
-                     accumulate);
+      with_rows<kDotCols>(cols, [&]<int NJ>() {
+        dot_columns<V, NJ>(a_rows + i, min_i64(kDotRowsMax, m - i), b + j * b_stride, b_stride, k, c + i * ldc + j, ldc,
+                           accumulate);
+      });
     }
 }
 
@@ -164,27 +163,9 @@ void axpy_columns(const Coefficients& l, int64_t rows, const Rows& q, int64_t te
   const int64_t blocks = ceil_div(rows, kAxpyRows);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t i = rows * block / blocks;
-    const Coefficients li = Coefficients::at(l, i, 0);
-    float* to = c + i * ldc;
-    switch (rows * (block + 1) / blocks - i) {
-      case 1:
-        axpy_block<V, Rows, 1, NJ>(li, q, terms, to, ldc, accumulate);
-        break;
-      case 2:
-        axpy_block<V, Rows, 2, NJ>(li, q, terms, to, ldc, accumulate);
-        break;
-      case 3:
-        axpy_block<V, Rows, 3, NJ>(li, q, terms, to, ldc, accumulate);
-        break;
-      case 4:
-        axpy_block<V, Rows, 4, NJ>(li, q, terms, to, ldc, accumulate);
-        break;
-      case 5:
-        axpy_block<V, Rows, 5, NJ>(li, q, terms, to, ldc, accumulate);
-        break;
-      default:
-        axpy_block<V, Rows, kAxpyRows, NJ>(li, q, terms, to, ldc, accumulate);
-    }
+    with_rows<kAxpyRows>(rows * (block + 1) / blocks - i, [&]<int R>() {
+      axpy_block<V, Rows, R, NJ>(Coefficients::at(l, i, 0), q, terms, c + i * ldc, ldc, accumulate);
+    });
   }
 }
 

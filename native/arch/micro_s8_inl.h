@@ -2,12 +2,12 @@
 // gemm_s8_inl.h, which says what they compute.
 #pragma once
 #include "kts/gemm.h"
+#include "prefetch_inl.h"
 
 namespace kts {
 
-constexpr int64_t kRowOfTile = 64;        // bytes of 4 k of 16 n
-constexpr int64_t kPrefetchBytes = 4096;  // along a panel: the hardware's streams stop at page ends
-constexpr int kChunk = 32;                // k of half a tile: one nibble of int4, the smallest group
+constexpr int64_t kRowOfTile = 64;  // bytes of 4 k of 16 n
+constexpr int kChunk = 32;          // k of half a tile: one nibble of int4, the smallest group
 constexpr int kRowsOfChunk = kChunk / 4;
 
 // What one kernel is made of. kStreams: a gemv row.
@@ -18,9 +18,9 @@ struct Int8RowsPlan {
   static constexpr Format kFormat = kFormat_;
   static constexpr int kBlockM = kBlockM_;
   static constexpr bool kStreams = kStreams_;
-  // Whole tiles and groups. The two tiles of an int8 panel that W = 8 reads one after the other come from memory
-  // together: a long block costs a quarter of the speed of a gemv kernel. int4 prefers long blocks.
-  static constexpr int64_t kBlockK = !kStreams ? 512 : kFormat == Format::kInt8 && V::W == 8 ? 256 : 8192;
+  // Whole tiles and groups. W = 8 reads the two tiles of a panel one after the other: a short block of int8 lets them
+  // come from memory together. int4 is faster in long blocks.
+  static constexpr int64_t kBlockK = !kStreams || (kFormat == Format::kInt8 && V::W == 8) ? 512 : 8192;
   static constexpr int kParts = kFormat == Format::kInt8 ? D::kParts : 1;
   static constexpr bool kUnpacks = !kStreams && (kFormat == Format::kInt4 || kParts > 1);
   // Rows in scratch: part p of 4 k is the dword at p * kBlockK + k. Off a power of two: rows do not share cache sets.
@@ -45,8 +45,8 @@ struct Int8RowsPlan {
   KTS_INLINE constexpr int64_t weights_at(int step) { return V::W == 16 ? 0 : step * kTile; }
   static constexpr int64_t kRight = V::W == 16 ? kTile : kRowOfTile / 2;
   static constexpr int64_t kPackedTile = kFormat == Format::kInt8 ? kTileBytes : kTileBytesInt4;
-  // Packed bytes that stand for one row of the micro-kernel's tiles.
-  static constexpr int64_t kPackedRow = kPackedTile / (kTileKQ / 4) * (V::W == 16 ? 2 : 1);
+  // Packed bytes that stand for one row of the micro-kernel's tiles, and are asked for meanwhile.
+  static constexpr int64_t kPackedRow = kUnpacks ? kPackedTile / (kTileKQ / 4) * (V::W == 16 ? 2 : 1) : kCols * 4;
 };
 
 // Sums of one row and vector are spread over several registers where few rows leave dot products waiting for each other.
@@ -62,7 +62,7 @@ constexpr int kUnroll = kChains<D, R> > 2 ? kChains<D, R> : 2;  // rows of a til
 struct Int8RowsPiece {
   const uint8_t* a;
   const uint8_t* w;
-  const uint8_t* ahead;  // packed weights that will be unpacked next
+  const uint8_t* ahead;  // as many packed weights that will be needed later, in the order of memory
   int64_t chunks;        // of 32 k
   float* c;
   int64_t ldc;
@@ -78,16 +78,12 @@ struct Int8RowsPiece {
   float* values;           // [2][R][2 W] scratch
 };
 
-// kCold: the first use of packed weights, or the time to ask for those that `ahead` points at.
+// kCold: the time to ask for the weights that `ahead` points at.
 template <class P, bool kCold>
-KTS_INLINE void prefetch_weights(const uint8_t* w, const uint8_t* ahead, int row) {
-  if constexpr (kCold && P::kUnpacks) {
+KTS_INLINE void prefetch_weights(const uint8_t* ahead, int row) {
+  if constexpr (kCold)
     for (int64_t line = row * P::kPackedRow; line < (row + 1) * P::kPackedRow; line += 64)
       if (line % 64 == 0) __builtin_prefetch(ahead + line);
-  } else if constexpr (kCold) {
-    __builtin_prefetch(w + kPrefetchBytes);
-    if constexpr (P::V::W == 16) __builtin_prefetch(w + P::kRight + kPrefetchBytes);
-  }
 }
 
 // Inlined, the sums would spill among its callers' variables.
@@ -112,7 +108,7 @@ template <class P, int R, bool kCold>
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll<D, R>; ++u) {
         const int chain = u % C;
-        prefetch_weights<P, kCold>(w, ahead, u);
+        prefetch_weights<P, kCold>(ahead, u);
 #pragma GCC unroll 2
         for (int part = 0; part < P::kParts; ++part) {
           const auto w0 = D::template weights<P::kUnpacks>(w, part);
@@ -159,7 +155,7 @@ KTS_INLINE void dot_chunk(const uint8_t* a, const uint8_t* w, const uint8_t* ahe
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll<D, R>; ++u) {
       const int chain = u % kChains<D, R>;
-      prefetch_weights<P, kCold && !kHigh>(w, ahead, u);
+      prefetch_weights<P, kCold && !kHigh>(ahead, u);
       const auto w0 = D::template nibbles<P::kUnpacks, kHigh>(w);
       const auto w1 = D::template nibbles<P::kUnpacks, kHigh>(w + P::kRight);
 #pragma GCC unroll 16
@@ -229,7 +225,7 @@ template <class P, int R, bool kCold>
         dot_chunk<P, R, false, kCold>(a, w + chunk % 2 * kRowsOfChunk * P::kWeightRow,
                                       piece.ahead + chunk * kRowsOfChunk * P::kPackedRow, left, right);
       } else if (chunk % 2 == 0) {
-        dot_chunk<P, R, false, kCold>(a, w, nullptr, left, right);
+        dot_chunk<P, R, false, kCold>(a, w, piece.ahead + chunk / 2 * kRowsOfChunk * P::kPackedRow, left, right);
       } else {
         dot_chunk<P, R, true, kCold>(a, w, nullptr, left, right);
       }

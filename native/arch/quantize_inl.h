@@ -1,6 +1,9 @@
 // Quantisation loops written once on Vec (arch/vec_*.h): activation rows and weights. Same bits on every ISA. Include
 // only from elementwise_<isa>.cc (through elementwise_inl.h) and quant_<isa>.cc.
 #pragma once
+#include <bit>
+#include <cstring>
+
 #include "kts/elementwise.h"
 #include "kts/quant.h"
 
@@ -68,26 +71,14 @@ KTS_INLINE Int4Errors<V> int4_errors(const float* w, int64_t count, float s) {
   return {V::sum(plus), V::sum(minus)};
 }
 
-KTS_INLINE float float_of_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-KTS_INLINE uint32_t bits_of_float(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
 // The search of quant/int4.cc. w [count] times 2^-shift, zeros up to a multiple of 8; `largest` is in [2, 4).
 template <class V>
 KTS_INLINE float int4_search(const float* w, int64_t count, float largest, float least, float most) {
   constexpr uint32_t kStep = 1u << 19;  // numbers of 5 significant bits are this far apart as bits
   float best = 0.0f, best_error = __builtin_inff();
-  const uint32_t begin = (bits_of_float(largest * (3.0f / 32)) + kStep - 1) & ~(kStep - 1);
-  for (uint32_t bits = begin; float_of_bits(bits) <= largest * (5.0f / 32); bits += kStep) {
-    const float s = float_of_bits(bits);
+  const uint32_t begin = (std::bit_cast<uint32_t>(largest * (3.0f / 32)) + kStep - 1) & ~(kStep - 1);
+  for (uint32_t bits = begin; std::bit_cast<float>(bits) <= largest * (5.0f / 32); bits += kStep) {
+    const float s = std::bit_cast<float>(bits);
     if (s < least || s > most) continue;
     const Int4Errors<V> error = int4_errors<V>(w, count, s);
     if (error.plus < best_error) best = s, best_error = error.plus;
@@ -113,11 +104,11 @@ template <class V>
 float quantize_int4(const bf16_t* w, int64_t count, uint32_t largest, int8_t* q) {
   static_assert(V::W == 8, "sums of squared errors have eight lanes on every ISA");
   alignas(64) float values[128];
-  const float magnitude = float_of_bits(largest << 16);
+  const float magnitude = std::bit_cast<float>(largest << 16);
   const bool searches = magnitude >= 7 * kLeastScale;
   // Powers of two that scale `magnitude` into [2, 4) and back.
   const int exponent = static_cast<int>(largest >> 7) - 128;
-  const float down = searches ? float_of_bits(static_cast<uint32_t>(127 - exponent) << 23) : 1.0f;
+  const float down = searches ? std::bit_cast<float>(static_cast<uint32_t>(127 - exponent) << 23) : 1.0f;
   const auto factor = V::set1(down);
   for (int64_t j = 0; j < align_up(count, 4 * V::W); j += V::W)
     V::store(values + j, V::mul(j + V::W <= count ? V::load_bf16(w + j)
@@ -132,7 +123,7 @@ float quantize_int4(const bf16_t* w, int64_t count, uint32_t largest, int8_t* q)
   const float most = exponent == 126 ? 0.484375f : 4.0f, least = kLeastScale * down;
   const float best = int4_search<V>(values, align_up(count, V::W), magnitude * down, least, most);
   round_int4<V>(values, count, 1.0f / best, q);
-  return best * float_of_bits(static_cast<uint32_t>(127 + exponent) << 23);
+  return best * std::bit_cast<float>(static_cast<uint32_t>(127 + exponent) << 23);
 }
 
 template <class V8, class V>

@@ -2,6 +2,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "kts/types.h"
 
 namespace kts::avx512 {

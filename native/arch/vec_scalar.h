@@ -8,6 +8,7 @@
 //   iota set1_i add_i xor_i mul_i srl_i  32-bit wrap-around integers
 //   keep(h, threshold, v)  v where (h >> 8) >= threshold, else 0
 #pragma once
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -35,12 +36,7 @@ struct Vec {
   KTS_INLINE F max(F a, F b) { return a > b ? a : b; }
   KTS_INLINE F round_even(F a) { return __builtin_rintf(a); }
   KTS_INLINE float sum(F a) { return a; }
-  KTS_INLINE F pow2(F n) {
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-  }
+  KTS_INLINE F pow2(F n) { return std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23); }
   KTS_INLINE F load_bf16(const bf16_t* p) { return bf16_to_f32(*p); }
   KTS_INLINE F load_bf16_n(const bf16_t* p, int64_t) { return bf16_to_f32(*p); }
   KTS_INLINE void store_bf16(bf16_t* p, F v) { *p = f32_to_bf16(v); }

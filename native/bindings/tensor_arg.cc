@@ -85,8 +85,10 @@ bool dtype_fits(const char* dtype, const char* expected) {
 
 std::string join(const int64_t* values, size_t count) {
   std::string text = "[";
-  for (size_t i = 0; i < count; ++i)
-    text += (i ? ", " : "") + (values[i] < 0 ? std::string("any") : std::to_string(values[i]));
+  for (size_t i = 0; i < count; ++i) {
+    if (i > 0) text += ", ";
+    text += values[i] < 0 ? "any" : std::to_string(values[i]);
+  }
   return text + "]";
 }
 

@@ -22,11 +22,6 @@ from tests.helpers.layers import (
 from tests.helpers.tolerance import rel_l2
 
 
-@pytest.fixture(params=FORMATS, ids=format_id)
-def weights(request) -> tuple[str, int, str]:
-    return request.param
-
-
 @pytest.fixture(params=[one for one in FORMATS if one[2] != "bfp16"], ids=format_id)
 def summed_in_one_order(request) -> tuple[str, int, str]:
     """Block floating point is taken for few rows only."""

@@ -14,7 +14,6 @@ from tests.helpers.layers import (
     FORMATS,
     ISAS,
     LayerCase,
-    format_id,
     make_layer,
     make_problem,
     run,
@@ -32,11 +31,6 @@ OUTPUT_BAR, GRADIENT_BAR = 4e-3, 1e-2  # against the rounding model; model_bound
 def isa(request):
     with using_isa(request.param):
         yield request.param
-
-
-@pytest.fixture(params=FORMATS, ids=format_id)
-def weights(request) -> tuple[str, int, str]:
-    return request.param
 
 
 def check(case: LayerCase, got: dict, problem) -> None:

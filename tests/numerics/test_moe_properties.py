@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from kt_sft.native import native
-from kt_sft.ops.moe import NO_LORA, MoeCall, moe, to_operand
+from kt_sft.ops.moe import NO_LORA, MoeCall, moe
 from tests.helpers.layers import (
-    FORMATS,
     LayerCase,
-    format_id,
     lora_inputs,
     make_layer,
     make_problem,
@@ -20,11 +18,6 @@ from tests.helpers.layers import (
 )
 from tests.helpers.reference import KERNELS, round_bf16, solve
 from tests.helpers.tolerance import model_bound, rel_l2
-
-
-@pytest.fixture(params=FORMATS, ids=format_id)
-def weights(request) -> tuple[str, int, str]:
-    return request.param
 
 
 def test_inference_keeps_no_tape():
@@ -255,7 +248,7 @@ class TestErrors:
     def test_rank_beyond_256(self, layer):
         lora = (torch.zeros(5, 257, 52), torch.zeros(5, 257, 74), None, None, None, None)
         with pytest.raises(ValueError, match="rank 1..256"):
-            self.call(layer, lora=lora, operands=tuple(to_operand(t) for t in lora))
+            self.call(layer, lora=lora)
 
     def test_lora_of_another_width(self, layer):
         lora = (torch.zeros(5, 4, 50), torch.zeros(5, 4, 74), None, None, None, None)

@@ -6,7 +6,11 @@
 // q * scale); for the input gradient tiles are transposed to it, so that pairs are of n and lanes are k.
 //
 // VDPBF16PS rounds to nearest even after each of its two multiply-adds and flushes denormals, as inputs and as sums.
+#include <cstring>
+
+#include "../prefetch_inl.h"
 #include "../vec_avx512.h"
+#include "../with_rows_inl.h"
 #include "kts/gemm.h"
 #include "unpack_avx512.h"
 
@@ -25,7 +29,6 @@ constexpr int64_t kGemvSteps = 128;
 constexpr int64_t kMaxSteps = kGemvSteps;
 constexpr int64_t kStride = kPassSteps * kTileK + 32;      // bf16 elements; off a power of two, for the cache sets
 constexpr int64_t kGemvStride = kGemvSteps * kTileK + 32;  // bf16 elements
-constexpr int64_t kPrefetchBytes = 2 * kStepBytes;
 static_assert(kRows * kStride * 2 + (kMaxTaskPanels * kPassSteps + 1) * kStepBytes <= kGemmScratchBytes);
 static_assert(kGemvRows * kGemvStride * 2 <= kGemmScratchBytes && kMaxSteps >= kPassSteps);
 
@@ -53,19 +56,6 @@ KTS_INLINE void gather(const bf16_t* const* rows, int64_t count, int64_t begin, 
     }
 }
 
-// Calls fn<rows>() with rows, 1 <= rows <= MR, as a compile-time constant.
-template <int MR, class Fn>
-KTS_INLINE void with_rows(int64_t rows, Fn&& fn) {
-  if constexpr (MR == 1) {
-    fn.template operator()<1>();
-  } else {
-    if (rows == MR)
-      fn.template operator()<MR>();
-    else
-      with_rows<MR - 1>(rows, fn);
-  }
-}
-
 // c [R, 32] (+)= a b over `steps` steps. kCold: b comes from memory. Inlined, the sums would spill among its callers'
 // variables.
 template <int R, bool kCold>
@@ -76,12 +66,10 @@ template <int R, bool kCold>
     left[i] = from_c ? Vec::load(c + i * ldc) : Vec::zero();
     right[i] = from_c ? Vec::load(c + i * ldc + 16) : Vec::zero();
   }
+  StreamAhead ahead(b + kPrefetchBytes, 0);
   for (int64_t t = 0; t < steps; ++t, b += kTileBytes)
     for (int pair = 0; pair < kTileK / 2; ++pair, a += 2, b += 64) {
-      if constexpr (kCold) {
-        __builtin_prefetch(b + kPrefetchBytes);
-        __builtin_prefetch(b + kPrefetchBytes + kTileBytes);
-      }
+      if constexpr (kCold) ahead.step<1, 2>();
       const __m512i w0 = _mm512_loadu_si512(b), w1 = _mm512_loadu_si512(b + kTileBytes);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
@@ -231,12 +219,16 @@ KTS_INLINE void add_tile(const PackedMatrix& w, int64_t panel, int64_t k_tile, i
   } else {
     constexpr int64_t kBytes = kFormat == Format::kInt8 ? kTileBytes : kTileBytesInt4;
     const uint8_t* from = avx512::quantised_rows<kFormat>(w, panel, k_tile) + half * kBytes;
+    // In the order of memory: two blocks of 32 k share the bytes (int4), or the tiles (int8).
+    StreamAhead ahead(avx512::quantised_rows<kFormat>(w, panel, k_tile / 2 * 2) + kPrefetchBytes +
+                          (k_tile % 2 * 2 + half) * kTileBytes / 2,
+                      0);
     __m512 scale = Vec::zero();
     if constexpr (kFormat == Format::kInt4)
       scale = Vec::load_bf16(avx512::group_scales(w, panel, k_tile) + half * kTileN);
 #pragma GCC unroll 1
     for (int row = 0; row < 8; ++row, a += 4, from += 64) {
-      __builtin_prefetch(from + kPrefetchBytes);
+      if (kFormat == Format::kInt8 || k_tile % 2 == 0) ahead.step<1, 1>();
       __m512i low, high;
       if constexpr (kFormat == Format::kInt8)
         avx512::pairs_of_int8(from, &low, &high);

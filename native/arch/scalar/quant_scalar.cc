@@ -1,5 +1,7 @@
 // Weight quantisers of the scalar level; the code is in quantize_inl.h. The int4 search sums squared errors in eight
 // lanes, so its vector here is eight floats, with the order of additions of vec_avx2.h.
+#include <cstring>
+
 #include "../quantize_inl.h"
 #include "../vec_scalar.h"
 

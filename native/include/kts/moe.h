@@ -39,7 +39,8 @@ struct MoeInput {
 };
 
 // Activations that backward needs beside the inputs: the gate and up products by routed row, in f16, whose eleven bits
-// cost a third of bf16's rounding error. The memory belongs to the caller (torch tensors), so checkpointing can drop it. Null pointers: backward recomputes them.
+// cost a third of bf16's rounding error. The memory belongs to the caller (torch tensors), so checkpointing can drop
+// it. Null pointers: backward recomputes them.
 struct ForwardTape {
   f16_t* g = nullptr;  // [tokens * top_k, inter_stride]
   f16_t* u = nullptr;
