@@ -211,10 +211,10 @@ def _library_compiler(library: Path) -> str:
 
 
 def _build_flags() -> str:
-    """Flags of the native build: from CMake's cache; '' where the library was not built in this tree."""
+    """Flags of an editable build of the native library, from CMake's cache; '' where it was not built in this tree."""
     wanted = re.compile(r"^(CMAKE_BUILD_TYPE|CMAKE_CXX_FLAGS|CMAKE_CXX_FLAGS_RELEASE):\w+=(.+)$", re.M)
-    caches = sorted(ROOT.glob("build/**/CMakeCache.txt"), key=lambda path: path.stat().st_mtime)
-    return " ".join(f"{key}={value}" for key, value in wanted.findall(caches[-1].read_text())) if caches else ""
+    cache = ROOT / "build" / "native" / "CMakeCache.txt"
+    return " ".join(f"{key}={value}" for key, value in wanted.findall(cache.read_text())) if cache.is_file() else ""
 
 
 def _cpu_ticks() -> tuple[int, int]:

@@ -330,3 +330,11 @@ def test_roofline_picture_is_small(tmp_path):
 
     picture = plot.draw(gemm_cases(), {"cpu": "CPU"}, tmp_path / "2026-01-01.json")
     assert picture.name == "2026-01-01-roofline.png" and 5_000 < picture.stat().st_size < 200_000
+
+
+def test_flags_are_those_of_the_library_and_not_of_a_later_build(tmp_path, monkeypatch):
+    for tree, kind in (("native", "Release"), ("sanitize-thread", "Sanitize")):
+        (tmp_path / "build" / tree).mkdir(parents=True)
+        (tmp_path / "build" / tree / "CMakeCache.txt").write_text(f"CMAKE_BUILD_TYPE:STRING={kind}\n")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert harness._build_flags() == "CMAKE_BUILD_TYPE=Release"
