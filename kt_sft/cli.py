@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from kt_sft.doctor import Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-FORMAT_ORDER = {"bf16": 0, "int8": 1, "int4": 2}
+FORMAT_ORDER = {
+    name: i for i, name in enumerate(("bf16", "int8", "int4", "f16", "block8", "block6", "block5", "block4"))
+}
 PRODUCTS = {"forward": "forward", "input_grad": "gradient"}
 MARKS = {True: "[green]ok[/green]", False: "[red]no[/red]", None: "[dim]-[/dim]"}
 LEVELS = {"error": "[bold red]error[/bold red]", "warning": "[yellow]warning[/yellow]", "note": "[cyan]note[/cyan]"}
@@ -95,9 +97,11 @@ def _kernel_table(report: Report) -> Table:
         if row["selected"]:
             names.append(row["name"])
     inference = kernels.get("inference_activations") or {}
+    gguf_types = kernels.get("gguf_types") or {}
     for (weights, activations, op), names in sorted(used.items(), key=lambda item: FORMAT_ORDER[item[0][0]]):
         default = activations == inference.get(weights) and op == "forward" and weights != "bf16"
-        table.add_row(weights, activations + (" (inference)" if default else ""), PRODUCTS[op], ", ".join(names) or "-")
+        label = f"{weights} ({', '.join(gguf_types[weights])})" if weights in gguf_types else weights
+        table.add_row(label, activations + (" (inference)" if default else ""), PRODUCTS[op], ", ".join(names) or "-")
     return table
 
 

@@ -100,6 +100,7 @@ def _native(report: Report) -> None:
         "rows": [dict(row) for row in library.kernel_rows()],
         "threads": library.default_threads(),
         "amx": library.amx_refusal() or "yes",
+        "gguf_types": _gguf_types(library),
         "inference_activations": {name: library.default_rows(name) for name in FORMATS},
     }
     if library.amx_refusal() not in ("", NO_AMX):
@@ -254,6 +255,14 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gguf_types(library: Any) -> dict[str, list[str]]:
+    """Kernel format -> the block types of GGUF files that it takes."""
+    types: dict[str, list[str]] = {}
+    for kind in library.block_types():
+        types.setdefault(kind["format"], []).append(kind["name"])
+    return types
 
 
 def _first_line(error: BaseException) -> str:

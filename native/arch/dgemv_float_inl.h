@@ -231,7 +231,6 @@ void dgemv_blocks(const GemmTask& task, int64_t i0, int64_t m) {
   const Weights weights(*task.w);
   const Units<V, Weights> units(task);
   const DgemvScratch<V, Weights> scratch(task.scratch);
-  const int64_t panels = task.panel_end - task.panel_begin;
   load_sums<V, Weights>(task, i0, m, scratch.sums);
   for (int64_t n0 = 0; n0 < task.w->n; n0 += kReduceBlock) {
     const int64_t count = min_i64(kReduceBlock, task.w->n - n0);

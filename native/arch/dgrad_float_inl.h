@@ -10,9 +10,10 @@ namespace kts {
 template <class V, class Weights>
 KTS_INLINE void transpose_block(const typename Weights::Block& block, int v, float* w) {
   constexpr int64_t kCols = Step<V>::kCols;
-  const auto scale = block.scale(v);
+  auto scale = block.scale(v);
 #pragma GCC unroll 4
   for (int k = 0; k < kTileK; k += V::W) {
+    if (Weights::kParts > 1 && k == kTileK / Weights::kParts) scale = block.scale(v, 1);
     typename V::I rows[V::W];
 #pragma GCC unroll 16
     for (int j = 0; j < V::W; ++j) {

@@ -96,9 +96,15 @@ template <class V, class Weights, int MR, int NV, int64_t kStride = kAStride, cl
     decltype(block[0].scale(0)) scale[NV];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) scale[v] = block[v / kHere].scale(v % kHere);
+    const bool asks = Weights::kHalves == 1 || (b & 1) == 0 || !Ahead::kOncePerLine;
+    if (Weights::kExtraLines > 0 && asks) ahead.template step<kPanels, kLines * Weights::kExtraLines>();
 #pragma GCC unroll 1
     for (int j = 0; j < Weights::kRows; ++j) {
-      if (Weights::kHalves == 1 || (b & 1) == 0 || !Ahead::kOncePerLine) ahead.template step<kPanels, kLines>();
+      if constexpr (Weights::kParts > 1)
+        if (j == Weights::kRows / Weights::kParts)
+#pragma GCC unroll 16
+          for (int v = 0; v < NV; ++v) scale[v] = block[v / kHere].scale(v % kHere, 1);
+      if (asks && j % Weights::kRowsPerLine == 0) ahead.template step<kPanels, kLines>();
       typename Weights::I dwords[NV];
       if constexpr (MR == 1) {  // one vector at a time, so that all sums stay in registers
 #pragma GCC unroll 16
@@ -108,6 +114,10 @@ template <class V, class Weights, int MR, int NV, int64_t kStride = kAStride, cl
           for (int f = 0; f < Weights::kPerDword; ++f)
             sum[0][v] = V::fma(V::set1(x[f]), Weights::weight(all, scale[v], f), sum[0][v]);
         }
+      } else if constexpr (Weights::kPerDword == 1) {
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) dwords[v] = block[v / kHere].dwords(v % kHere, j);
+        add_phase<V, Weights, kStride, MR, NV>(x, dwords, scale, 0, sum);
       } else if constexpr (Weights::kPerDword == 2) {
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) dwords[v] = block[v / kHere].dwords(v % kHere, j);
@@ -175,9 +185,10 @@ template <class V, class Weights>
     const auto block = weights.block(panel, 0, kb + b);
 #pragma GCC unroll 4
     for (int v = 0; v < kPanel / V::W; ++v) {
-      const auto scale = block.scale(v);
+      auto scale = block.scale(v);
       float* to = w + (v / 2 * kReduceBlock + b * kTileK) * kCols + v % 2 * V::W;
       for (int j = 0; j < Weights::kRows; ++j) {
+        if (Weights::kParts > 1 && j == Weights::kRows / Weights::kParts) scale = block.scale(v, 1);
         const auto dwords = block.dwords(v, j);
 #pragma GCC unroll 4
         for (int f = 0; f < Weights::kPerDword; ++f)
@@ -207,7 +218,7 @@ KTS_INLINE void scale_columns(const GemmTask& task, float unit = Weights::kUnit)
 // wider block and for two ports that do everything.
 template <class V, class Weights>
 constexpr int64_t widen_blocks() {
-  if (Weights::kFormat == Format::kBf16) return V::W == 16 ? 5 : INT64_MAX / 64;
+  if (Weights::kFormat == Format::kBf16 || Weights::kFormat == Format::kF16) return V::W == 16 ? 5 : INT64_MAX / 64;
   if (Weights::kFormat == Format::kInt8) return V::W == 16 ? 3 : 5;
   return 2;
 }
@@ -248,10 +259,11 @@ void gemm_float_forward(const GemmTask& task) {
 }
 
 // Vectors of columns at once, so that about 8 chains of multiply-adds hide each other's latency; int4 has as many scales
-// to hold as sums, and enough to do between two multiply-adds of one chain.
+// to hold as sums, block types twice as many, and enough to do between two multiply-adds of one chain.
 template <class V, class Weights, int R>
 constexpr int gemv_vectors() {
-  if (R > 2) return 2;
+  if (R > 2 || (is_block_format(Weights::kFormat) && V::W == 8)) return 2;
+  if (is_block_format(Weights::kFormat)) return 4;
   return R == 2 || (Weights::kFormat == Format::kInt4 && V::W == 8) ? 4 : 8;
 }
 

@@ -1,6 +1,6 @@
 // c = a W^T for few bf16 rows and integer weights, in block floating point: the elements of a row that share a block of
 // 32 k become int16 mantissas of one exponent, so that sums within a block are exact int32 and a weight costs half the
-// instructions of widening it to f32. Include only from gemm_<int8|int4>_<isa>.cc.
+// instructions of widening it to f32. Include only from gemm_<format>_<isa>.cc.
 //
 // An element with at least 2^-7 of the magnitude of its block's largest is exact; a smaller one is rounded to 2^-15 of
 // the block's power of two. Blocks are added in f32 in ascending order. A NaN or infinity makes the row's sums NaN.
@@ -55,11 +55,11 @@ void to_block_floating_point(const bf16_t* x, int64_t count, int row, BfpRows* r
   to_block_floating_point<V>(rest, rows->mantissas[row] + b * kBfpBlock, &rows->scales[row][b], &rows->offsets[row][b]);
 }
 
-// Two of the four weights of a dword as int16 pairs: k and k + 2 (kOdd: k + 1 and k + 3). int4: q + 8 of one half of every
-// byte.
+// Two of the four weights (block types: codes) of a dword as int16 pairs: k and k + 2 (kOdd: k + 1 and k + 3). int4: q + 8
+// of one half of every byte.
 template <class V, class Weights, bool kHigh, bool kOdd>
 KTS_INLINE typename V::I weight_pairs(typename V::I dwords) {
-  if constexpr (Weights::kFormat == Format::kInt8) {
+  if constexpr (Weights::kFormat != Format::kInt4) {
     return V::template sra_i16<8>(kOdd ? dwords : V::template sll_i16<8>(dwords));
   } else {
     constexpr int kShift = 4 * kHigh + 8 * kOdd;
@@ -68,56 +68,106 @@ KTS_INLINE typename V::I weight_pairs(typename V::I dwords) {
   }
 }
 
-// sum += two weights of each dword times the elements of x, MR rows x two vectors.
-template <class V, class Weights, int MR, bool kHigh, bool kOdd>
-KTS_INLINE void add_pairs(const typename V::I (&dwords)[2], const int16_t* x, typename V::I (&sum)[MR][2]) {
-  typename V::I w[2];
+// sum += two weights of each dword times the elements of x, MR rows x NV vectors.
+template <class V, class Weights, int MR, bool kHigh, bool kOdd, int NV>
+KTS_INLINE void add_pairs(const typename V::I (&dwords)[NV], const int16_t* x, typename V::I (&sum)[MR][NV]) {
+  typename V::I w[NV];
 #pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v) w[v] = weight_pairs<V, Weights, kHigh, kOdd>(dwords[v]);
+  for (int v = 0; v < NV; ++v) w[v] = weight_pairs<V, Weights, kHigh, kOdd>(dwords[v]);
 #pragma GCC unroll 4
   for (int i = 0; i < MR; ++i) {
     const auto pair = V::set1_pair(x + i * kBfpMantissas + 2 * kOdd);
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) sum[i][v] = V::dot_i16(sum[i][v], w[v], pair);
+    for (int v = 0; v < NV; ++v) sum[i][v] = V::dot_i16(sum[i][v], w[v], pair);
   }
+}
+
+// One group of a block type: its sum times its factor, plus the sum of the row's elements times its offset. NV vectors
+// from vector v0 on.
+template <class V, class Weights, int MR, bool kHigh, int NV>
+KTS_INLINE void add_bfp_group(const typename Weights::Block& block, const BfpRows& rows, int64_t b, int part, int v0,
+                              float* c, int64_t ldc, StreamAhead& ahead) {
+  using I = typename V::I;
+  constexpr int kRows = Weights::kRows / Weights::kParts;
+  const int16_t* x = rows.mantissas[0] + b * kBfpBlock + part * kRows * Weights::kPerDword;
+  I sum[MR][NV];
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) sum[i][v] = V::set1_i(0);
+#pragma GCC unroll 1
+  for (int j = part * kRows; j < (part + 1) * kRows; ++j, x += Weights::kPerDword) {
+    if (!kHigh && v0 == 0) ahead.step<1, 2 * V::W / kTileN>();
+    I dwords[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) dwords[v] = block.dwords(v0 + v, j);
+    add_pairs<V, Weights, MR, kHigh, false>(dwords, x, sum);
+    add_pairs<V, Weights, MR, kHigh, true>(dwords, x, sum);
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) {
+    const auto scale = block.scale(v0 + v, part);
+    for (int i = 0; i < MR; ++i) {
+      float* to = c + i * ldc + (v0 + v) * V::W;
+      const float unit = rows.scales[i][b], of_elements = static_cast<float>(rows.offsets[i][b]) * (-0.125f * unit);
+      const auto value = V::fma(V::to_f32(sum[i][v]), V::mul(V::set1(0x1p24f * unit), scale.factor), V::load(to));
+      V::store(to, V::fma(V::set1(of_elements), scale.offset, value));
+    }
+  }
+}
+
+// As add_bfp_block. More rows than two leave registers for the sums of one vector at a time.
+template <class V, class Weights, int MR, bool kHigh>
+KTS_INLINE void add_bfp_groups(const Weights& weights, const BfpRows& rows, int64_t panel, int64_t tile, int64_t kb,
+                               int64_t b, float* c, int64_t ldc, StreamAhead& ahead) {
+  constexpr int NV = V::W == 8 && MR > 2 ? 1 : 2;
+  const auto block = weights.block(panel, tile, kb);
+  if (!kHigh && Weights::kExtraLines > 0) ahead.step<1, 2 * V::W / kTileN * Weights::kExtraLines>();
+  for (int part = 0; part < Weights::kParts; ++part)
+    for (int v = 0; v < 2; v += NV) add_bfp_group<V, Weights, MR, kHigh, NV>(block, rows, b, part, v, c, ldc, ahead);
 }
 
 // MR rows x two vectors of columns from tile `tile` of a panel on, one block.
 template <class V, class Weights, int MR, bool kHigh>
 KTS_INLINE void add_bfp_block(const Weights& weights, const BfpRows& rows, int64_t panel, int64_t tile, int64_t kb,
                               int64_t b, float* c, int64_t ldc, StreamAhead& ahead) {
-  using I = typename V::I;
-  using T = Tiles<V, Weights::kFormat == Format::kInt4 ? kTileBytesInt4 : kTileBytes>;
-  const auto block = weights.block(panel, tile, kb);
-  I sum[MR][2];
+  if constexpr (is_block_format(Weights::kFormat)) {
+    add_bfp_groups<V, Weights, MR, kHigh>(weights, rows, panel, tile, kb, b, c, ldc, ahead);
+    return;
+  } else {
+    using I = typename V::I;
+    using T = Tiles<V, Weights::kFormat == Format::kInt4 ? kTileBytesInt4 : kTileBytes>;
+    const auto block = weights.block(panel, tile, kb);
+    I sum[MR][2];
 #pragma GCC unroll 4
-  for (int i = 0; i < MR; ++i)
+    for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v)
-      sum[i][v] = V::set1_i(Weights::kFormat == Format::kInt4 ? static_cast<uint32_t>(rows.offsets[i][b]) : 0);
-  const int16_t* x = rows.mantissas[0] + b * kBfpBlock;
+      for (int v = 0; v < 2; ++v)
+        sum[i][v] = V::set1_i(Weights::kFormat == Format::kInt4 ? static_cast<uint32_t>(rows.offsets[i][b]) : 0);
+    const int16_t* x = rows.mantissas[0] + b * kBfpBlock;
 #pragma GCC unroll 1
-  for (int j = 0; j < Weights::kRows; ++j, x += Weights::kPerDword) {
-    if (!kHigh) ahead.step<1, 2 * V::W / kTileN>();
-    I dwords[2];
+    for (int j = 0; j < Weights::kRows; ++j, x += Weights::kPerDword) {
+      if (!kHigh) ahead.step<1, 2 * V::W / kTileN>();
+      I dwords[2];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        dwords[v] = T::load(block.rows, v, j);
+      }
+      add_pairs<V, Weights, MR, kHigh, false>(dwords, x, sum);
+      add_pairs<V, Weights, MR, kHigh, true>(dwords, x, sum);
+    }
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      dwords[v] = T::load(block.rows, v, j);
-    }
-    add_pairs<V, Weights, MR, kHigh, false>(dwords, x, sum);
-    add_pairs<V, Weights, MR, kHigh, true>(dwords, x, sum);
-  }
-#pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v) {
-    float* to = c + v * V::W;
-    if constexpr (Weights::kFormat == Format::kInt4) {
-      const auto scale = V::load_bf16(block.scales + v * V::W);
-      for (int i = 0; i < MR; ++i)
-        V::store(to + i * ldc,
-                 V::fma(V::to_f32(sum[i][v]), V::mul(V::set1(rows.scales[i][b]), scale), V::load(to + i * ldc)));
-    } else {
-      for (int i = 0; i < MR; ++i)
-        V::store(to + i * ldc, V::fma(V::to_f32(sum[i][v]), V::set1(rows.scales[i][b]), V::load(to + i * ldc)));
+      float* to = c + v * V::W;
+      if constexpr (Weights::kFormat == Format::kInt4) {
+        const auto scale = V::load_bf16(block.scales + v * V::W);
+        for (int i = 0; i < MR; ++i)
+          V::store(to + i * ldc,
+                   V::fma(V::to_f32(sum[i][v]), V::mul(V::set1(rows.scales[i][b]), scale), V::load(to + i * ldc)));
+      } else {
+        for (int i = 0; i < MR; ++i)
+          V::store(to + i * ldc, V::fma(V::to_f32(sum[i][v]), V::set1(rows.scales[i][b]), V::load(to + i * ldc)));
+      }
     }
   }
 }

@@ -120,6 +120,23 @@ struct Vec {
   KTS_INLINE F odd(I pairs) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  // --- block types (block_weights_inl.h) ---
+  KTS_INLINE I load_table(const int8_t* table) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  }
+  KTS_INLINE I look_up(I table, I bytes) { return _mm256_shuffle_epi8(table, bytes); }
+  KTS_INLINE I srl_by(I a, int count) { return _mm256_srlv_epi32(a, _mm256_set1_epi32(count)); }
+  KTS_INLINE I or_i(I a, I b) { return _mm256_or_si256(a, b); }
+  KTS_INLINE I sub_i8(I a, I b) { return _mm256_sub_epi8(a, b); }
+  KTS_INLINE F load_int8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  // 2^(byte - 152): e8m0 of codes twice the value, times 2^-24. Below 2^-126: zero.
+  KTS_INLINE F load_e8m0(const uint8_t* p) {
+    const I e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_max_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(25)), _mm256_setzero_si256()), 23));
+  }
   // rows[i] lane j <-> rows[j] lane i
   KTS_INLINE void transpose(I (&rows)[W]) {
     I pair[W], quad[W];

@@ -102,6 +102,22 @@ struct Vec {
   KTS_INLINE F odd(I pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  // --- block types (block_weights_inl.h), as on AVX2 ---
+  KTS_INLINE I load_table(const int8_t* table) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  }
+  KTS_INLINE I look_up(I table, I bytes) { return _mm512_shuffle_epi8(table, bytes); }
+  KTS_INLINE I srl_by(I a, int count) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(count)); }
+  KTS_INLINE I or_i(I a, I b) { return _mm512_or_si512(a, b); }
+  KTS_INLINE I sub_i8(I a, I b) { return _mm512_sub_epi8(a, b); }
+  KTS_INLINE F load_int8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  KTS_INLINE F load_e8m0(const uint8_t* p) {
+    const I e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_max_epi32(_mm512_sub_epi32(e, set1_i(25)), _mm512_setzero_si512()), 23));
+  }
   KTS_INLINE void transpose(I (&rows)[W]) {
     I pair[W], quad[W];
     for (int i = 0; i < W; i += 2) {

@@ -65,11 +65,14 @@ class PlainWeights {
   using F = typename V::F;
   static constexpr int kPerDword = kDword;
   static constexpr int kRows = kTileK / kPerDword;
-  static constexpr int kHalves = 1;  // blocks that share their dwords
+  static constexpr int kRowsPerLine = 1;
+  static constexpr int kHalves = 1;      // blocks that share their dwords
+  static constexpr int kParts = 1;       // groups of a block, one after the other
+  static constexpr int kExtraLines = 0;  // of a tile, beside those of its rows
 
   struct Block {
     const uint8_t* rows;
-    KTS_MEMBER NoScale scale(int) const { return {}; }
+    KTS_MEMBER NoScale scale(int, int = 0) const { return {}; }
     KTS_MEMBER I dwords(int v, int j) const { return T::load(rows, v, j); }
   };
 
@@ -133,7 +136,10 @@ class Int4Weights {
   static constexpr float kUnit = 1.0f;
   static constexpr int kPerDword = 4;
   static constexpr int kRows = kTileK / kPerDword;
+  static constexpr int kRowsPerLine = 1;
   static constexpr int kHalves = 2;
+  static constexpr int kParts = 1;
+  static constexpr int kExtraLines = 0;
 
   // The half of a byte that blocks kb hold, and what undoes the factor that its weights come with.
   struct Half {
@@ -148,7 +154,7 @@ class Int4Weights {
     const uint8_t* rows;
     const bf16_t* scales;
     Half half{0};
-    KTS_MEMBER F scale(int v) const { return V::mul(V::load_bf16(scales + v * V::W), V::set1(half.unit)); }
+    KTS_MEMBER F scale(int v, int = 0) const { return V::mul(V::load_bf16(scales + v * V::W), V::set1(half.unit)); }
     KTS_MEMBER I dwords(int v, int j) const { return V::nibbles(T::load(rows, v, j), half.mask, half.bias); }
   };
 

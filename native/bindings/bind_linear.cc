@@ -33,6 +33,13 @@ void load(PackedLinear& layer, const py::object& w_) {
   layer.load(w.bf16(), w.stride(0));
 }
 
+void load_blocks(PackedLinear& layer, const py::object& w_) {
+  const TensorArg w(w_, "w", "u8", 2);
+  w.expect_shape({layer.n(), block_row_bytes(layer.format(), layer.k())});
+  const GilRelease release;
+  layer.load_blocks(w.u8(), w.stride(0));
+}
+
 void unpack(const PackedLinear& layer, const py::object& out_, const std::string& dtype) {
   const TensorArg out(out_, "out", float_name(dtype).c_str(), 2);
   out.expect_shape({layer.n(), layer.k()}).expect_contiguous();
@@ -47,7 +54,10 @@ void forward(const PackedLinear& layer, const py::object& a_, const py::object& 
   out.expect_shape({a.size(0), layer.n()}).expect_contiguous();
   std::optional<TensorArg> bias;
   if (!bias_.is_none()) bias.emplace(bias_, "bias", "f32", 1).expect_shape({layer.n()});
-  const Rows kind = rows_from_name(rows, layer.format().kind);
+  const Rows kind = rows_from_name(rows);
+  if (!takes_rows(layer.format().kind, kind))
+    throw py::value_error("rows: " + rows + " needs int8 or int4 weights, this layer has " + format_name(layer.format()) +
+                          " weights");
   const GilRelease release;
   layer.forward(a.bf16(), a.stride(0), a.size(0), kind, bias ? bias->f32() : nullptr, kernel.c_str(),
                 output_of(out, out_dtype));
@@ -71,6 +81,7 @@ void bind_linear(py::module_& m) {
            }),
            py::arg("n"), py::arg("k"), py::arg("format") = "bf16", py::arg("group_size") = 32)
       .def("load", &load, py::arg("w"))
+      .def("load_blocks", &load_blocks, py::arg("w"))
       .def("unpack", &unpack, py::arg("out"), py::arg("dtype") = "bf16")
       .def("forward", &forward, py::arg("a"), py::arg("out"), py::arg("out_dtype") = "bf16", py::arg("rows") = "bf16",
            py::arg("bias") = py::none(), py::arg("kernel") = "")
@@ -79,7 +90,7 @@ void bind_linear(py::module_& m) {
       .def_property_readonly("packed_bytes", &PackedLinear::packed_bytes)
       .def_property_readonly("n", &PackedLinear::n)
       .def_property_readonly("k", &PackedLinear::k)
-      .def_property_readonly("format", [](const PackedLinear& layer) { return format_name(layer.format().kind); })
+      .def_property_readonly("format", [](const PackedLinear& layer) { return format_name(layer.format()); })
       .def_property_readonly("group_size", [](const PackedLinear& layer) { return layer.format().group; });
 }
 

@@ -1,7 +1,9 @@
 // MoeLayer: converts and checks arguments, releases the GIL, calls.
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
+#include <variant>
 
 #include "bindings.h"
 #include "gil.h"
@@ -15,9 +17,19 @@ namespace kts {
 
 namespace {
 
-MoeShape make_shape(int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format,
+// One name, or those of gate, up and down.
+using FormatArg = std::variant<std::string, std::array<std::string, 3>>;
+
+ExpertFormats make_formats(const FormatArg& arg, int group_size) {
+  if (const auto* name = std::get_if<std::string>(&arg)) return weight_format(name->c_str(), group_size);
+  const auto& names = std::get<1>(arg);
+  return {weight_format(names[0].c_str(), group_size), weight_format(names[1].c_str(), group_size),
+          weight_format(names[2].c_str(), group_size)};
+}
+
+MoeShape make_shape(int64_t num_experts, int64_t hidden, int64_t inter, const FormatArg& format,
                     const std::string& activation, int group_size) {
-  MoeShape shape{num_experts, hidden, inter, weight_format(format.c_str(), group_size)};
+  MoeShape shape{num_experts, hidden, inter, make_formats(format, group_size)};
   if (!activation_from_name(activation.c_str(), &shape.activation))
     throw py::value_error("activation: expected silu, got " + activation);
   if (num_experts <= 0 || hidden <= 0 || inter <= 0)
@@ -84,7 +96,7 @@ struct CallArgs {
     x.expect_shape({tokens, shape.hidden}).expect_contiguous();
     ids.expect_shape({tokens, -1}).expect_contiguous();
     weights.expect_shape({tokens, ids.size(1)}).expect_contiguous();
-    input = {tokens, ids.size(1), x.bf16(), ids.i64(), weights.f32(), rows_from_name(rows, shape.format.kind)};
+    input = {tokens, ids.size(1), x.bf16(), ids.i64(), weights.f32(), rows_from_name(rows)};
     lora = {gate.view, up.view, down.view};
     if (g_.is_none()) return;
     g.emplace(g_, "g", "f16", 2);
@@ -118,15 +130,28 @@ struct OutArg {
   }
 };
 
+// bf16 [n, k], or uint8 [n, bytes of a row] where the format is f16 or a block type.
+struct WeightArg {
+  TensorArg tensor;
+  bool is_bf16;
+
+  WeightArg(const py::object& value, const char* name, WeightFormat format, int64_t n, int64_t k)
+      : tensor(value, name, format.kind < Format::kF16 ? "bf16" : "u8", 2), is_bf16(format.kind < Format::kF16) {
+    tensor.expect_shape({n, is_bf16 ? k : block_row_bytes(format, k)});
+  }
+  MoeLayer::WeightRows rows() const {
+    if (is_bf16) return {tensor.bf16(), 2 * tensor.stride(0)};
+    return {tensor.u8(), tensor.stride(0)};
+  }
+};
+
 void load_expert(MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_,
                  const py::object& down_) {
   const MoeShape& s = layer.shape();
-  const TensorArg gate(gate_, "gate", "bf16", 2), up(up_, "up", "bf16", 2), down(down_, "down", "bf16", 2);
-  gate.expect_shape({s.inter, s.hidden});
-  up.expect_shape({s.inter, s.hidden});
-  down.expect_shape({s.hidden, s.inter});
+  const WeightArg gate(gate_, "gate", s.format.gate, s.inter, s.hidden), up(up_, "up", s.format.up, s.inter, s.hidden),
+      down(down_, "down", s.format.down, s.hidden, s.inter);
   const GilRelease release;
-  layer.load_expert(expert, gate.bf16(), gate.stride(0), up.bf16(), up.stride(0), down.bf16(), down.stride(0));
+  layer.load_expert(expert, gate.rows(), up.rows(), down.rows());
 }
 
 void unpack_expert(const MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_,
@@ -184,12 +209,13 @@ void backward(const MoeLayer& layer, const py::object& dout_, const py::object& 
 void bind_moe(py::module_& m) {
   // int8 rows are the faster ones where the CPU multiplies bytes, block floating point elsewhere.
   m.def("default_rows", [](const std::string& format) {
-    if (weight_format(format.c_str(), 32).kind == Format::kBf16) return "bf16";
-    const bool has_dot = (active_isa() & (kAvx512Vnni | kAmxInt8)) != 0;
+    const Format kind = weight_format(format.c_str(), 32).kind;
+    if (!takes_rows(kind, Rows::kBfp16)) return "bf16";
+    const bool has_dot = takes_rows(kind, Rows::kInt8) && (active_isa() & (kAvx512Vnni | kAmxInt8)) != 0;
     return has_dot ? "int8" : (active_isa() & (kAvx2 | kAvx512)) != 0 ? "bfp16" : "bf16";
   });
   py::class_<MoeLayer>(m, "MoeLayer")
-      .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format,
+      .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const FormatArg& format,
                        const std::string& activation, int group_size) {
              return std::make_unique<MoeLayer>(make_shape(num_experts, hidden, inter, format, activation, group_size));
            }),
@@ -208,8 +234,16 @@ void bind_moe(py::module_& m) {
       .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
       .def_property_readonly("missing_experts", &MoeLayer::missing_experts)
       .def_property_readonly("format",
-                             [](const MoeLayer& layer) { return std::string(format_name(layer.shape().format.kind)); })
-      .def_property_readonly("group_size", [](const MoeLayer& layer) { return layer.shape().format.group; })
+                             [](const MoeLayer& layer) {
+                               const ExpertFormats& all = layer.shape().format;
+                               return std::string(all.is_uniform() ? format_name(all.gate) : "mixed");
+                             })
+      .def_property_readonly("formats",
+                             [](const MoeLayer& layer) {
+                               const ExpertFormats& all = layer.shape().format;
+                               return py::make_tuple(format_name(all.gate), format_name(all.up), format_name(all.down));
+                             })
+      .def_property_readonly("group_size", [](const MoeLayer& layer) { return layer.shape().format.gate.group; })
       .def_property_readonly("num_shards", &MoeLayer::num_shards)
       .def_property_readonly("num_experts", [](const MoeLayer& layer) { return layer.shape().num_experts; })
       .def_property_readonly("hidden", [](const MoeLayer& layer) { return layer.shape().hidden; })
@@ -217,7 +251,7 @@ void bind_moe(py::module_& m) {
       .def_property_readonly("inter_stride", [](const MoeLayer& layer) { return layer.shape().inter_stride(); })
       .def_static(
           "packed_bytes_for",
-          [](int64_t num_experts, int64_t hidden, int64_t inter, const std::string& format, int group_size) {
+          [](int64_t num_experts, int64_t hidden, int64_t inter, const FormatArg& format, int group_size) {
             return MoeLayer::packed_bytes_for(make_shape(num_experts, hidden, inter, format, "silu", group_size));
           },
           py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16",

@@ -23,7 +23,7 @@ py::list kernel_rows() {
     py::dict item;
     item["name"] = row.name;
     item["op"] = row.direction == Direction::kForward ? "forward" : "input_grad";
-    item["format"] = format_name(row.format);
+    item["format"] = kernel_format_name(row.format);
     item["rows"] = rows_name(row.rows);
     item["isa"] = isa_name(row.isa);
     item["block_m"] = row.block_m;
@@ -33,6 +33,20 @@ py::list kernel_rows() {
     rows.append(item);
   }
   return rows;
+}
+
+// Block types of GGUF files that the kernels take as they are.
+py::list block_types() {
+  py::list types;
+  for (const BlockTypeInfo& type : kBlockTypes) {
+    py::dict item;
+    item["name"] = type.name;
+    item["format"] = kernel_format_name(weight_format(type.name, 0).kind);
+    item["block"] = type.block;
+    item["block_bytes"] = type.block_bytes;
+    types.append(item);
+  }
+  return types;
 }
 
 py::dict cpu_info() {
@@ -62,6 +76,7 @@ void bind_runtime(py::module_& m) {
   m.def("isa_active", &active_isa_name);
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("amx_refusal", [] { return std::string(amx_refusal()); });
+  m.def("block_types", &block_types);
   m.def("kernel_rows", &kernel_rows);
   m.def("cpu_info", &cpu_info);
   m.def(

@@ -12,14 +12,10 @@ inline const char* rows_name(Rows rows) {
   return rows == Rows::kBf16 ? "bf16" : rows == Rows::kInt8 ? "int8" : "bfp16";
 }
 
-// Raises ValueError for an unknown name, and for rows that the weights have no kernels for.
-inline Rows rows_from_name(const std::string& name, Format weights) {
-  for (const Rows rows : {Rows::kBf16, Rows::kInt8, Rows::kBfp16}) {
-    if (name != rows_name(rows)) continue;
-    if (rows != Rows::kBf16 && weights == Format::kBf16)
-      throw pybind11::value_error("rows: " + name + " needs int8 or int4 weights, this layer has bf16 weights");
-    return rows;
-  }
+// Raises ValueError for an unknown name.
+inline Rows rows_from_name(const std::string& name) {
+  for (const Rows rows : {Rows::kBf16, Rows::kInt8, Rows::kBfp16})
+    if (name == rows_name(rows)) return rows;
   throw pybind11::value_error("rows: expected bf16, bfp16 or int8, got " + name);
 }
 

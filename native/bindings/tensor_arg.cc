@@ -24,7 +24,7 @@ struct DlTensor {
   uint64_t byte_offset;
 };
 constexpr int32_t kCpu = 1, kPinnedCuda = 3;
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4;
 
 // DLPackExchangeAPI of the same specification from v1.3 on: functions of a tensor type, without a capsule per tensor.
 struct DlExchange {
@@ -75,6 +75,7 @@ const char* dtype_name(const DlTensor& t) {
   if (t.code == kBfloat && t.bits == 16) return "bf16";
   if (t.code == kFloat) return t.bits == 16 ? "f16" : t.bits == 32 ? "f32" : t.bits == 64 ? "f64" : "another float";
   if (t.code == kInt) return t.bits == 64 ? "i64" : t.bits == 32 ? "i32" : t.bits == 8 ? "i8" : "another integer";
+  if (t.code == kUnsigned && t.bits == 8) return "u8";
   return "another dtype";
 }
 

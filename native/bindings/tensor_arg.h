@@ -13,7 +13,7 @@ namespace kts {
 // Keeps the tensor, and so the memory, alive. A tensor that requires a gradient is read as if it were detached.
 class TensorArg {
  public:
-  // Accepts CPU tensors (pinned ones too) of the dtype name ("bf16", "f16", "f32", "i64"; "float": any of the first
+  // Accepts CPU tensors (pinned ones too) of the dtype name ("bf16", "f16", "f32", "i64", "u8"; "float": any of the first
   // three), with `dims` dimensions (-1: any number up to four) and unit inner stride, unless any_strides. Messages begin
   // with name + part.
   TensorArg(const pybind11::object& tensor, const char* name, const char* dtype, int dims, const char* part = "",
@@ -33,6 +33,7 @@ class TensorArg {
   bf16_t* bf16() const { return static_cast<bf16_t*>(data_); }
   f16_t* f16() const { return static_cast<f16_t*>(data_); }
   float* f32() const { return static_cast<float*>(data_); }
+  uint8_t* u8() const { return static_cast<uint8_t*>(data_); }
   int64_t* i64() const { return static_cast<int64_t*>(data_); }
 
  private:

@@ -189,6 +189,7 @@ void check_output(const LinearOutput& out, int64_t m) {  // without rows an outp
 
 PackedLinear::PackedLinear(int64_t n, int64_t k, WeightFormat format) : n_(n), k_(k), format_(format) {
   KTS_CHECK(n > 0 && k > 0, "PackedLinear: n and k must be positive");
+  check_format(format, k);
   weights_ = PageBuffer(static_cast<size_t>(kts::packed_bytes(format, n, k)));
   std::lock_guard<std::mutex> lock(runtime().mutex);
   const ThreadPool& pool = *runtime().pool;
@@ -216,6 +217,16 @@ void PackedLinear::load(const bf16_t* w, int64_t stride) {
   loaded_ = false;
   runtime().pool->parallel_for(source.packed.n_panels(), [&source](int64_t panel, int) {
     pack_panels(source.w, source.stride, source.packed, panel, panel + 1);
+  });
+  loaded_ = true;
+}
+
+void PackedLinear::load_blocks(const uint8_t* w, int64_t row_bytes) {
+  const PackedMatrix packed = weight();
+  std::lock_guard<std::mutex> lock(runtime().mutex);
+  loaded_ = false;
+  runtime().pool->parallel_for(packed.n_panels(), [&](int64_t panel, int) {
+    pack_block_panels(w, row_bytes, packed, panel, panel + 1);
   });
   loaded_ = true;
 }

@@ -10,9 +10,9 @@ namespace {
 
 constexpr int64_t kShardAlignment = int64_t{2} << 20;  // a huge page belongs to one node
 
-// Shards end at whole tiles and whole int4 groups of down.
+// Shards end at whole tiles and whole groups or blocks of down.
 int make_shards(const MoeShape& shape, int wanted, Shard* shards) {
-  const int64_t unit = shape.format.group > kTileKQ ? shape.format.group : kTileKQ;
+  const int64_t unit = shape.format.down.k_unit();
   const int64_t units = ceil_div(shape.inter, unit);
   const int count = static_cast<int>(min_i64(min_i64(wanted, kMaxShards), units));
   for (int s = 0; s < count; ++s) {
@@ -29,12 +29,15 @@ MoeLayer::MoeLayer(const MoeShape& shape) : shape_(shape) {
             "MoeLayer: num_experts, hidden and inter must be positive");
   KTS_CHECK(shape.hidden <= kMaxInt8RowLength && shape.inter <= kMaxInt8RowLength,
             "MoeLayer: expected hidden and inter of at most 32768");
+  check_format(shape.format.gate, shape.hidden);
+  check_format(shape.format.up, shape.hidden);
+  check_format(shape.format.down, shape.inter);
   std::lock_guard<std::mutex> lock(runtime().mutex);
   num_shards_ = make_shards(shape, runtime().pool->pools(), shards_);
   int64_t bytes = 0;
   for (int s = 0; s < num_shards_; ++s) {
     shard_offset_[s] = bytes;
-    bytes += shape.num_experts * (2 * gate_bytes(s) + down_bytes(s));
+    bytes += shape.num_experts * expert_bytes(s);
     if (num_shards_ > 1) bytes = align_up(bytes, kShardAlignment);
   }
   weights_ = PageBuffer(static_cast<size_t>(bytes));
@@ -46,45 +49,78 @@ MoeLayer::MoeLayer(const MoeShape& shape) : shape_(shape) {
   loaded_.assign(static_cast<size_t>(shape.num_experts), 0);
 }
 
+bool ExpertFormats::take(Rows rows) const {
+  const bool all[] = {takes_rows(gate.kind, rows), takes_rows(up.kind, rows), takes_rows(down.kind, rows)};
+  return rows == Rows::kBfp16 ? all[0] || all[1] || all[2] : all[0] && all[1] && all[2];
+}
+
 int64_t MoeLayer::packed_bytes_for(const MoeShape& shape) {
-  return shape.num_experts * (2 * kts::packed_bytes(shape.format, shape.inter, shape.hidden) +
-                              kts::packed_bytes(shape.format, shape.hidden, shape.inter));
+  return shape.num_experts * (kts::packed_bytes(shape.format.gate, shape.inter, shape.hidden) +
+                              kts::packed_bytes(shape.format.up, shape.inter, shape.hidden) +
+                              kts::packed_bytes(shape.format.down, shape.hidden, shape.inter));
+}
+
+int64_t MoeLayer::gate_bytes(int shard) const {
+  return kts::packed_bytes(shape_.format.gate, shards_[shard].size, shape_.hidden);
+}
+int64_t MoeLayer::gate_up_bytes(int shard) const {
+  return gate_bytes(shard) + kts::packed_bytes(shape_.format.up, shards_[shard].size, shape_.hidden);
+}
+int64_t MoeLayer::expert_bytes(int shard) const {
+  return gate_up_bytes(shard) + kts::packed_bytes(shape_.format.down, shape_.hidden, shards_[shard].size);
 }
 
 const char* MoeLayer::expert_data(int64_t expert, int shard) const {
-  return static_cast<const char*>(weights_.data()) + shard_offset_[shard] +
-         expert * (2 * gate_bytes(shard) + down_bytes(shard));
+  return static_cast<const char*>(weights_.data()) + shard_offset_[shard] + expert * expert_bytes(shard);
 }
 
 PackedMatrix MoeLayer::gate(int64_t expert, int shard) const {
-  return packed_view(shape_.format, shards_[shard].size, shape_.hidden, expert_data(expert, shard));
+  return packed_view(shape_.format.gate, shards_[shard].size, shape_.hidden, expert_data(expert, shard));
 }
 PackedMatrix MoeLayer::up(int64_t expert, int shard) const {
-  return packed_view(shape_.format, shards_[shard].size, shape_.hidden, expert_data(expert, shard) + gate_bytes(shard));
+  return packed_view(shape_.format.up, shards_[shard].size, shape_.hidden,
+                     expert_data(expert, shard) + gate_bytes(shard));
 }
 PackedMatrix MoeLayer::down(int64_t expert, int shard) const {
-  return packed_view(shape_.format, shape_.hidden, shards_[shard].size,
-                     expert_data(expert, shard) + 2 * gate_bytes(shard));
+  return packed_view(shape_.format.down, shape_.hidden, shards_[shard].size,
+                     expert_data(expert, shard) + gate_up_bytes(shard));
+}
+
+template <class Fn>
+void MoeLayer::pack_expert(int64_t expert, Fn&& pack) {
+  KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "load_expert: expert index out of range");
+  std::lock_guard<std::mutex> lock(runtime().mutex);
+  loaded_[static_cast<size_t>(expert)] = 0;
+  for (int s = 0; s < num_shards_; ++s) {
+    const PackedMatrix packed[3] = {gate(expert, s), up(expert, s), down(expert, s)};
+    const int64_t inter_panels = packed[0].n_panels();
+    runtime().pool->parallel_for(2 * inter_panels + packed[2].n_panels(), [&](int64_t task, int) {
+      const int which = task < inter_panels ? 0 : task < 2 * inter_panels ? 1 : 2;
+      pack(which, shards_[s], packed[which], task - which * inter_panels);
+    });
+  }
+  loaded_[static_cast<size_t>(expert)] = 1;
+}
+
+void MoeLayer::load_expert(int64_t expert, const WeightRows& gate_w, const WeightRows& up_w, const WeightRows& down_w) {
+  pack_expert(expert, [&](int which, const Shard& part, const PackedMatrix& packed, int64_t panel) {
+    const WeightRows& w = which == 0 ? gate_w : which == 1 ? up_w : down_w;
+    const bool is_bf16 = packed.format.kind < Format::kF16;
+    const auto bytes_before = [&](int64_t k) { return is_bf16 ? k * 2 : block_row_bytes(packed.format, k); };
+    const auto* from =
+        static_cast<const uint8_t*>(w.data) + (which == 2 ? bytes_before(part.begin) : part.begin * w.row_bytes);
+    if (!is_bf16) {
+      pack_block_panels(from, w.row_bytes, packed, panel, panel + 1);
+      return;
+    }
+    const RowPart columns = which == 2 ? RowPart{part.begin, shape_.inter - part.begin - part.size} : RowPart{};
+    pack_panels(reinterpret_cast<const bf16_t*>(from), w.row_bytes / 2, packed, panel, panel + 1, columns);
+  });
 }
 
 void MoeLayer::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_stride, const bf16_t* up_w,
                            int64_t up_stride, const bf16_t* down_w, int64_t down_stride) {
-  KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "load_expert: expert index out of range");
-  std::lock_guard<std::mutex> lock(runtime().mutex);
-  for (int s = 0; s < num_shards_; ++s) {
-    const Shard& part = shards_[s];
-    const PackedMatrix packed[3] = {gate(expert, s), up(expert, s), down(expert, s)};
-    const bf16_t* source[3] = {gate_w + part.begin * gate_stride, up_w + part.begin * up_stride, down_w + part.begin};
-    const int64_t stride[3] = {gate_stride, up_stride, down_stride};
-    const int64_t inter_panels = packed[0].n_panels();
-    runtime().pool->parallel_for(2 * inter_panels + packed[2].n_panels(), [&](int64_t task, int) {
-      const int which = task < inter_panels ? 0 : task < 2 * inter_panels ? 1 : 2;
-      const int64_t panel = task - which * inter_panels;
-      const RowPart columns{which == 2 ? part.begin : 0, which == 2 ? shape_.inter - part.begin - part.size : 0};
-      pack_panels(source[which], stride[which], packed[which], panel, panel + 1, columns);
-    });
-  }
-  loaded_[static_cast<size_t>(expert)] = 1;
+  load_expert(expert, {gate_w, 2 * gate_stride}, {up_w, 2 * up_stride}, {down_w, 2 * down_stride});
 }
 
 template <class T>
@@ -116,8 +152,8 @@ void check_lora(const LoraView& view, const char* message) {
 
 void check_call(const MoeLayer& layer, const MoeInput& input, const ExpertLora& lora, const Dropout& dropout,
                 int64_t chunk) {
-  KTS_CHECK(input.rows == Rows::kBf16 || layer.shape().format.kind != Format::kBf16,
-            "rows: int8 needs int8 or int4 weights, this layer has bf16 weights");
+  KTS_CHECK(layer.shape().format.take(input.rows),
+            "rows: int8 needs int8 or int4 weights, bfp16 those or block types; this layer has others");
   KTS_CHECK(layer.missing_experts() == 0,
             "MoeLayer: some experts have no weights yet; call load_expert for every expert first");
   KTS_CHECK(chunk > 0, "chunk_size: expected a positive number of tokens");

@@ -140,8 +140,8 @@ KTS_TEST(a_training_step_allocates_nothing_after_the_first) {
           const int64_t before = allocations, growths = pass_arena_growths();
           for (int i = 0; i < 3; ++i) training.step(rows, retained);
           KTS_EXPECT(allocations == before && pass_arena_growths() == growths)
-              << format_name(format.kind) << (rows == Rows::kInt8 ? " int8 rows" : " bf16 rows") << " retained "
-              << retained << " pools " << pools << ": " << allocations - before << " allocations";
+              << format_name(format) << (rows == Rows::kInt8 ? " int8 rows" : " bf16 rows") << " retained " << retained
+              << " pools " << pools << ": " << allocations - before << " allocations";
         }
     }
   }

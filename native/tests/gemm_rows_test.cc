@@ -24,9 +24,10 @@ std::vector<Shape> shapes() {
 
 bool runs_here(const KernelRow& row) { return (detect_isa() & row.isa) != 0; }
 
-std::vector<WeightFormat> formats_of(const KernelRow& row) {
-  if (row.format != Format::kInt4) return {{row.format, 0}};
-  return {{Format::kInt4, 32}, {Format::kInt4, 64}, {Format::kInt4, 128}};
+// With whole blocks along k.
+Shape fitting(Shape shape, WeightFormat format) {
+  if (is_block_format(format.kind)) shape.k = align_up(shape.k, block_type_info(format.type).block);
+  return shape;
 }
 
 // Calls fn(row, format, shape) for what can run here.
@@ -34,9 +35,9 @@ template <class Fn>
 void for_rows(Fn&& fn) {
   for (const KernelRow& row : kernel_table()) {
     if (!runs_here(row)) continue;
-    for (const WeightFormat format : formats_of(row))
+    for (const WeightFormat format : formats_of(row.format))
       for (const Shape& shape : shapes())
-        if (row.max_m == 0 || shape.m <= row.max_m) fn(row, format, shape);
+        if (row.max_m == 0 || shape.m <= row.max_m) fn(row, format, fitting(shape, format));
   }
 }
 
@@ -77,14 +78,16 @@ KTS_TEST(rows_of_absent_isas_are_named) {
 KTS_TEST(kernels_carry_nan_to_their_row_only) {
   for (const KernelRow& row : kernel_table()) {
     if (!runs_here(row) || row.rows == Rows::kInt8) continue;
-    for (const WeightFormat format : formats_of(row)) {
+    for (const WeightFormat format : formats_of(row.format)) {
       const int64_t m = row.max_m == 0 ? 14 : row.max_m, bad = min_i64(3, m - 1);
       Random random(5);
-      Problem problem(format, {m, 40, 50}, random, Values::kReals);
-      problem.forward_a[static_cast<size_t>(bad * 50 + 7)] = problem.grad_a[static_cast<size_t>(bad * 40 + 7)] = 0x7fc0;
+      const Shape shape = fitting({m, 40, 50}, format);
+      Problem problem(format, shape, random, Values::kReals);
+      problem.forward_a[static_cast<size_t>(bad * shape.k + 7)] = 0x7fc0;
+      problem.grad_a[static_cast<size_t>(bad * shape.n + 7)] = 0x7fc0;
       int64_t ldc = 0;
       const std::vector<float> c = problem.run(row, false, &ldc);
-      const int64_t cols = row.direction == Direction::kForward ? 40 : 50;
+      const int64_t cols = row.direction == Direction::kForward ? shape.n : shape.k;
       for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < cols; ++j)
           KTS_EXPECT(std::isnan(c[static_cast<size_t>(i * ldc + j)]) == (i == bad)) << row.name << " row " << i;
@@ -95,10 +98,10 @@ KTS_TEST(kernels_carry_nan_to_their_row_only) {
 KTS_TEST(a_row_does_not_depend_on_its_neighbours) {
   for (const KernelRow& row : kernel_table()) {
     if (!runs_here(row)) continue;
-    for (const WeightFormat format : formats_of(row)) {
+    for (const WeightFormat format : formats_of(row.format)) {
       const int64_t m = row.max_m == 0 ? 29 : row.max_m;
       Random random(6);
-      Problem problem(format, {m, 70, 600}, random, Values::kReals);
+      Problem problem(format, fitting({m, 70, 600}, format), random, Values::kReals);
       int64_t ldc = 0;
       const std::vector<float> all = problem.run(row, false, &ldc);
       for (const int64_t i : {int64_t{0}, m / 2, m - 1}) {
@@ -114,9 +117,9 @@ KTS_TEST(a_row_does_not_depend_on_its_neighbours) {
 KTS_TEST(kernels_of_bf16_rows_and_f32_sums_agree_bit_by_bit_within_an_isa) {
   for (const KernelRow& row : kernel_table()) {
     if (!runs_here(row) || row.rows != Rows::kBf16 || row.max_m == 0 || row.isa > kAvx512) continue;
-    for (const WeightFormat format : formats_of(row)) {
+    for (const WeightFormat format : formats_of(row.format)) {
       Random random(11);
-      Problem problem(format, {row.max_m, 70, 600}, random, Values::kReals);
+      Problem problem(format, fitting({row.max_m, 70, 600}, format), random, Values::kReals);
       int64_t ldc = 0;
       const KernelRow& wide = select_gemm(row.format, row.rows, row.direction, 512, row.isa);
       const std::vector<float> want = problem.run(wide, false, &ldc), got = problem.run(row, false, &ldc);

@@ -156,7 +156,7 @@ KTS_TEST(thin_products_touch_nothing_beyond_their_rows) {
 // Values are checked in gemm_rows_test.cc; here a read or write beyond the end faults.
 KTS_TEST(kernel_rows_stay_inside_their_rows_and_packed_bytes) {
   for (const KernelRow& row : kernel_table()) {
-    if ((detect_isa() & row.isa) == 0) continue;
+    if ((detect_isa() & row.isa) == 0 || row.format >= Format::kF16) continue;
     const WeightFormat format{row.format, row.format == Format::kInt4 ? 32 : 0};
     for (const int64_t k : {1, 31, 33, 257, 300})
       for (const int64_t n : {1, 40, 130}) {

@@ -1,6 +1,7 @@
 // A packed matrix of chosen integers, written by the formulas of kts/packed.h and not by the packer.
 #pragma once
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "check.h"
@@ -23,11 +24,21 @@ enum class Values {
   kReals,
 };
 
+// What a kernel of this format takes.
+inline std::vector<WeightFormat> formats_of(Format kernel) {
+  if (kernel == Format::kInt4) return {{Format::kInt4, 32}, {Format::kInt4, 64}, {Format::kInt4, 128}};
+  if (!is_block_format(kernel)) return {{kernel, 0}};
+  std::vector<WeightFormat> formats;
+  for (const BlockTypeInfo& type : kBlockTypes)
+    if (const WeightFormat format = weight_format(type.name, 0); format.kind == kernel) formats.push_back(format);
+  return formats;
+}
+
 struct PackedProblem {
   WeightFormat format;
   int64_t n, k;
   Bytes memory;
-  std::vector<float> unscaled;  // [n, k]: q for int8, q * scale else
+  std::vector<float> unscaled;  // [n, k]: q for int8, q * scale (and offset) else
   std::vector<float> scale;     // [n]: of int8, else ones
 
   PackedProblem(WeightFormat f, int64_t n_, int64_t k_, Values values, Random& random)
@@ -44,6 +55,7 @@ struct PackedProblem {
     if (f.kind == Format::kBf16) fill_bf16(view, values, random);
     if (f.kind == Format::kInt8) fill_int8(view, values, random);
     if (f.kind == Format::kInt4) fill_int4(view, values, random);
+    if (f.kind >= Format::kF16) fill_blocks(view, values, random);
   }
 
   PackedMatrix matrix() { return packed_view(format, n, k, memory.data()); }
@@ -64,6 +76,35 @@ struct PackedProblem {
         data[tile(i, j, 32) * 512 + j % 32 / 2 * 32 + i % 16 * 2 + j % 2] = w;
         unscaled[at(i * k + j)] = bf16_to_f32(w);
       }
+  }
+
+  // Random blocks of a file through the packer, whose result tests/numerics compares with the gguf package.
+  void fill_blocks(PackedMatrix view, Values values, Random& random) {
+    const int64_t row_bytes = block_row_bytes(format, k);
+    std::vector<uint8_t> file(at(n * row_bytes));
+    for (uint8_t& byte : file) byte = static_cast<uint8_t>(random.integer(0, 255));
+    const auto f16_at = [&](uint8_t* to) {
+      const float size =
+          values == Values::kReals ? 0.01f + 0.02f * std::fabs(random.real()) : std::ldexp(1.0f, random.integer(-1, 1));
+      const f16_t bits = f32_to_f16(random.integer(0, 1) == 0 ? size : -size);
+      std::memcpy(to, &bits, 2);
+    };
+    if (format.kind == Format::kF16) {
+      for (int64_t i = 0; i < n * k; ++i) f16_at(&file[at(2 * i)]);
+    } else {
+      const BlockTypeInfo& type = block_type_info(format.type);
+      for (int64_t i = 0; i < n * (k / type.block); ++i) {
+        uint8_t* block = &file[at(i * type.block_bytes)];
+        if (type.is_e8m0)
+          *block = static_cast<uint8_t>(random.integer(126, 129));
+        else
+          f16_at(block + (format.type == BlockType::kQ6_K ? 208 : 0));
+        if (type.has_offset) f16_at(block + 2);
+      }
+    }
+    pack_block_panels(file.data(), row_bytes, view, 0, view.n_panels());
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < k; ++j) unscaled[at(i * k + j)] = packed_unscaled(view, i, j);
   }
 
   void fill_int8(PackedMatrix view, Values values, Random& random) {

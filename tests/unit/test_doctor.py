@@ -81,7 +81,7 @@ def test_kernels_are_one_line_for_each_format_and_product_and_all_of_them_on_req
     assert [row["name"] for row in rows if (row["name"] in short) != row["selected"]] == []
     products = {(row["format"], row["rows"], row["op"]) for row in rows}
     lines = [line for line in short.splitlines() if line.startswith("│ ") and "_f32_" in line]
-    assert len(products) == len(lines) == 10
+    assert len(products) == len(lines) == 24
 
 
 def test_amx_reason_and_inference_activations_are_reported(monkeypatch):

@@ -66,6 +66,16 @@ void gemm_bf16_s4_f32_1x1_scalar(const GemmTask& task) { forward(task); }
 void dgrad_bf16_bf16_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
 void dgrad_bf16_s8_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
 void dgrad_bf16_s4_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
+void gemm_bf16_f16_f32_1x1_scalar(const GemmTask& task) { forward(task); }
+void dgrad_bf16_f16_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
+void gemm_bf16_b4_f32_1x1_scalar(const GemmTask& task) { forward(task); }
+void dgrad_bf16_b4_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
+void gemm_bf16_b5_f32_1x1_scalar(const GemmTask& task) { forward(task); }
+void dgrad_bf16_b5_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
+void gemm_bf16_b6_f32_1x1_scalar(const GemmTask& task) { forward(task); }
+void dgrad_bf16_b6_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
+void gemm_bf16_b8_f32_1x1_scalar(const GemmTask& task) { forward(task); }
+void dgrad_bf16_b8_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
 void gemm_s8_s8_f32_1x1_scalar(const GemmTask& task) { forward_int8_rows(task); }
 void gemm_s8_s4_f32_1x1_scalar(const GemmTask& task) { forward_int8_rows(task); }
 

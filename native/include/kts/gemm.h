@@ -51,6 +51,12 @@ struct GemmTask {
   Rows rows() const { return q_rows != nullptr ? Rows::kInt8 : block_floating_point ? Rows::kBfp16 : Rows::kBf16; }
 };
 
+// Whether there are kernels for these rows and weights. Block floating point falls back to bf16 rows where it has none.
+KTS_INLINE bool takes_rows(Format weights, Rows rows) {
+  if (rows == Rows::kBf16 || weights == Format::kInt8 || weights == Format::kInt4) return true;
+  return rows == Rows::kBfp16 && is_block_format(weights);
+}
+
 using GemmFn = void (*)(const GemmTask&);
 
 // One row of gemm/kernels.inc.

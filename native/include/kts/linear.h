@@ -28,6 +28,8 @@ class PackedLinear {
   // w [n, k], row stride in elements. Packs a copy; after an exception (a weight that is not finite cannot be
   // quantised) the layer has no weights.
   void load(const bf16_t* w, int64_t stride);
+  // Rows of blocks as in a GGUF file, row_bytes apart; f16 and block formats.
+  void load_blocks(const uint8_t* w, int64_t row_bytes);
   // The stored weights.
   void unpack(bf16_t* w, int64_t stride) const;
   void unpack(float* w, int64_t stride) const;

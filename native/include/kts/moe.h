@@ -11,11 +11,23 @@
 
 namespace kts {
 
+// Weight formats of the three projections: a GGUF file may mix them.
+struct ExpertFormats {
+  WeightFormat gate, up, down;
+
+  ExpertFormats(WeightFormat all = {}) : gate(all), up(all), down(all) {}  // NOLINT(google-explicit-constructor)
+  ExpertFormats(WeightFormat g, WeightFormat u, WeightFormat d) : gate(g), up(u), down(d) {}
+
+  bool is_uniform() const { return gate == up && up == down; }
+  // Whether kernels take rows of this kind with every projection.
+  bool take(Rows rows) const;
+};
+
 struct MoeShape {
   int64_t num_experts = 0;
   int64_t hidden = 0;
   int64_t inter = 0;
-  WeightFormat format;
+  ExpertFormats format;
   Activation activation = Activation::kSilu;
 
   // Row stride, in elements, of g, u and h buffers.
@@ -82,6 +94,12 @@ class MoeLayer {
   // gate, up [inter, hidden], down [hidden, inter]; strides in elements. Packs a copy.
   void load_expert(int64_t expert, const bf16_t* gate, int64_t gate_stride, const bf16_t* up, int64_t up_stride,
                    const bf16_t* down, int64_t down_stride);
+  // The same with each projection as its format takes it: rows of bf16, or of f16 or blocks as in a GGUF file.
+  struct WeightRows {
+    const void* data;
+    int64_t row_bytes;  // from one to the next
+  };
+  void load_expert(int64_t expert, const WeightRows& gate, const WeightRows& up, const WeightRows& down);
   // The stored weights; T is bf16_t (rounded from q * scale) or float.
   template <class T>
   void unpack_expert(int64_t expert, T* gate, int64_t gate_stride, T* up, int64_t up_stride, T* down,
@@ -104,8 +122,13 @@ class MoeLayer {
   PackedMatrix down(int64_t expert, int shard) const;  // [hidden, shard size]
 
  private:
-  int64_t gate_bytes(int shard) const { return kts::packed_bytes(shape_.format, shards_[shard].size, shape_.hidden); }
-  int64_t down_bytes(int shard) const { return kts::packed_bytes(shape_.format, shape_.hidden, shards_[shard].size); }
+  // Bytes of the packed gate and of gate and up, and of all three, of one expert.
+  int64_t gate_bytes(int shard) const;
+  int64_t gate_up_bytes(int shard) const;
+  int64_t expert_bytes(int shard) const;
+  // Calls pack(projection, shard part, packed matrix, panel) for every panel of an expert, in parallel.
+  template <class Fn>
+  void pack_expert(int64_t expert, Fn&& pack);
   const char* expert_data(int64_t expert, int shard) const;
 
   MoeShape shape_;

@@ -14,22 +14,53 @@
 //   int8: scale f32 [align_up(n, 32)], one per output channel n
 //   int4: scale bf16, index (n / 32 * ceil(k / group) + k / group) * 32 + n % 32. Every scale has at most 5 significant
 //         bits, so q * scale is a bf16 number: all kernels compute with the very same weights.
+//
+// Block types of GGUF files (kts/block_types.h), nothing rounded:
+//   f16     tile of 16 n x 32 k, 1 KiB, t as bf16: element t * 512 + k % 32 * 16 + n % 16
+//   block8  codes as int8, in tiles of 1 KiB
+//   block4  stored codes in tiles of 512 B, as int4 (without the 8)
+//   block5  the low 4 bits as block4, then 128 B: byte t * 640 + 512 + k % 64 / 32 * 64 + n % 16 * 4 + k % 4, bit k % 32 / 4
+//   block6  the low 4 bits as block4, then 256 B: byte t * 768 + 512 + k % 64 / 16 * 64 + n % 16 * 4 + k % 4,
+//           bits k % 16 / 4 * 2 and the next
+// Scales, in records of 32 n and one block of the type, record n / 32 * ceil(k / block) + k / block:
+//   d [32] (f16; e8m0: one byte each), then m or dmin [32] f16 if the type has offsets, then with two levels
+//   scale [block / group][32] int8 and, with offsets, min [block / group][32] int8
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 #include "kts/base.h"
+#include "kts/block_types.h"
 #include "kts/types.h"
 
 namespace kts {
 
-enum class Format : int { kBf16 = 0, kInt8 = 1, kInt4 = 2 };
+// What kernels differ in. kBlock<bits>: block types by the bits of their codes.
+enum class Format : int {
+  kBf16 = 0,
+  kInt8 = 1,
+  kInt4 = 2,
+  kF16 = 3,
+  kBlock4 = 4,
+  kBlock5 = 5,
+  kBlock6 = 6,
+  kBlock8 = 7
+};
+
+KTS_INLINE constexpr bool is_block_format(Format format) { return format >= Format::kBlock4; }
+// Bits of the codes of a block format.
+KTS_INLINE constexpr int block_bits(Format format) {
+  return format == Format::kBlock8 ? 8 : static_cast<int>(format) - static_cast<int>(Format::kBlock4) + 4;
+}
 
 struct WeightFormat {
   Format kind = Format::kBf16;
-  int group = 0;  // int4: consecutive k that share a scale: 32, 64 or 128
+  int group = 0;                      // int4: consecutive k that share a scale: 32, 64 or 128
+  BlockType type = BlockType::kNone;  // block formats
 
   bool operator==(const WeightFormat&) const = default;
+  // The k that a cut of a matrix along k, and its first one, must be a multiple of.
+  int64_t k_unit() const;
 };
 
 inline constexpr int kTileN = 16;
@@ -39,6 +70,22 @@ inline constexpr int kPanel = 32;   // columns of both directions come in panels
 inline constexpr int kTileElements = kTileN * kTileK;
 inline constexpr int kTileBytes = 1024;  // bf16 and int8
 inline constexpr int kTileBytesInt4 = 512;
+
+// Bytes of a tile of 16 n x 64 k of a block format.
+KTS_INLINE constexpr int64_t block_tile_bytes(int bits) { return bits == 8 ? kTileBytes : 512 + 128 * (bits - 4); }
+
+// Where the parts of a record of scales begin, in bytes.
+struct ScaleRecord {
+  int64_t dmin, scale, min, bytes;
+  __attribute__((always_inline)) explicit constexpr ScaleRecord(const BlockTypeInfo& type)
+      : dmin(type.is_e8m0 ? kPanelBytes : 2 * kPanelBytes),
+        scale(dmin + (type.has_offset ? 2 * kPanelBytes : 0)),
+        min(scale + (type.two_levels ? type.block / type.group * kPanelBytes : 0)),
+        bytes(min + (type.two_levels && type.has_offset ? type.block / type.group * kPanelBytes : 0)) {}
+
+ private:
+  static constexpr int64_t kPanelBytes = 32;
+};
 
 // A view of packed weights; the memory belongs to the layer.
 struct PackedMatrix {
@@ -55,6 +102,12 @@ struct PackedMatrix {
   const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
   const float* int8_scales() const { return static_cast<const float*>(scales); }
   const bf16_t* int4_scales() const { return static_cast<const bf16_t*>(scales); }
+  // Block formats: the record of scales of a panel's block that holds column k.
+  __attribute__((always_inline)) const uint8_t* scale_record(int64_t panel, int64_t column) const {
+    const BlockTypeInfo& type = block_type_info(format.type);
+    return static_cast<const uint8_t*>(scales) +
+           (panel * ceil_div(k, type.block) + column / type.block) * ScaleRecord(type).bytes;
+  }
 };
 
 // Bytes of values, scales and sums, a multiple of 64; all zero bytes of it are read as zero weights but for int4.
@@ -75,6 +128,13 @@ struct RowPart {
 void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end,
                  const RowPart& part = {});
 
+// Packs panels of w as a GGUF file holds it: rows of blocks (f16: of elements), row_bytes apart. w begins with the first
+// block that is packed. Non-finite scales throw std::invalid_argument.
+void pack_block_panels(const uint8_t* w, int64_t row_bytes, const PackedMatrix& packed, int64_t panel_begin,
+                       int64_t panel_end);
+// Bytes of k elements of a row in the file.
+int64_t block_row_bytes(WeightFormat format, int64_t k);
+
 // The stored weights: writes rows of w [n, k] that belong to the given panels. bf16 is rounded from q * scale.
 void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, bf16_t* w, int64_t stride);
 void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, float* w, int64_t stride);
@@ -94,16 +154,22 @@ KTS_INLINE float packed_scale(const PackedMatrix& w, int64_t n, int64_t k) {
   return bf16_to_f32(w.int4_scales()[(n / kPanel * w.k_groups() + k / w.format.group) * kPanel + n % kPanel]);
 }
 
-// One weight, without the scale of int8.
-KTS_INLINE float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k) {
-  if (w.format.kind == Format::kInt8) return static_cast<float>(packed_integer(w, n, k));
-  if (w.format.kind == Format::kInt4) return static_cast<float>(packed_integer(w, n, k)) * packed_scale(w, n, k);
-  const int64_t tile = (n / kPanel * w.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
-  return bf16_to_f32(
-      static_cast<const bf16_t*>(w.data)[tile * kTileElements + k % kTileK / 2 * 32 + n % kTileN * 2 + k % 2]);
-}
+// Factor and offset of the code of a weight of a block format.
+struct BlockScale {
+  float factor, offset;
+};
+BlockScale packed_block_scale(const PackedMatrix& w, int64_t n, int64_t k);
+// The code, looked up and with its bias subtracted.
+int packed_code(const PackedMatrix& w, int64_t n, int64_t k);
 
-const char* format_name(Format format);
+// One weight, without the scale of int8.
+float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k);
+
+const char* format_name(WeightFormat format);
+// Of what the kernels see: bf16, int8, int4, f16, block4, ...
+const char* kernel_format_name(Format format);
+// Throws std::invalid_argument unless W [n, k] can have the format: whole blocks along k.
+void check_format(WeightFormat format, int64_t k);
 // Throws std::invalid_argument for an unknown name or group.
 WeightFormat weight_format(const char* name, int group);
 

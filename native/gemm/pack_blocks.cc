@@ -1,0 +1,169 @@
+// Rows of a GGUF file -> tiles and records of scales (formulas in kts/packed.h), and single weights back.
+#include <bit>
+#include <cstring>
+
+#include "kts/packed.h"
+
+namespace kts {
+
+namespace {
+
+template <class T>
+T* writable(const void* memory) {
+  return static_cast<T*>(const_cast<void*>(memory));
+}
+
+bool is_finite_f16(uint16_t bits) { return (bits & 0x7c00u) != 0x7c00u; }
+
+float e8m0_half(uint8_t e) { return std::bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1u) << 23); }
+
+// The tile of 16 n x 64 k that holds W[n, k].
+const uint8_t* tile_of(const PackedMatrix& w, int64_t n, int64_t k) {
+  const int64_t tile = (n / kPanel * ceil_div(w.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
+  return w.bytes() + tile * block_tile_bytes(block_bits(w.format.kind));
+}
+
+// `count` stored codes of row n from k on; k and count are multiples of 32.
+void scatter_codes(const PackedMatrix& w, int64_t n, int64_t k, int64_t count, const uint8_t* stored) {
+  const int bits = block_bits(w.format.kind);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t col = k + i;
+    uint8_t* tile = const_cast<uint8_t*>(tile_of(w, n, col)) + n % kTileN * 4 + col % 4;
+    if (bits == 8) {
+      tile[col % kTileKQ / 4 * 64] = stored[i];
+      continue;
+    }
+    uint8_t& pair = tile[col % 32 / 4 * 64];
+    pair = static_cast<uint8_t>(col % kTileKQ < 32 ? (pair & 0xf0) | (stored[i] & 15) : (pair & 15) | stored[i] << 4);
+    if (bits == 4) continue;
+    const int64_t line = bits == 5 ? col % kTileKQ / 32 : col % kTileKQ / 16;
+    const int shift = static_cast<int>(bits == 5 ? col % 32 / 4 : 2 * (col % 16 / 4));
+    uint8_t& high = tile[512 + line * 64];
+    const int mask = ((1 << (bits - 4)) - 1) << shift;
+    high = static_cast<uint8_t>((high & ~mask) | (stored[i] >> 4) << shift);
+  }
+}
+
+void store_scales(const PackedMatrix& w, int64_t n, int64_t k, const DecodedBlock& block) {
+  const BlockTypeInfo& type = block_type_info(w.format.type);
+  const ScaleRecord at(type);
+  uint8_t* record = const_cast<uint8_t*>(w.scale_record(n / kPanel, k));
+  const int64_t lane = n % kPanel;
+  if (type.is_e8m0)
+    record[lane] = static_cast<uint8_t>(block.d);
+  else
+    std::memcpy(record + lane * 2, &block.d, 2);
+  if (type.has_offset) std::memcpy(record + at.dmin + lane * 2, &block.dmin, 2);
+  for (int64_t g = 0; type.two_levels && g < type.block / type.group; ++g) {
+    record[at.scale + g * kPanel + lane] = static_cast<uint8_t>(block.scales[g]);
+    if (type.has_offset) record[at.min + g * kPanel + lane] = static_cast<uint8_t>(block.mins[g]);
+  }
+}
+
+void pack_block_row(const uint8_t* row, const PackedMatrix& w, int64_t n) {
+  const BlockTypeInfo& type = block_type_info(w.format.type);
+  DecodedBlock block;
+  for (int64_t k = 0; k < w.k; k += type.block, row += type.block_bytes) {
+    decode_block(w.format.type, row, &block);
+    const bool is_finite =
+        type.is_e8m0 ? block.d != 255 : is_finite_f16(block.d) && (!type.has_offset || is_finite_f16(block.dmin));
+    KTS_CHECK(is_finite, "weights: expected finite scales, found NaN or infinity");
+    scatter_codes(w, n, k, type.block, block.stored);
+    store_scales(w, n, k, block);
+  }
+}
+
+void pack_f16_panel(const uint8_t* w, int64_t row_bytes, const PackedMatrix& packed, int64_t panel) {
+  for (int64_t n = panel * kPanel; n < min_i64((panel + 1) * kPanel, packed.n); ++n)
+    for (int64_t k = 0; k < packed.k; ++k) {
+      uint16_t bits;
+      std::memcpy(&bits, w + n * row_bytes + k * 2, 2);
+      KTS_CHECK(is_finite_f16(bits), "weights: expected finite numbers, found NaN or infinity");
+      const int64_t tile = (n / kPanel * packed.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
+      writable<f16_t>(packed.data)[tile * kTileElements + k % kTileK * kTileN + n % kTileN] = bits;
+    }
+}
+
+// Zeros beyond n and k: scales of zero make them weights of zero.
+void clear_panel(const PackedMatrix& w, int64_t panel) {
+  if (w.format.kind == Format::kF16) {
+    const int64_t bytes = w.k_panels() * 2 * kTileBytes;
+    std::memset(writable<uint8_t>(w.data) + panel * bytes, 0, static_cast<size_t>(bytes));
+    return;
+  }
+  const BlockTypeInfo& type = block_type_info(w.format.type);
+  const int64_t bytes = ceil_div(w.k, kTileKQ) * 2 * block_tile_bytes(type.bits);
+  std::memset(writable<uint8_t>(w.data) + panel * bytes, 0, static_cast<size_t>(bytes));
+  const int64_t scales = ceil_div(w.k, type.block) * ScaleRecord(type).bytes;
+  std::memset(writable<uint8_t>(w.scales) + panel * scales, 0, static_cast<size_t>(scales));
+}
+
+}  // namespace
+
+int64_t WeightFormat::k_unit() const {
+  if (is_block_format(kind)) return block_type_info(type).block > kTileKQ ? block_type_info(type).block : kTileKQ;
+  return group > kTileKQ ? group : kTileKQ;
+}
+
+int64_t block_row_bytes(WeightFormat format, int64_t k) {
+  if (format.kind == Format::kF16) return k * 2;
+  const BlockTypeInfo& type = block_type_info(format.type);
+  return k / type.block * type.block_bytes;
+}
+
+void pack_block_panels(const uint8_t* w, int64_t row_bytes, const PackedMatrix& packed, int64_t panel_begin,
+                       int64_t panel_end) {
+  KTS_CHECK(packed.format.kind >= Format::kF16, "weights: only f16 and block types are loaded from blocks");
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    clear_panel(packed, panel);
+    if (packed.format.kind == Format::kF16) {
+      pack_f16_panel(w, row_bytes, packed, panel);
+      continue;
+    }
+    for (int64_t n = panel * kPanel; n < min_i64((panel + 1) * kPanel, packed.n); ++n)
+      pack_block_row(w + n * row_bytes, packed, n);
+  }
+}
+
+int packed_code(const PackedMatrix& w, int64_t n, int64_t k) {
+  const BlockTypeInfo& type = block_type_info(w.format.type);
+  const uint8_t* tile = tile_of(w, n, k) + n % kTileN * 4 + k % 4;
+  if (type.bits == 8) return static_cast<int8_t>(tile[k % kTileKQ / 4 * 64]);
+  const int low = tile[k % 32 / 4 * 64] >> (k % kTileKQ < 32 ? 0 : 4) & 15;
+  if (type.bits == 4) return type.table[low];
+  const int64_t line = type.bits == 5 ? k % kTileKQ / 32 : k % kTileKQ / 16;
+  const int64_t shift = type.bits == 5 ? k % 32 / 4 : 2 * (k % 16 / 4);
+  return (low | (tile[512 + line * 64] >> shift & ((1 << (type.bits - 4)) - 1)) << 4) - type.bias;
+}
+
+BlockScale packed_block_scale(const PackedMatrix& w, int64_t n, int64_t k) {
+  const BlockTypeInfo& type = block_type_info(w.format.type);
+  const ScaleRecord at(type);
+  const uint8_t* record = w.scale_record(n / kPanel, k);
+  const int64_t lane = n % kPanel, group = k % type.block / type.group * kPanel + lane;
+  const auto f16_at = [&](int64_t offset) {
+    f16_t bits;
+    std::memcpy(&bits, record + offset + lane * 2, 2);
+    return f16_to_f32(bits);
+  };
+  BlockScale scale{type.is_e8m0 ? e8m0_half(record[lane]) : f16_at(0), type.has_offset ? f16_at(at.dmin) : 0.0f};
+  if (!type.two_levels) return scale;
+  scale.factor *= static_cast<float>(static_cast<int8_t>(record[at.scale + group]));
+  if (type.has_offset) scale.offset *= -static_cast<float>(static_cast<int8_t>(record[at.min + group]));
+  return scale;
+}
+
+float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k) {
+  if (is_block_format(w.format.kind)) {
+    const BlockScale scale = packed_block_scale(w, n, k);
+    return __builtin_fmaf(static_cast<float>(packed_code(w, n, k)), scale.factor, scale.offset);
+  }
+  if (w.format.kind == Format::kInt8) return static_cast<float>(packed_integer(w, n, k));
+  if (w.format.kind == Format::kInt4) return static_cast<float>(packed_integer(w, n, k)) * packed_scale(w, n, k);
+  const int64_t tile = (n / kPanel * w.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
+  const uint16_t* elements = static_cast<const uint16_t*>(w.data) + tile * kTileElements;
+  if (w.format.kind == Format::kF16) return f16_to_f32(elements[k % kTileK * kTileN + n % kTileN]);
+  return bf16_to_f32(elements[k % kTileK / 2 * 32 + n % kTileN * 2 + k % 2]);
+}
+
+}  // namespace kts
