@@ -23,24 +23,30 @@ const uint8_t* tile_of(const PackedMatrix& w, int64_t n, int64_t k) {
   return w.bytes() + tile * block_tile_bytes(block_bits(w.format.kind));
 }
 
-// `count` stored codes of row n from k on; k and count are multiples of 32.
-void scatter_codes(const PackedMatrix& w, int64_t n, int64_t k, int64_t count, const uint8_t* stored) {
-  const int bits = block_bits(w.format.kind);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t col = k + i;
-    uint8_t* tile = const_cast<uint8_t*>(tile_of(w, n, col)) + n % kTileN * 4 + col % 4;
+void or_dword(uint8_t* to, uint32_t bits) {
+  uint32_t dword;
+  std::memcpy(&dword, to, 4);
+  dword |= bits;
+  std::memcpy(to, &dword, 4);
+}
+
+// 32 stored codes of row n from k on, into zeros; a dword holds those of 4 k.
+void scatter_codes(const PackedMatrix& w, int64_t n, int64_t k, const uint8_t* stored) {
+  const int bits = block_bits(w.format.kind), wide = bits - 4;
+  const int half = static_cast<int>(k % kTileKQ / kTileK);
+  uint8_t* lane = const_cast<uint8_t*>(tile_of(w, n, k)) + n % kTileN * 4;
+  for (int row = 0; row < kTileK / 4; ++row) {
+    uint32_t codes;
+    std::memcpy(&codes, stored + 4 * row, 4);
     if (bits == 8) {
-      tile[col % kTileKQ / 4 * 64] = stored[i];
+      std::memcpy(lane + (half * 8 + row) * 64, &codes, 4);
       continue;
     }
-    uint8_t& pair = tile[col % 32 / 4 * 64];
-    pair = static_cast<uint8_t>(col % kTileKQ < 32 ? (pair & 0xf0) | (stored[i] & 15) : (pair & 15) | stored[i] << 4);
-    if (bits == 4) continue;
-    const int64_t line = bits == 5 ? col % kTileKQ / 32 : col % kTileKQ / 16;
-    const int shift = static_cast<int>(bits == 5 ? col % 32 / 4 : 2 * (col % 16 / 4));
-    uint8_t& high = tile[512 + line * 64];
-    const int mask = ((1 << (bits - 4)) - 1) << shift;
-    high = static_cast<uint8_t>((high & ~mask) | (stored[i] >> 4) << shift);
+    or_dword(lane + row * 64, (codes & 0x0f0f0f0fu) << 4 * half);
+    if (wide == 0) continue;
+    const int rows_of_line = 8 / wide;
+    const uint32_t high = codes >> 4 & (wide == 1 ? 0x01010101u : 0x03030303u);
+    or_dword(lane + 512 + (half * wide + row / rows_of_line) * 64, high << row % rows_of_line * wide);
   }
 }
 
@@ -68,7 +74,7 @@ void pack_block_row(const uint8_t* row, const PackedMatrix& w, int64_t n) {
     const bool is_finite =
         type.is_e8m0 ? block.d != 255 : is_finite_f16(block.d) && (!type.has_offset || is_finite_f16(block.dmin));
     KTS_CHECK(is_finite, "weights: expected finite scales, found NaN or infinity");
-    scatter_codes(w, n, k, type.block, block.stored);
+    for (int64_t i = 0; i < type.block; i += kTileK) scatter_codes(w, n, k + i, block.stored + i);
     store_scales(w, n, k, block);
   }
 }
