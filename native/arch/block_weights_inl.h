@@ -45,11 +45,12 @@ class F16Weights {
   int64_t panel_bytes_;
 };
 
-template <class V, int kBits>
+template <class V, int kBits_>
 class BlockWeights {
  public:
   using I = typename V::I;
   using F = typename V::F;
+  static constexpr int kBits = kBits_;
   static constexpr Format kFormat = kBits == 8 ? Format::kBlock8 : static_cast<Format>(kBits);
   static constexpr float kUnit = 1.0f;
   static constexpr int kPerDword = 4;
@@ -77,8 +78,15 @@ class BlockWeights {
     KTS_MEMBER Scale scale(int v, int part = 0) const {
       return weights->group_scale(record, group + part, lane + v * V::W);
     }
-    KTS_MEMBER I dwords(int v, int j) const {
-      return weights->codes(rows + v * V::W / kTileN * kTile + v * V::W % kTileN * 4, shift, j);
+    KTS_MEMBER const uint8_t* at(int v) const { return rows + v * V::W / kTileN * kTile + v * V::W % kTileN * 4; }
+    KTS_MEMBER I dwords(int v, int j) const { return weights->codes(at(v), shift, j); }
+
+    // As stored: row j of dwords, whose bytes hold two codes, and the line with the further bits of a group.
+    KTS_MEMBER I row(int v, int j) const { return V::load_i(at(v) + j * 64); }
+    template <bool kHigh>
+    KTS_MEMBER I high_line(int v, int part) const {
+      if constexpr (kBits == 4 || kBits == 8) return V::set1_i(0);
+      return V::load_i(at(v) + 512 + (kHigh * (kBits - 4) + part) * 64);
     }
   };
 
@@ -92,6 +100,15 @@ class BlockWeights {
         record_shift_(type_.block == 256 ? 3 : 0),
         table_(V::load_table(type_.table)),
         bias_(V::set1_i(static_cast<uint32_t>(type_.bias) * 0x01010101u)) {}
+
+  // Whether codes of 4 bits are more than integers with a bias.
+  bool has_table() const { return type_.table[15] != type_.table[0] + 15; }
+  KTS_MEMBER I table() const { return table_; }
+  // What a stored code has too much.
+  KTS_MEMBER int32_t bias(bool takes_table) const {
+    if constexpr (kBits == 4) return takes_table ? 0 : -type_.table[0];
+    return type_.bias;
+  }
 
   int64_t panel_bytes() const { return panel_bytes_; }
   static constexpr int64_t block_bytes() { return kTile; }  // of 32 k of a panel

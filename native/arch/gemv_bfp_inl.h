@@ -21,26 +21,30 @@ constexpr int64_t kBfpMantissas = kGemvBlock + 32;        // per row; off a powe
 struct BfpRows {
   int16_t mantissas[kFewRows][kBfpMantissas];  // in fours: k, k + 2, k + 1, k + 3
   float scales[kFewRows][kBfpBlocks];          // value = mantissa * scale
-  int32_t offsets[kFewRows][kBfpBlocks];       // what sums with q + 8 begin with
+  int32_t sums[kFewRows][2 * kBfpBlocks];      // of 16 mantissas each
+
+  KTS_MEMBER int32_t block_sum(int row, int64_t b) const { return sums[row][2 * b] + sums[row][2 * b + 1]; }
 };
 static_assert(sizeof(BfpRows) <= kGemmScratchBytes);
 
 // One block of one row; x: kBfpBlock elements.
 template <class V>
-KTS_INLINE void to_block_floating_point(const bf16_t* x, int16_t* mantissas, float* scale, int32_t* offset) {
+KTS_INLINE void to_block_floating_point(const bf16_t* x, int16_t* mantissas, float* scale, int32_t* sums) {
   auto lanes = V::set1_i(0);
   for (int64_t j = 0; j < kBfpBlock; j += 2 * V::W) lanes = V::max_magnitude(lanes, x + j);
   const uint32_t exponent = V::largest_u16(lanes) >> 7;
   const uint32_t used = exponent < kBfpLeastExponent ? kBfpLeastExponent : exponent;
   const auto up = V::as_f(V::set1_i((254 + kBfpShift - used) << 23));  // 2^(kBfpShift - (used - 127))
-  auto sum = V::set1_i(0);
-  for (int64_t j = 0; j < kBfpBlock; j += V::W) {
-    const auto rounded = V::to_i32(exponent == 255 ? V::zero() : V::mul(V::load_bf16(x + j), up));
-    sum = V::add_i(sum, rounded);
-    V::store_i16_pairs(mantissas + j, rounded);
+  for (int64_t half = 0; half < 2; ++half) {
+    auto sum = V::set1_i(0);
+    for (int64_t j = half * kBfpBlock / 2; j < (half + 1) * kBfpBlock / 2; j += V::W) {
+      const auto rounded = V::to_i32(exponent == 255 ? V::zero() : V::mul(V::load_bf16(x + j), up));
+      sum = V::add_i(sum, rounded);
+      V::store_i16_pairs(mantissas + j, rounded);
+    }
+    sums[half] = V::sum_i(sum);
   }
   *scale = exponent == 255 ? __builtin_nanf("") : std::bit_cast<float>((used - kBfpShift) << 23);
-  *offset = -8 * V::sum_i(sum);
 }
 
 template <class V>
@@ -48,18 +52,19 @@ void to_block_floating_point(const bf16_t* x, int64_t count, int row, BfpRows* r
   int64_t b = 0;
   for (; (b + 1) * kBfpBlock <= count; ++b)
     to_block_floating_point<V>(x + b * kBfpBlock, rows->mantissas[row] + b * kBfpBlock, &rows->scales[row][b],
-                               &rows->offsets[row][b]);
+                               &rows->sums[row][2 * b]);
   if (b * kBfpBlock == count) return;
   alignas(64) bf16_t rest[kBfpBlock] = {};
   for (int64_t j = b * kBfpBlock; j < count; ++j) rest[j - b * kBfpBlock] = x[j];
-  to_block_floating_point<V>(rest, rows->mantissas[row] + b * kBfpBlock, &rows->scales[row][b], &rows->offsets[row][b]);
+  to_block_floating_point<V>(rest, rows->mantissas[row] + b * kBfpBlock, &rows->scales[row][b],
+                             &rows->sums[row][2 * b]);
 }
 
-// Two of the four weights (block types: codes) of a dword as int16 pairs: k and k + 2 (kOdd: k + 1 and k + 3). int4: q + 8
-// of one half of every byte.
+// Two of the four weights of a dword as int16 pairs: k and k + 2 (kOdd: k + 1 and k + 3). int4: q + 8 of one half of every
+// byte.
 template <class V, class Weights, bool kHigh, bool kOdd>
 KTS_INLINE typename V::I weight_pairs(typename V::I dwords) {
-  if constexpr (Weights::kFormat != Format::kInt4) {
+  if constexpr (Weights::kFormat == Format::kInt8) {
     return V::template sra_i16<8>(kOdd ? dwords : V::template sll_i16<8>(dwords));
   } else {
     constexpr int kShift = 4 * kHigh + 8 * kOdd;
@@ -68,106 +73,56 @@ KTS_INLINE typename V::I weight_pairs(typename V::I dwords) {
   }
 }
 
-// sum += two weights of each dword times the elements of x, MR rows x NV vectors.
-template <class V, class Weights, int MR, bool kHigh, bool kOdd, int NV>
-KTS_INLINE void add_pairs(const typename V::I (&dwords)[NV], const int16_t* x, typename V::I (&sum)[MR][NV]) {
-  typename V::I w[NV];
+// sum += two weights of each dword times the elements of x, MR rows x two vectors.
+template <class V, class Weights, int MR, bool kHigh, bool kOdd>
+KTS_INLINE void add_pairs(const typename V::I (&dwords)[2], const int16_t* x, typename V::I (&sum)[MR][2]) {
+  typename V::I w[2];
 #pragma GCC unroll 2
-  for (int v = 0; v < NV; ++v) w[v] = weight_pairs<V, Weights, kHigh, kOdd>(dwords[v]);
+  for (int v = 0; v < 2; ++v) w[v] = weight_pairs<V, Weights, kHigh, kOdd>(dwords[v]);
 #pragma GCC unroll 4
   for (int i = 0; i < MR; ++i) {
     const auto pair = V::set1_pair(x + i * kBfpMantissas + 2 * kOdd);
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) sum[i][v] = V::dot_i16(sum[i][v], w[v], pair);
+    for (int v = 0; v < 2; ++v) sum[i][v] = V::dot_i16(sum[i][v], w[v], pair);
   }
-}
-
-// One group of a block type: its sum times its factor, plus the sum of the row's elements times its offset. NV vectors
-// from vector v0 on.
-template <class V, class Weights, int MR, bool kHigh, int NV>
-KTS_INLINE void add_bfp_group(const typename Weights::Block& block, const BfpRows& rows, int64_t b, int part, int v0,
-                              float* c, int64_t ldc, StreamAhead& ahead) {
-  using I = typename V::I;
-  constexpr int kRows = Weights::kRows / Weights::kParts;
-  const int16_t* x = rows.mantissas[0] + b * kBfpBlock + part * kRows * Weights::kPerDword;
-  I sum[MR][NV];
-#pragma GCC unroll 4
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) sum[i][v] = V::set1_i(0);
-#pragma GCC unroll 1
-  for (int j = part * kRows; j < (part + 1) * kRows; ++j, x += Weights::kPerDword) {
-    if (!kHigh && v0 == 0) ahead.step<1, 2 * V::W / kTileN>();
-    I dwords[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) dwords[v] = block.dwords(v0 + v, j);
-    add_pairs<V, Weights, MR, kHigh, false>(dwords, x, sum);
-    add_pairs<V, Weights, MR, kHigh, true>(dwords, x, sum);
-  }
-#pragma GCC unroll 2
-  for (int v = 0; v < NV; ++v) {
-    const auto scale = block.scale(v0 + v, part);
-    for (int i = 0; i < MR; ++i) {
-      float* to = c + i * ldc + (v0 + v) * V::W;
-      const float unit = rows.scales[i][b], of_elements = static_cast<float>(rows.offsets[i][b]) * (-0.125f * unit);
-      const auto value = V::fma(V::to_f32(sum[i][v]), V::mul(V::set1(0x1p24f * unit), scale.factor), V::load(to));
-      V::store(to, V::fma(V::set1(of_elements), scale.offset, value));
-    }
-  }
-}
-
-// As add_bfp_block. More rows than two leave registers for the sums of one vector at a time.
-template <class V, class Weights, int MR, bool kHigh>
-KTS_INLINE void add_bfp_groups(const Weights& weights, const BfpRows& rows, int64_t panel, int64_t tile, int64_t kb,
-                               int64_t b, float* c, int64_t ldc, StreamAhead& ahead) {
-  constexpr int NV = V::W == 8 && MR > 2 ? 1 : 2;
-  const auto block = weights.block(panel, tile, kb);
-  if (!kHigh && Weights::kExtraLines > 0) ahead.step<1, 2 * V::W / kTileN * Weights::kExtraLines>();
-  for (int part = 0; part < Weights::kParts; ++part)
-    for (int v = 0; v < 2; v += NV) add_bfp_group<V, Weights, MR, kHigh, NV>(block, rows, b, part, v, c, ldc, ahead);
 }
 
 // MR rows x two vectors of columns from tile `tile` of a panel on, one block.
 template <class V, class Weights, int MR, bool kHigh>
 KTS_INLINE void add_bfp_block(const Weights& weights, const BfpRows& rows, int64_t panel, int64_t tile, int64_t kb,
                               int64_t b, float* c, int64_t ldc, StreamAhead& ahead) {
-  if constexpr (is_block_format(Weights::kFormat)) {
-    add_bfp_groups<V, Weights, MR, kHigh>(weights, rows, panel, tile, kb, b, c, ldc, ahead);
-    return;
-  } else {
-    using I = typename V::I;
-    using T = Tiles<V, Weights::kFormat == Format::kInt4 ? kTileBytesInt4 : kTileBytes>;
-    const auto block = weights.block(panel, tile, kb);
-    I sum[MR][2];
+  using I = typename V::I;
+  using T = Tiles<V, Weights::kFormat == Format::kInt4 ? kTileBytesInt4 : kTileBytes>;
+  const auto block = weights.block(panel, tile, kb);
+  I sum[MR][2];
 #pragma GCC unroll 4
-    for (int i = 0; i < MR; ++i)
+  for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v)
-        sum[i][v] = V::set1_i(Weights::kFormat == Format::kInt4 ? static_cast<uint32_t>(rows.offsets[i][b]) : 0);
-    const int16_t* x = rows.mantissas[0] + b * kBfpBlock;
+    for (int v = 0; v < 2; ++v)
+      sum[i][v] = V::set1_i(Weights::kFormat == Format::kInt4 ? static_cast<uint32_t>(-8 * rows.block_sum(i, b)) : 0);
+  const int16_t* x = rows.mantissas[0] + b * kBfpBlock;
 #pragma GCC unroll 1
-    for (int j = 0; j < Weights::kRows; ++j, x += Weights::kPerDword) {
-      if (!kHigh) ahead.step<1, 2 * V::W / kTileN>();
-      I dwords[2];
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        dwords[v] = T::load(block.rows, v, j);
-      }
-      add_pairs<V, Weights, MR, kHigh, false>(dwords, x, sum);
-      add_pairs<V, Weights, MR, kHigh, true>(dwords, x, sum);
-    }
+  for (int j = 0; j < Weights::kRows; ++j, x += Weights::kPerDword) {
+    if (!kHigh) ahead.step<1, 2 * V::W / kTileN>();
+    I dwords[2];
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      float* to = c + v * V::W;
-      if constexpr (Weights::kFormat == Format::kInt4) {
-        const auto scale = V::load_bf16(block.scales + v * V::W);
-        for (int i = 0; i < MR; ++i)
-          V::store(to + i * ldc,
-                   V::fma(V::to_f32(sum[i][v]), V::mul(V::set1(rows.scales[i][b]), scale), V::load(to + i * ldc)));
-      } else {
-        for (int i = 0; i < MR; ++i)
-          V::store(to + i * ldc, V::fma(V::to_f32(sum[i][v]), V::set1(rows.scales[i][b]), V::load(to + i * ldc)));
-      }
+      dwords[v] = T::load(block.rows, v, j);
+    }
+    add_pairs<V, Weights, MR, kHigh, false>(dwords, x, sum);
+    add_pairs<V, Weights, MR, kHigh, true>(dwords, x, sum);
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < 2; ++v) {
+    float* to = c + v * V::W;
+    if constexpr (Weights::kFormat == Format::kInt4) {
+      const auto scale = V::load_bf16(block.scales + v * V::W);
+      for (int i = 0; i < MR; ++i)
+        V::store(to + i * ldc,
+                 V::fma(V::to_f32(sum[i][v]), V::mul(V::set1(rows.scales[i][b]), scale), V::load(to + i * ldc)));
+    } else {
+      for (int i = 0; i < MR; ++i)
+        V::store(to + i * ldc, V::fma(V::to_f32(sum[i][v]), V::set1(rows.scales[i][b]), V::load(to + i * ldc)));
     }
   }
 }
@@ -187,8 +142,9 @@ template <class V, class Weights, int MR>
     }
 }
 
-template <class V, class Weights, int R>
-void gemv_bfp_rows(const GemmTask& task) {
+// Calls add_panel(weights, rows, panel, first block, blocks, c of the panel) for pieces of at most kGemvBlock elements.
+template <class V, class Weights, class AddPanel>
+KTS_INLINE void gemv_bfp_rows(const GemmTask& task, AddPanel&& add_panel) {
   const Weights weights(*task.w);
   const int64_t cols = (task.panel_end - task.panel_begin) * kPanel;
   BfpRows& rows = *static_cast<BfpRows*>(task.scratch);
@@ -196,10 +152,10 @@ void gemv_bfp_rows(const GemmTask& task) {
     for (int64_t j = 0; j < cols; j += V::W) V::store(task.c + i * task.ldc + j, V::zero());
   for (int64_t k0 = 0; k0 < task.w->k; k0 += kGemvBlock) {
     const int64_t count = min_i64(kGemvBlock, task.w->k - k0), blocks = ceil_div(count, kBfpBlock);
-    for (int i = 0; i < R; ++i) to_block_floating_point<V>(task.a_rows[i] + task.a_offset + k0, count, i, &rows);
+    for (int64_t i = 0; i < task.m; ++i)
+      to_block_floating_point<V>(task.a_rows[i] + task.a_offset + k0, count, static_cast<int>(i), &rows);
     for (int64_t p = task.panel_begin; p < task.panel_end; ++p)
-      add_bfp_panel<V, Weights, R>(weights, rows, p, k0 / kTileK, blocks, task.c + (p - task.panel_begin) * kPanel,
-                                   task.ldc);
+      add_panel(weights, rows, p, k0 / kTileK, blocks, task.c + (p - task.panel_begin) * kPanel);
   }
   scale_columns<V, Weights>(task, 1.0f);
 }
@@ -207,7 +163,12 @@ void gemv_bfp_rows(const GemmTask& task) {
 // Up to kFewRows rows; does not accumulate.
 template <class V, class Weights>
 void gemv_bfp_forward(const GemmTask& task) {
-  with_rows<kFewRows>(task.m, [&]<int R>() { gemv_bfp_rows<V, Weights, R>(task); });
+  with_rows<kFewRows>(task.m, [&]<int R>() {
+    gemv_bfp_rows<V, Weights>(
+        task, [&](const Weights& weights, const BfpRows& rows, int64_t panel, int64_t kb, int64_t blocks, float* c) {
+          add_bfp_panel<V, Weights, R>(weights, rows, panel, kb, blocks, c, task.ldc);
+        });
+  });
 }
 
 }  // namespace kts
