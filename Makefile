@@ -19,7 +19,7 @@ CPP_FILES = $(shell find native tests benchmarks -name '*.h' -o -name '*.cc')
 # pytest's default thread count would have two pools fight for the cores in the many small models of the tests.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test test-long test-gpu sanitize lint format bench targets clean force
+.PHONY: help setup demo test test-long fuzz test-gpu sanitize lint format bench targets clean force
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -44,6 +44,9 @@ test: setup  ## what CI runs
 
 test-long: setup  ## everything that this machine can run
 	$(TEST_ENV) $(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+fuzz: setup  ## readers of checkpoints, GGUF files and containers against damaged files, for minutes
+	$(TEST_ENV) $(PY) -m pytest -m fuzz $(PYTEST_ARGS)
 
 test-gpu:  ## tests on a CUDA device, with the machine's own Python; installs nothing
 	packaging/test_gpu.sh $(PYTHON) $(PYTEST_ARGS)

@@ -23,12 +23,14 @@ INT4_GROUP_SIZES = (32, 64, 128)
 EXPERT_ACTIVATIONS = ("auto", "bf16", "bfp16", "int8")
 CPU_LINEARS = ("auto", "off", "bf16", "int8")
 CPU_ACTIVATIONS = ("retain", "recompute")
+WEIGHT_LOADS = ("auto", "mmap", "copy")
 ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 _CHOICES = {
     "expert_activations": EXPERT_ACTIVATIONS,
     "cpu_activation": CPU_ACTIVATIONS,
     "cpu_linear": CPU_LINEARS,
+    "weight_load": WEIGHT_LOADS,
 }
 
 
@@ -50,7 +52,12 @@ class KTConfig:
         chunk_size: tokens per native pass; bounds the activation memory.
         expert_lora: LoRA on the routed experts; None: yes when the LoRA target is `all` or names experts.
         cpu_activation: `retain` keeps the expert activations for backward, `recompute` computes them again.
-        weight_path: checkpoint directory that the experts are read from; None: the model's own.
+        weight_path: where the experts are read from: a checkpoint directory, a GGUF file (any file of a split one, or
+            the directory of it) or a container (`kt-sft convert`); None: the model's own directory.
+        weight_load: how a container is used: `mmap` computes in the mapped files, whose pages all processes share,
+            `copy` copies them to the memory of the NUMA nodes; `auto` maps where there is one node.
+        weight_cache: directory of containers: the first load of a checkpoint writes one there, later ones use it; None:
+            experts are packed anew at every load.
         cpu_linear: kernels for the frozen linear layers that live on the CPU: `auto` (bf16 where that is faster than
             torch), `off`, `bf16`, `int8`.
         isa: narrows the kernels to `scalar`, `avx2`, `avx512`, `avx512_vnni`, `avx512_bf16`, `amx_bf16` or `amx_int8`,
@@ -69,6 +76,8 @@ class KTConfig:
     expert_lora: bool | None = None
     cpu_activation: str = "retain"
     weight_path: str | None = None
+    weight_load: str = "auto"
+    weight_cache: str | None = None
     cpu_linear: str = "auto"
     isa: str | None = None
 
@@ -77,8 +86,9 @@ class KTConfig:
         if faults:
             raise ConfigError(faults)
         object.__setattr__(self, "method", METHODS[self.method.upper()])
-        if self.weight_path is not None:
-            object.__setattr__(self, "weight_path", str(self.weight_path))
+        for name in ("weight_path", "weight_cache"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(getattr(self, name)))
 
     @property
     def weight_format(self) -> str:
@@ -104,8 +114,9 @@ class KTConfig:
                 yield f"{name}: expected a whole number >= 1{' or nothing' if optional else ''}, found {value!r}"
         if self.expert_lora is not None and not isinstance(self.expert_lora, bool):
             yield f"expert_lora: expected true, false or nothing, found {self.expert_lora!r}"
-        if self.weight_path is not None and not str(self.weight_path).strip():
-            yield "weight_path: expected a checkpoint directory or nothing, found an empty string"
+        for name in ("weight_path", "weight_cache"):
+            if getattr(self, name) is not None and not str(getattr(self, name)).strip():
+                yield f"{name}: expected a directory or nothing, found an empty string"
         if self.isa is not None and self.isa not in ISAS:
             yield _unknown("isa", self.isa, ISAS)
 

@@ -68,6 +68,14 @@ class NotEnoughMemory(KTError, MemoryError):
         super().__init__(_sentence(what, None, None, "", extra=extra) + _tail(remedy))
 
 
+class OutputError(KTError, OSError):
+    """Files that cannot be written: no space left, no permission, or something else in their place."""
+
+    def __init__(self, path: object, what: str, *, expected: object = None, found: object = None, remedy: str = ""):
+        self.path = str(path)
+        super().__init__(_sentence(f"{path}: {what}", expected, found, remedy))
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """Hint for a misspelt name: `did you mean 'x'?`, or the known names when none is close."""
     known = list(known)

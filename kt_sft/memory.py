@@ -18,16 +18,20 @@ _NO_LIMIT_BYTES = 1 << 60
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes while and after loading, by component, for one process; `ranks` processes share the machine."""
+    """Bytes while and after loading, by component, for one process; `ranks` processes share the machine.
+
+    `mapped_bytes` are experts in mapped files: all processes share them, and the system may drop and read them again.
+    """
 
     experts_bytes: int
     staging_bytes: int
     rest_bytes: int
     ranks: int = 1
+    mapped_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """All components, all processes."""
+        """All components that must stay in memory, all processes."""
         return self.ranks * (self.experts_bytes + self.staging_bytes + self.rest_bytes)
 
     def describe(self) -> str:
@@ -47,7 +51,12 @@ class AvailableMemory:
 
 
 def estimate(
-    specs: Mapping[str, ExpertsSpec], packed_bytes: Iterable[int], rest_bytes: int, *, ranks: int = 1
+    specs: Mapping[str, ExpertsSpec],
+    packed_bytes: Iterable[int],
+    rest_bytes: int,
+    *,
+    ranks: int = 1,
+    is_mapped: bool = False,
 ) -> MemoryEstimate:
     """Estimate for a model.
 
@@ -55,9 +64,11 @@ def estimate(
         specs: routed experts by module name.
         packed_bytes: packed size of each of them.
         rest_bytes: everything else that stays in main memory.
+        is_mapped: the packed experts are used in mapped files.
     """
     staging = max((spec.expert_bytes for spec in specs.values()), default=0)
-    return MemoryEstimate(sum(packed_bytes), staging, rest_bytes, ranks)
+    total = sum(packed_bytes)
+    return MemoryEstimate(0 if is_mapped else total, staging, rest_bytes, ranks, total if is_mapped else 0)
 
 
 def check(
@@ -85,6 +96,19 @@ def check(
         available_bytes=available.bytes,
         limited_by=available.limited_by,
         remedy=f"{others}free memory, raise the container's limit, or use a machine with more",
+    )
+
+
+def mapped_shortage(needed: MemoryEstimate, available: AvailableMemory) -> str | None:
+    """A warning where mapped experts do not all fit beside the rest: that works, at the speed of the disk."""
+    missing = needed.total_bytes + needed.mapped_bytes - available.bytes
+    if not needed.mapped_bytes or missing <= 0:
+        return None
+    return (
+        f"memory: the mapped experts need {needed.mapped_bytes / GIB:.2f} GiB beside "
+        f"{needed.total_bytes / GIB:.2f} GiB, available are {available.bytes / GIB:.2f} GiB "
+        f"(limited by {available.limited_by}): {missing / GIB:.2f} GiB "
+        "of them are read from disk again and again, which is slow; a smaller format or more memory helps"
     )
 
 

@@ -23,15 +23,16 @@ MAX_FUNCTION_LINES = 120
 LEAVES = {"models", "formats", "config", "errors", "env", "memory", "native"}
 MAY_IMPORT = {
     "__init__": {"config", "integrations"},
-    "cli": {"doctor", "integrations", "nn", "ops"} | LEAVES,
+    "cli": {"doctor", "integrations", "convert", "nn", "ops"} | LEAVES,
     "doctor": {"integrations"} | LEAVES,
     "integrations": {"integrations", "placement", "convert", "schedule", "checkpoint", "nn", "ops"} | LEAVES,
+    "convert": {"convert", "nn", "ops"} | LEAVES,
     "nn": {"nn", "ops"} | LEAVES,
     "ops": {"ops", "native", "errors", "config"},
     "native": {"errors", "config", "env"},
     "memory": {"errors", "config", "env", "formats", "models"},
     "models": {"models", "formats", "errors", "config"},
-    "formats": {"formats", "errors", "config"},
+    "formats": {"formats", "native", "errors", "config"},
     "config": {"errors"},
     "env": {"errors"},
     "errors": set(),

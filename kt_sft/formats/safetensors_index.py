@@ -24,6 +24,10 @@ SINGLE_NAME = "model.safetensors"
 _AGAIN = "download or copy the file again"
 # The format's own limit; a larger number means that the file is not safetensors.
 _MAX_HEADER_BYTES = 100_000_000
+# Others may exist; what they hold is not checked here, and no model of ours needs them.
+_DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
+_DTYPE_BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32}
+_DTYPE_BITS |= {"U64": 64, "I64": 64, "F64": 64, "F4": 4}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,29 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[str] = ()) -> None:
+        """Check against the shape (and the dtypes, if any) that the model needs; `name` is for the message.
+
+        Raises:
+            FormatError: another shape or dtype.
+        """
+        if self.shape != tuple(shape):
+            raise FormatError(
+                self.file,
+                f"tensor {name}",
+                expected=f"shape {list(shape)}",
+                found=list(self.shape),
+                remedy="config.json and weights must come from the same model",
+            )
+        if dtypes and self.dtype not in dtypes:
+            raise FormatError(
+                self.file,
+                f"tensor {name}",
+                expected=f"dtype {' or '.join(dtypes)}",
+                found=self.dtype,
+                remedy="convert the checkpoint to bf16 first; this form of quantisation is not read",
+            )
 
 
 class SafetensorsIndex:
@@ -144,22 +171,7 @@ class SafetensorsIndex:
             FormatError: missing, wrong shape, wrong dtype.
         """
         info = self.info(name)
-        if info.shape != tuple(shape):
-            raise FormatError(
-                info.file,
-                f"tensor {name}",
-                expected=f"shape {list(shape)}",
-                found=list(info.shape),
-                remedy="config.json and weights must come from the same model",
-            )
-        if dtypes and info.dtype not in dtypes:
-            raise FormatError(
-                info.file,
-                f"tensor {name}",
-                expected=f"dtype {' or '.join(dtypes)}",
-                found=info.dtype,
-                remedy="convert the checkpoint to bf16 first; quantised checkpoints are not read yet",
-            )
+        info.expect(name, shape, dtypes)
         return info
 
     def read(self, name: str, rows: tuple[int | slice, ...] = ()) -> Tensor:
@@ -203,18 +215,24 @@ class SafetensorsIndex:
 def _read_weight_map(index_path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(
             index_path,
             "index",
             expected="JSON with a weight_map",
-            found=f"{type(error).__name__}: {error}",
+            found=f"{type(error).__name__}: {error}"[:200],
             remedy=_AGAIN,
         ) from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(
             index_path, "weight_map", expected="tensor name -> file", found=repr(weight_map)[:40], remedy=_AGAIN
         )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or "\0" in file or Path(file).name != file:
+            what = f"weight_map, tensor {name[:80]}"
+            raise FormatError(
+                index_path, what, expected="a file beside the index", found=repr(file)[:80], remedy=_AGAIN
+            )
     return weight_map
 
 
@@ -223,36 +241,69 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 
     The file is: 8 bytes header length (little endian), the JSON header, then the data; offsets count from the data.
     """
-    file_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
-            raise FormatError(
-                file,
-                "header length at byte 0",
-                expected="a safetensors file",
-                found=prefix.hex() or "an empty file",
-                remedy=_AGAIN,
-            )
-        if 8 + header_bytes > file_bytes:
-            raise _wrong_length(file, 8 + header_bytes, file_bytes)
-        try:
-            header = json.loads(stream.read(header_bytes))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            data_bytes = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            infos = [(name, TensorInfo(file, e["dtype"], tuple(e["shape"]))) for name, e in entries.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise FormatError(
-                file,
-                "header at byte 8",
-                expected="a safetensors header",
-                found=f"{type(error).__name__}: {error}",
-                remedy=_AGAIN,
-            ) from None
+    try:
+        file_bytes = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+                text = stream.read(header_bytes)
+    except OSError as error:
+        raise FormatError(file, "weights", expected="a readable file", found=str(error), remedy=_AGAIN) from None
+    if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
+        raise FormatError(
+            file,
+            "header length at byte 0",
+            expected="a safetensors file",
+            found=prefix.hex() or "an empty file",
+            remedy=_AGAIN,
+        )
+    if 8 + header_bytes > file_bytes:
+        raise _wrong_length(file, 8 + header_bytes, file_bytes)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_repeats)
+        entries = [(name, *_entry(name, entry)) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(
+            file,
+            "header at byte 8",
+            expected="a safetensors header",
+            found=f"{type(error).__name__}: {error}"[:200],
+            remedy=_AGAIN,
+        ) from None
+    data_bytes = 0
+    for name, _, _, begin, end in sorted(entries, key=lambda entry: entry[3:]):
+        if begin != data_bytes:
+            what = f"offset of tensor {name[:80]}"
+            raise FormatError(file, what, expected=f"{data_bytes}, where the one before it ends", found=begin)
+        data_bytes = end
     if 8 + header_bytes + data_bytes != file_bytes:
         raise _wrong_length(file, 8 + header_bytes + data_bytes, file_bytes)
-    yield from infos
+    for name, dtype, shape, _, _ in entries:
+        yield name, TensorInfo(file, dtype, shape)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:80]!r} is there twice")
+    return values
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, begin and end of a header entry; ValueError where they do not fit together."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [*shape, begin, end]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"tensor {name[:80]!r} has no dtype, shape and offsets of whole numbers")
+    elements = 1
+    for extent in shape:
+        elements *= extent
+    bits = _DTYPE_BITS.get(dtype)
+    if bits is not None and elements * bits != 8 * (end - begin):
+        raise ValueError(f"tensor {name[:80]!r} of {dtype} {shape[:8]} has {end - begin} bytes")
+    return dtype, tuple(shape), begin, end
 
 
 def _wrong_length(file: Path, expected_bytes: int, found_bytes: int) -> FormatError:

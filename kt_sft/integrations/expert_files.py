@@ -1,58 +1,38 @@
-"""From checkpoint files into packed experts, and back to the files where a packed form has lost digits."""
+"""Experts in safetensors checkpoints: read while loading, and again where a packed form has lost digits."""
 
 from __future__ import annotations
 
 import functools
-import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from transformers.utils import logging as hf_logging
+from torch import Tensor
 
-from kt_sft import env
-from kt_sft.errors import GIB, FormatError
-from kt_sft.formats.safetensors_index import SafetensorsIndex
+from kt_sft.errors import FormatError
+from kt_sft.formats.quantized_index import FLOAT_DTYPES, FP8, INT4, QuantizedIndex
 from kt_sft.models.expert_keys import LayerSource
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from kt_sft.nn.routed_experts import RoutedExperts
+
+READABLE = (*FLOAT_DTYPES, FP8, INT4)
 
 
-class ExpertFiles:
-    """Reads experts in bf16 from the files that a model was loaded from, as long as these stay as they were.
+class UnchangedFiles:
+    """Tells a file that was replaced or rewritten since its first use from the one that was opened."""
 
-    Args:
-        index: of the files; taken over, and closed between two reads from different files.
-    """
+    def __init__(self) -> None:
+        self._marks: dict[Path, tuple[int, ...]] = {}
 
-    def __init__(self, index: SafetensorsIndex):
-        self._index = index
-        self._marks: dict[Path, tuple[int, ...]] = {}  # file -> what tells a replaced or rewritten one
-        self._mapped: set[Path] = set()
-
-    def read(self, layer: LayerSource, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """gate, up `[inter, hidden]` and down `[hidden, inter]`, bf16; may be views of a mapped file.
+    def check(self, file: Path) -> None:
+        """Call before every use of a file.
 
         Raises:
-            FormatError: a file is gone or no longer the one of the first read.
+            FormatError: it is gone or no longer the one of the first call.
         """
-        parts = layer.expert(expert)
-        files = {self._index.info(part.key).file for part in parts}
-        for file in files:
-            self._check_unchanged(file)
-        if files != self._mapped:
-            self.close()
-            self._mapped = files
-        gate, up, down = (self._index.read(part.key, part.rows).to(torch.bfloat16) for part in parts)
-        return gate, up, down
-
-    def close(self) -> None:
-        """Drop the file mappings; the next read makes them again."""
-        self._index.close()
-        self._mapped = set()
-
-    def _check_unchanged(self, file: Path) -> None:
         try:
             now = os.stat(file)
             found = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
@@ -68,35 +48,49 @@ class ExpertFiles:
             )
 
 
-def stream_experts(model: nn.Module, layers: dict[str, LayerSource], index: SafetensorsIndex) -> None:
-    """Pack every expert, one at a time; nothing but the packed copy stays in anonymous memory.
+class SafetensorsExperts:
+    """An `ExpertSource` over a safetensors checkpoint, sharded or not, quantised or not, fused or one per expert.
 
-    Experts whose format rounds remember where they came from: merging and saving start from there.
+    Args:
+        index: of the files; taken over, and closed between two reads from different files.
+        layers: where each experts module's tensors are.
+    Raises:
+        FormatError: a tensor has another shape or type.
     """
-    files = ExpertFiles(index)
-    total = sum(layer.spec.num_experts for layer in layers.values())
-    with hf_logging.tqdm(total=total, desc="Packing experts", unit="expert", disable=env.local_rank() > 0) as bar:
-        for name, layer in layers.items():
-            experts = model.get_submodule(name)
-            for expert in range(layer.spec.num_experts):
-                read = functools.partial(files.read, layer, expert)
-                try:
-                    experts.load_expert(expert, *read(), origin=read)
-                except FormatError:
-                    raise
-                except ValueError as error:
-                    raise _not_packable(f"expert {expert} of {name}", index, error) from None
-                bar.update()
-    files.close()
-    packed_bytes = sum(model.get_submodule(name).packed_bytes for name in layers)
-    logger.info("packed %d experts of %d layers in %.2f GiB", total, len(layers), packed_bytes / GIB)
 
+    def __init__(self, index: QuantizedIndex, layers: Mapping[str, LayerSource]):
+        self._index = index
+        self._layers = dict(layers)
+        self._files = UnchangedFiles()
+        self._mapped: set[Path] = set()
+        self.path = index.source
+        for layer in self._layers.values():
+            for key, shape in layer.expected_shapes().items():
+                index.expect(key, shape, READABLE if key in index.quantized else FLOAT_DTYPES)
+        self.formats = {name: self._formats(layer) for name, layer in self._layers.items()}
 
-def _not_packable(what: str, index: SafetensorsIndex, error: ValueError) -> FormatError:
-    return FormatError(
-        index.source,
-        what,
-        expected="weights that can be packed",
-        found=str(error),
-        remedy="download the checkpoint again, or use method BF16",
-    )
+    def load(self, experts: RoutedExperts, name: str, expert: int) -> None:
+        """See `ExpertSource`; an expert whose packed form rounds remembers where it came from."""
+        read = functools.partial(self.read, name, expert)
+        experts.load_expert(expert, *read(), origin=read)
+
+    def read(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ExpertSource`."""
+        parts = self._layers[name].expert(expert)
+        files = set().union(*(self._index.files(part.key) for part in parts))
+        for file in files:
+            self._files.check(file)
+        if files != self._mapped:
+            self.close()
+            self._mapped = files
+        gate, up, down = (part.matrix(self._index.read(part.key, part.rows)).to(torch.bfloat16) for part in parts)
+        return gate, up, down
+
+    def close(self) -> None:
+        """See `ExpertSource`."""
+        self._index.close()
+        self._mapped = set()
+
+    def _formats(self, layer: LayerSource) -> tuple[str, str, str]:
+        gate, up, down = (self._index.info(part.key).dtype for part in layer.expert(0))
+        return gate, up, down

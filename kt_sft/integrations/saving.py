@@ -49,7 +49,8 @@ class _Part:
 
     module: nn.Module
     expert: int
-    projection: str
+    projection: str  # gate, up, down, or gate_up in the order of the module
+    is_transposed: bool = False
 
 
 def save_full_model(
@@ -145,7 +146,7 @@ def _plan(model: PreTrainedModel, save_original_format: bool) -> list[tuple[Plan
         shapes[f"{name}.down_proj"] = torch.empty(spec.down_shape, dtype=dtype, device="meta")
     if save_original_format:
         shapes = revert_weight_conversion(model, shapes)
-    layers = KeyMap(model, specs).layers(shapes, "save_pretrained")
+    layers = KeyMap(model, specs).layers(shapes, "save_pretrained", lambda key: shapes[key].shape)
     return [
         (PlannedTensor(key, str(dtype), tuple(shapes[key].shape)), parts)
         for name, layer in layers.items()
@@ -155,6 +156,11 @@ def _plan(model: PreTrainedModel, save_original_format: bool) -> list[tuple[Plan
 
 def _tensor_parts(layer: LayerSource, module: nn.Module) -> Iterator[tuple[str, list[_Part]]]:
     experts = range(layer.spec.num_experts)
+    if layer.fused and (layer.transposed or layer.spec.is_interleaved):
+        for name, projection in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+            parts = [_Part(module, expert, projection, is_transposed=name in layer.transposed) for expert in experts]
+            yield layer.fused[name], parts
+        return
     if layer.fused:
         yield layer.fused["gate_up_proj"], [_Part(module, e, p) for e in experts for p in ("gate", "up")]
         yield layer.fused["down_proj"], [_Part(module, e, "down") for e in experts]
@@ -213,7 +219,12 @@ def _pieces(dtype: str, parts: Iterable[_Part], unpack: _Unpacker) -> Iterator[T
         if unpacked != (part.module, part.expert):
             matrices = dict(zip(_PROJECTIONS, unpack(part.module, part.expert), strict=True))
             unpacked = (part.module, part.expert)
-        yield matrices[part.projection].to(getattr(torch, dtype.removeprefix("torch.")))
+        if part.projection == "gate_up":
+            matrix = part.module.spec.join_gate_up(matrices["gate"], matrices["up"])
+        else:
+            matrix = matrices[part.projection]
+        matrix = matrix.mT.contiguous() if part.is_transposed else matrix
+        yield matrix.to(getattr(torch, dtype.removeprefix("torch.")))
 
 
 def _write_index(folder: Path) -> None:

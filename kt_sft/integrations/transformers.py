@@ -7,7 +7,6 @@ expert tensor; after, it streams the experts from the checkpoint into packed for
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -19,31 +18,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kt_sft import env, memory
 from kt_sft.config import ISAS, KTConfig
-from kt_sft.errors import ConfigError, FormatError, UnsupportedHardware, UnsupportedModel, nearest
+from kt_sft.errors import ConfigError, UnsupportedHardware, nearest
+from kt_sft.formats.packed import is_container
 from kt_sft.formats.safetensors_index import SafetensorsIndex
-from kt_sft.integrations.expert_files import stream_experts
+from kt_sft.integrations.auto_class import auto_class
+from kt_sft.integrations.expert_sources import ExpertSource, open_experts, open_weight_path, stream_experts
 from kt_sft.integrations.linears import pack_linears
+from kt_sft.integrations.model_files import (
+    HUB_ARGS,
+    check_config_file,
+    drop_quantization,
+    find_config_file,
+    load_config,
+)
+from kt_sft.integrations.packed_experts import copies
+from kt_sft.integrations.quantized_weights import UNREAD, Dequantizer
 from kt_sft.integrations.saving import save_full_model
-from kt_sft.models.expert_keys import KeyMap, LayerSource
+from kt_sft.integrations.weight_cache import through_cache, uses_cache
+from kt_sft.models.families import adapt_block
 from kt_sft.models.spec import ExpertsSpec, find_experts
 from kt_sft.native import native
-from kt_sft.nn.routed_experts import RoutedExperts
+from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts
 
 __all__ = ["KTExpertsConfig", "check_model", "load_model", "prepare_native", "quantization_config", "save_full_model"]
 
 logger = logging.getLogger(__name__)
 
 METHOD_NAME = "kt_sft"
-FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
-_HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _REFUSED_ARGS = {
     "quantization_config": "kt_sft passes its own; describe the experts with KTConfig",
     "gguf_file": "GGUF checkpoints are not read yet",
@@ -63,7 +72,7 @@ def load_model(
     Args:
         path: model directory, or hub id as `from_pretrained` takes it.
         config: settings of the experts; defaults when left out.
-        from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+        from_pretrained_kwargs: passed to the auto class's `from_pretrained`.
     Raises:
         ConfigError: arguments that cannot be combined with this loader.
         FormatError: directory, shard or tensor missing, damaged or of a wrong shape.
@@ -77,14 +86,19 @@ def load_model(
         faults.append(f"config: expected a KTConfig, found {type(config).__name__}")
     if faults:
         raise ConfigError(faults)
-    hook = quantization_config(config, path, **{k: v for k, v in from_pretrained_kwargs.items() if k in _HUB_ARGS})
+    hook = quantization_config(config, path, **{k: v for k, v in from_pretrained_kwargs.items() if k in HUB_ARGS})
     if not Path(path).is_dir():
         check_model(path, config, **from_pretrained_kwargs)
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=hook, **from_pretrained_kwargs)
+    if hook.replaces_quantization:
+        from_pretrained_kwargs = load_config(path, from_pretrained_kwargs)
+    kind = auto_class(_read_config(path, from_pretrained_kwargs))
+    return kind.from_pretrained(path, quantization_config=hook, **from_pretrained_kwargs)
 
 
 def quantization_config(config: KTConfig, path: str | os.PathLike[str], **hub_kwargs: Any) -> KTExpertsConfig:
     """What to pass as `quantization_config=` to `from_pretrained(path, ...)`; checks everything that is cheap to check.
+
+    Where `replaces_quantization` is set, the model's config must have gone through `drop_quantization` first.
 
     Args:
         hub_kwargs: cache_dir, revision, token, ... as `from_pretrained` will get them.
@@ -92,11 +106,12 @@ def quantization_config(config: KTConfig, path: str | os.PathLike[str], **hub_kw
         FormatError, UnsupportedHardware: see `load_model`.
     """
     prepare_native(config)
-    _check_config_file(_find_config_file(path, hub_kwargs))
-    for directory in (path if not hub_kwargs.get("subfolder") else None, config.weight_path):
-        if directory is not None and (directory == config.weight_path or Path(directory).is_dir()):
-            SafetensorsIndex.from_directory(directory).close()
-    return KTExpertsConfig(config)
+    quantization = check_config_file(find_config_file(path, hub_kwargs))
+    if Path(path).is_dir() and not hub_kwargs.get("subfolder"):
+        SafetensorsIndex.from_directory(path).close()
+    if config.weight_path is not None:
+        open_weight_path(config.weight_path).close()
+    return KTExpertsConfig(config, quantization is not None)
 
 
 def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretrained_kwargs: Any) -> PreTrainedModel:
@@ -108,21 +123,33 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
     Raises:
         As `load_model`; of a model on the hub the tensors are not looked at.
     """
-    hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in _HUB_ARGS}
+    hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
     quantization_config(config, path, **hub_kwargs)
-    remote = {"trust_remote_code": from_pretrained_kwargs.get("trust_remote_code")}
-    model_config = AutoConfig.from_pretrained(path, **hub_kwargs, **remote)
+    model_config = _read_config(path, from_pretrained_kwargs)
+    drop_quantization(model_config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, **remote)
+        model = auto_class(model_config).from_config(
+            model_config, trust_remote_code=from_pretrained_kwargs.get("trust_remote_code")
+        )
     specs = find_experts(model)
     on_cpu = _uses_main_memory(from_pretrained_kwargs.get("device_map"))
     _check_memory(specs, _rest_bytes(model, specs) if on_cpu else 0, config)
     if Path(path).is_dir() and not hub_kwargs.get("subfolder"):
         with SafetensorsIndex.from_directory(path) as own:
             files = sorted({str(own.info(name).file) for name in own})
-        _open_experts(model, specs, files, config.weight_path)[1].close()
+        open_experts(model, specs, files, config).close()
     _swap_experts(model, specs, config)
     return model
+
+
+def _read_config(path: str | os.PathLike[str], from_pretrained_kwargs: dict[str, Any]) -> PretrainedConfig:
+    """The model's config: the one that the caller passes, or that of the files."""
+    given = from_pretrained_kwargs.get("config")
+    if isinstance(given, PretrainedConfig):
+        return given
+    hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
+    trust = from_pretrained_kwargs.get("trust_remote_code")
+    return AutoConfig.from_pretrained(path if given is None else given, **hub_kwargs, trust_remote_code=trust)
 
 
 def prepare_native(config: KTConfig) -> None:
@@ -170,13 +197,20 @@ def prepare_native(config: KTConfig) -> None:
 class KTExpertsConfig(QuantizationConfigMixin):
     """Carries a `KTConfig` through `from_pretrained`; gone from the model once it is loaded."""
 
-    def __init__(self, kt_config: KTConfig | dict[str, Any] | None = None, **_: Any):
+    def __init__(
+        self, kt_config: KTConfig | dict[str, Any] | None = None, replaces_quantization: bool = False, **_: Any
+    ):
         self.quant_method = METHOD_NAME
+        self.replaces_quantization = replaces_quantization
         self.kt_config = kt_config if isinstance(kt_config, KTConfig) else KTConfig.from_dict(kt_config or {})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: transformers logs and copies model configs as JSON while loading."""
-        return {"quant_method": METHOD_NAME, "kt_config": self.kt_config.to_dict()}
+        return {
+            "quant_method": METHOD_NAME,
+            "kt_config": self.kt_config.to_dict(),
+            "replaces_quantization": self.replaces_quantization,
+        }
 
 
 class KTExpertsQuantizer(HfQuantizer):
@@ -185,8 +219,8 @@ class KTExpertsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: KTExpertsConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.kt_config = quantization_config.kt_config
-        self._layers: dict[str, LayerSource] = {}
-        self._index: SafetensorsIndex | None = None
+        self._source: ExpertSource | None = None
+        self._dequantizer: Dequantizer | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Before transformers looks at any file.
@@ -204,21 +238,34 @@ class KTExpertsQuantizer(HfQuantizer):
         """Model on meta, no weights yet: check all that can fail, then put our modules in place."""
         specs = find_experts(model)
         files = kwargs.get("checkpoint_files") or []
-        self._layers, self._index = _open_experts(model, specs, files, self.kt_config.weight_path)
+        self._source = open_experts(model, specs, files, self.kt_config)
+        if self.quantization_config.replaces_quantization:
+            self._dequantizer = Dequantizer(model, specs, files)
         rest_bytes = _rest_bytes(model, specs) if _uses_main_memory(kwargs.get("device_map")) else 0
         _check_memory(specs, rest_bytes, self.kt_config)
         _swap_experts(model, specs, self.kt_config)
         model._keys_to_ignore_on_load_unexpected = [
             *(model._keys_to_ignore_on_load_unexpected or []),
             *_unread_patterns(model, specs),
+            *(UNREAD if self._dequantizer is not None else ()),
         ]
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Asked for after `preprocess_model`: what dequantises the weights outside the experts."""
+        return self._dequantizer.conversions() if self._dequantizer is not None else []
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """All other weights are in: pack the experts, then leave an ordinary-looking model."""
-        assert self._index is not None
-        with self._index as index:
-            stream_experts(model, self._layers, index)
-        self._layers, self._index = {}, None
+        assert self._source is not None
+        if self._dequantizer is not None:
+            self._dequantizer.close(model)
+        try:
+            specs = {name: model.get_submodule(name).spec for name in self._source.formats}
+            self._source = through_cache(self._source, specs, self.kt_config, model.config.model_type)
+            stream_experts(model, self._source)
+        finally:
+            self._source.close()
+            self._source = None
         pack_linears(model, self.kt_config)
         self.remove_quantization_config(model)
         with suppress(AttributeError):
@@ -254,86 +301,6 @@ def _register() -> None:
 _register()
 
 
-def _find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> Path:
-    """The model's config.json: local, from the hub's cache, or fetched."""
-    text = os.fspath(path)
-    directory = Path(text)
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and not text.startswith((".", "~"))
-    if not directory.is_dir() and (directory.exists() or not is_hub_id):
-        found = "a file" if directory.exists() else "nothing"
-        raise FormatError(text, "model directory", expected="a directory", found=found, remedy="correct the path")
-    if directory.is_dir():
-        local = directory / (hub_kwargs.get("subfolder") or "") / "config.json"
-        if local.is_file():
-            return local
-        remedy = "point to the folder that save_pretrained wrote"
-        raise FormatError(local, "model configuration", expected="present", found="missing", remedy=remedy)
-    try:
-        found_file = cached_file(text, "config.json", **hub_kwargs)
-        if found_file is None:
-            raise OSError("it has no config.json")
-        return Path(found_file)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FormatError(
-            text,
-            "model",
-            expected="a model directory, or a hub id that is cached or can be reached",
-            found=f"neither ({reason})",
-            remedy="correct the path or download the model first",
-        ) from error
-
-
-def _check_config_file(config_file: Path) -> None:
-    try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
-        quantization = values.get("quantization_config")
-    except (ValueError, AttributeError) as error:
-        raise FormatError(
-            config_file, "config", expected="a JSON object", found=str(error), remedy="download it again"
-        ) from None
-    if quantization:
-        method = (
-            quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
-        )
-        raise UnsupportedModel(
-            f"{config_file}: quantization_config",
-            expected="weights in bf16, fp16 or fp32",
-            found=f"weights quantised by {method}",
-            remedy="use the bf16 version of the checkpoint; quantised ones are not read yet",
-        )
-
-
-def _open_experts(
-    model: PreTrainedModel, specs: dict[str, ExpertsSpec], files: list[str], weight_path: str | None
-) -> tuple[dict[str, LayerSource], SafetensorsIndex]:
-    """Locate every expert tensor and check names, shapes and dtypes from the headers, of the other tensors the shapes.
-
-    With a quantizer present transformers does not compare shapes itself.
-    """
-    key_map = KeyMap(model, specs)
-    foreign = [file for file in files if not str(file).endswith(".safetensors")]
-    if foreign:
-        raise FormatError(
-            foreign[0],
-            "weights",
-            expected="safetensors",
-            found=Path(foreign[0]).suffix,
-            remedy="convert with save_pretrained",
-        )
-    own = SafetensorsIndex.from_files(files)
-    for key in own:
-        shape = key_map.plain_shape(key)
-        if shape is not None:
-            own.expect(key, shape)
-    index = own if weight_path is None else SafetensorsIndex.from_directory(weight_path)
-    layers = key_map.layers(index, index.source)
-    for layer in layers.values():
-        for key, shape in layer.expected_shapes().items():
-            index.expect(key, shape, FLOAT_DTYPES)
-    return layers, index
-
-
 def _rest_bytes(model: PreTrainedModel, specs: dict[str, ExpertsSpec]) -> int:
     """Bytes of all parameters and buffers outside the experts."""
     outside = (
@@ -350,16 +317,25 @@ def _uses_main_memory(device_map: dict[str, Any] | str | None) -> bool:
 
 
 def _check_memory(specs: dict[str, ExpertsSpec], rest_bytes: int, config: KTConfig) -> None:
+    is_mapped = (uses_cache(config) or _is_packed(config)) and not copies(config)
+
     def needed(weight_format: str) -> memory.MemoryEstimate:
         packed_bytes = native().MoeLayer.packed_bytes_for
         sizes = [
             packed_bytes(spec.num_experts, spec.hidden, spec.inter, weight_format, config.int4_group_size)
             for spec in specs.values()
         ]
-        return memory.estimate(specs, sizes, rest_bytes, ranks=env.local_world_size())
+        return memory.estimate(specs, sizes, rest_bytes, ranks=env.local_world_size(), is_mapped=is_mapped)
 
     smaller = {method: needed(method.lower()) for method in ("INT8", "INT4") if method != config.method}
-    memory.check(needed(config.weight_format), memory.available_memory(), smaller)
+    available = memory.available_memory()
+    memory.check(needed(config.weight_format), available, smaller)
+    if warning := memory.mapped_shortage(needed(config.weight_format), available):
+        logger.warning(warning)
+
+
+def _is_packed(config: KTConfig) -> bool:
+    return config.weight_path is not None and is_container(config.weight_path)
 
 
 def _swap_experts(model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig) -> None:
@@ -377,15 +353,17 @@ def _swap_experts(model: PreTrainedModel, specs: dict[str, ExpertsSpec], config:
                 cpu_activation=config.cpu_activation,
                 dtype=dtype,
             )
-        for parameter in experts.parameters():
-            parameter._is_hf_initialized = True
-        setattr(model.get_submodule(parent), attribute, experts)
+        for name in PLACEHOLDERS:
+            getattr(experts, name)._is_hf_initialized = True
+        block = model.get_submodule(parent)
+        adapt_block(block, getattr(block, attribute))
+        setattr(block, attribute, experts)
 
 
 def _unread_patterns(model: PreTrainedModel, specs: dict[str, ExpertsSpec]) -> Iterator[str]:
     """Checkpoint keys that transformers leaves unread on purpose: the experts, and extra prediction layers."""
     for pattern in sorted({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in specs}):
-        yield rf"^{pattern}\.(gate_up_proj|down_proj)$"
+        yield rf"^{pattern}\.(gate_up_proj|down_proj)(_\w+)?$"
     text_config = model.config.get_text_config()
     for extra in range(getattr(text_config, "num_nextn_predict_layers", None) or 0):
         yield rf"^model\.layers\.{text_config.num_hidden_layers + extra}\."

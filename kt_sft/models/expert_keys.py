@@ -8,14 +8,14 @@ that mapping instead of listing families, and turns the answer into slices that 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import FormatError, UnsupportedModel
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from kt_sft.models.spec import ExpertsSpec
 
@@ -24,40 +24,62 @@ PROJECTIONS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """One expert's matrix: a tensor of the checkpoint and the part of it on the leading axes (empty: all of it)."""
+    """One expert's matrix: a tensor of the checkpoint and the part of it on the leading axes (empty: all of it).
+
+    Args:
+        step: rows of the matrix that are taken, once it is turned; None for all.
+        is_transposed: the part is `[in, out]`.
+    """
 
     key: str
     rows: tuple[int | slice, ...] = ()
+    step: slice | None = None
+    is_transposed: bool = False
+
+    def matrix(self, part: Tensor) -> Tensor:
+        """`[out, in]`, contiguous, from the part that was read."""
+        part = part.mT if self.is_transposed else part
+        return (part if self.step is None else part[self.step]).contiguous()
 
 
 @dataclass
 class LayerSource:
-    """Checkpoint keys of one experts module, of one form: fused (two keys) or one key per expert and projection."""
+    """Checkpoint keys of one experts module, of one form: fused (two keys) or one key per expert and projection.
+
+    Args:
+        transposed: fused parameters that the file keeps as `[experts, in, out]`.
+    """
 
     name: str
     spec: ExpertsSpec
     fused: dict[str, str] = field(default_factory=dict)
     single: dict[tuple[str, int], str] = field(default_factory=dict)
+    transposed: set[str] = field(default_factory=set)
 
     def expert(self, index: int) -> tuple[WeightSlice, WeightSlice, WeightSlice]:
         """gate [inter, hidden], up [inter, hidden], down [hidden, inter] of one expert."""
         if self.single:
             gate, up, down = (WeightSlice(self.single[projection, index]) for projection in PROJECTIONS)
             return gate, up, down
-        inter = self.spec.inter
-        gate_up, down = self.fused["gate_up_proj"], self.fused["down_proj"]
         return (
-            WeightSlice(gate_up, (index, slice(0, inter))),
-            WeightSlice(gate_up, (index, slice(inter, 2 * inter))),
-            WeightSlice(down, (index,)),
+            self._gate_up(index, self.spec.gate_rows),
+            self._gate_up(index, self.spec.up_rows),
+            WeightSlice(self.fused["down_proj"], (index,), is_transposed="down_proj" in self.transposed),
         )
+
+    def _gate_up(self, index: int, outputs: slice) -> WeightSlice:
+        key, is_transposed = self.fused["gate_up_proj"], "gate_up_proj" in self.transposed
+        if outputs.step is not None:  # safetensors has no steps
+            return WeightSlice(key, (index,), outputs, is_transposed)
+        if is_transposed:
+            return WeightSlice(key, (index, slice(None), outputs), is_transposed=True)
+        return WeightSlice(key, (index, outputs))
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape that the file must have, by checkpoint key."""
         spec = self.spec
         if self.fused:
-            shapes = {"gate_up_proj": spec.gate_up_shape, "down_proj": spec.down_shape}
-            return {key: shapes[parameter] for parameter, key in self.fused.items()}
+            return {key: spec.stored_shape(name, name in self.transposed) for name, key in self.fused.items()}
         into, out = (spec.inter, spec.hidden), (spec.hidden, spec.inter)
         return {key: out if projection == "down" else into for (projection, _), key in self.single.items()}
 
@@ -129,6 +151,10 @@ class KeyMap:
             return key, None
         return renamed, pattern
 
+    def is_parameter(self, target: str) -> bool:
+        """Whether the model has such a parameter or buffer; a checkpoint may hold layers that it has not."""
+        return target in self._parameters
+
     def plain_shape(self, key: str) -> tuple[int, ...] | None:
         """Shape the file must have for a key that feeds a non-expert parameter unchanged; None for all others."""
         target, pattern = self.target(key)
@@ -136,11 +162,16 @@ class KeyMap:
             return None
         return tuple(self._parameters[target].shape)
 
-    def layers(self, keys: Iterable[str], source: object) -> dict[str, LayerSource]:
+    def layers(
+        self, keys: Iterable[str], source: object, shape_of: Callable[[str], Sequence[int]] | None = None
+    ) -> dict[str, LayerSource]:
         """Find the experts' tensors among the keys of a checkpoint.
 
         Keys of modules that the model does not have (extra prediction layers) are left out.
 
+        Args:
+            source: file or directory, for messages.
+            shape_of: gives the shape of a tensor, which tells the orientation of families that have both in use.
         Raises:
             FormatError: experts missing, twice, or too many.
             UnsupportedModel: the family stores experts in a way that needs more than slicing.
@@ -151,27 +182,47 @@ class KeyMap:
             module, _, parameter = target.rpartition(".")
             if module not in layers or parameter not in ("gate_up_proj", "down_proj"):
                 continue
-            if pattern is None:
-                layers[module].fused[parameter] = key
+            layer = layers[module]
+            if pattern is None or self._turns(pattern):
+                layer.fused[parameter] = key
+                if layer.spec.is_transposed != self._is_turned(pattern, key, parameter, layer.spec, shape_of):
+                    layer.transposed.add(parameter)
             else:
                 projection = self._projection(pattern, parameter, key)
-                layers[module].single[projection, self._expert_index(pattern, key)] = key
+                owner, index = self._owner(pattern, layer, self._expert_index(pattern, key))
+                layers.get(owner, layer).single[projection, index] = key
         for layer in layers.values():
             layer.check_complete(source)
         return layers
+
+    def missing_biases(self, keys: Iterable[str]) -> list[str]:
+        """Biases of experts that no key feeds."""
+        wanted = [f"{name}.{bias}" for name, spec in self._specs.items() for bias in spec.bias_shapes]
+        found = {self.target(key)[0] for key in keys} if wanted else set()
+        return [name for name in wanted if name not in found]
+
+    def _turns(self, pattern: str) -> bool:
+        """Whether the converter of a pattern does nothing but transpose one tensor."""
+        return [type(op).__name__ for op in self._by_pattern[pattern].operations] == ["Transpose"]
+
+    def _is_turned(self, pattern, key, parameter, spec, shape_of) -> bool:
+        """Whether the file's fused tensor is the module's with in and out exchanged."""
+        if pattern is None:
+            return False
+        depends = getattr(self._by_pattern[pattern].operations[0], "check_dims", False)
+        kept = spec.stored_shape(parameter, spec.is_transposed)
+        return not (depends and shape_of is not None and tuple(shape_of(key)) == kept)
 
     def _projection(self, pattern: str, parameter: str, key: str) -> str:
         """Which matrix a per-expert key holds: the converter stacks experts, then puts gate before up."""
         converter = self._by_pattern[pattern]
         steps = [type(op).__name__ for op in converter.operations]
         position = converter.source_patterns.index(pattern)
-        if (
-            parameter == "gate_up_proj"
-            and steps == ["MergeModulelist", "Concatenate"]
-            and len(converter.source_patterns) == 2
-        ):
-            return ("gate", "up")[position]
-        if parameter == "down_proj" and steps == ["MergeModulelist"]:
+        splits = steps == ["ErnieFuseAndSplitTextVisionExperts"]
+        if parameter == "gate_up_proj" and len(converter.source_patterns) == 2:
+            if splits or steps == ["MergeModulelist", "Concatenate"]:
+                return ("gate", "up")[position]
+        if parameter == "down_proj" and (splits or steps == ["MergeModulelist"]):
             return "down"
         raise UnsupportedModel(
             f"checkpoint tensor {key}",
@@ -179,6 +230,17 @@ class KeyMap:
             found=f"a layout that transformers converts by {' + '.join(steps)}",
             remedy="this family is not supported yet",
         )
+
+    def _owner(self, pattern: str, layer: LayerSource, index: int) -> tuple[str, int]:
+        """The module that holds a numbered expert, and its number there.
+
+        ERNIE-VL numbers the experts of two modules through, one after the other; `layer` is the first of them.
+        """
+        modules = [target.rpartition(".")[0] for target in self._by_pattern[pattern].target_patterns]
+        part = index // layer.spec.num_experts
+        if len(modules) == 1 or part >= len(modules):
+            return layer.name, index
+        return layer.name.removesuffix(modules[0]) + modules[part], index % layer.spec.num_experts
 
     def _expert_index(self, pattern: str, key: str) -> int:
         """Number that stands for the `*` of a converter pattern such as `.experts.*.w1.weight`."""

@@ -1,54 +1,31 @@
 """Which modules of a model are routed experts, and whether these kernels can compute them.
 
-Everything is read off the experts modules that transformers decorates with `use_experts_implementation`; no model
-family is listed. A decorated module keeps `gate_up_proj` [experts, 2 * inter, hidden] and `down_proj`
-[experts, hidden, inter] and says itself whether it has a gate, a bias or transposed weights.
+Everything is read off the experts modules that transformers decorates with `use_experts_implementation`; only families
+that deviate have a file of their own (`families.py`). A decorated module keeps `gate_up_proj`
+[experts, 2 * inter, hidden] and `down_proj` [experts, hidden, inter] and says itself whether it has a gate, a bias or
+transposed weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kt_sft.errors import UnsupportedModel
+from kt_sft.models.activations import ACTIVATIONS, activation_name
+from kt_sft.models.families import family_of
+from kt_sft.models.layout import ExpertsSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Gate activations that the kernels have: class name of transformers' or torch's module -> kernel name.
-ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu"}
 _LATER = "this family is not supported yet"
 
 
-@dataclass(frozen=True)
-class ExpertsSpec:
-    """Shape and gate activation of one layer's routed experts."""
-
-    num_experts: int
-    hidden: int
-    inter: int
-    activation: str = "silu"
-
-    @property
-    def gate_up_shape(self) -> tuple[int, int, int]:
-        """Fused gate (first) and up weights, `[num_experts, 2 * inter, hidden]`."""
-        return (self.num_experts, 2 * self.inter, self.hidden)
-
-    @property
-    def down_shape(self) -> tuple[int, int, int]:
-        """Down weights, `[num_experts, hidden, inter]`."""
-        return (self.num_experts, self.hidden, self.inter)
-
-    @property
-    def expert_bytes(self) -> int:
-        """One expert's weights in bf16."""
-        return 2 * 3 * self.hidden * self.inter
-
-
 def is_experts_module(module: nn.Module) -> bool:
-    """Whether transformers' experts interface governs this module."""
-    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+    """Whether transformers' experts interface governs this module, or a file of ours describes it."""
+    interface = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+    return family_of(module) is not None or all(hasattr(module, name) for name in interface)
 
 
 def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
@@ -66,6 +43,12 @@ def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
             f"{name} ({type(module).__name__}), {what}", expected=expected, found=found, remedy=_LATER
         )
 
+    family = family_of(module)
+    if family is not None:
+        spec = family.experts_spec(module)
+        if spec is None:
+            raise refuse("gate", f"an activation among {', '.join(sorted(set(ACTIVATIONS.values())))}", "another one")
+        return spec
     if not is_experts_module(module):
         raise refuse("experts module", "one of transformers' experts interface", "a module without its attributes")
     if not module.has_gate:
@@ -76,8 +59,9 @@ def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
         raise refuse("expert weights", "[out, in]", "transposed [in, out]")
     if type(module)._apply_gate is not _default_apply_gate:
         raise refuse("gate", "act(gate) * up", "a gate function of its own")
-    act_name = type(getattr(module, "act_fn", None)).__name__
-    if act_name not in ACTIVATIONS:
+    activation = activation_name(getattr(module, "act_fn", None))
+    if activation is None:
+        act_name = type(getattr(module, "act_fn", None)).__name__
         raise refuse("gate activation", " or ".join(sorted(set(ACTIVATIONS.values()))), act_name)
 
     shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
@@ -87,7 +71,7 @@ def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
     if not expected or shapes != expected:
         layout = "gate_up_proj [experts, 2 inter, hidden] and down_proj [experts, hidden, inter] only"
         raise refuse("expert weights", layout, shapes)
-    return ExpertsSpec(num_experts=down[0], hidden=down[1], inter=down[2], activation=ACTIVATIONS[act_name])
+    return ExpertsSpec(num_experts=down[0], hidden=down[1], inter=down[2], activation=activation)
 
 
 def find_experts(model: nn.Module) -> dict[str, ExpertsSpec]:

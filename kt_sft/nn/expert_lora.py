@@ -24,9 +24,14 @@ class LoraFactor:
     parameter: nn.Parameter
     layout: str
     num_experts: int
+    is_interleaved: bool = False  # gate and up alternate along dim
 
     def canonical(self) -> Tensor:
-        """Differentiable view `[num_experts, rank, dim]`."""
+        """Differentiable `[num_experts, rank, dim]`, gate before up; a view unless `is_interleaved`."""
+        stored = self._stored()
+        return stored.unflatten(-1, (-1, 2)).mT.flatten(-2) if self.is_interleaved else stored
+
+    def _stored(self) -> Tensor:
         if self.layout == EXPERT_MAJOR:
             return self._expert_major(self.parameter)
         return self.parameter.view(self.parameter.shape[0], -1, self.num_experts).permute(2, 1, 0)
@@ -35,12 +40,20 @@ class LoraFactor:
     def is_operand(self) -> bool:
         """Whether the parameter lies in memory as the kernels take it."""
         p = self.parameter
-        return self.layout == EXPERT_MAJOR and p.dtype is torch.float32 and p.is_cpu and p.is_contiguous()
+        return (
+            not self.is_interleaved
+            and self.layout == EXPERT_MAJOR
+            and p.dtype is torch.float32
+            and p.is_cpu
+            and p.is_contiguous()
+        )
 
     def operand(self) -> Tensor:
         """f32 on the CPU `[num_experts, rank, dim]`, contiguous: its own memory if `is_operand`, else a copy."""
         if self.is_operand:
             return self._expert_major(self.parameter.detach())
+        if self.is_interleaved:
+            return self.canonical().detach().to("cpu", torch.float32, copy=True).contiguous()
         if self.layout == EXPERT_MAJOR:
             return self._expert_major(self.parameter.detach().to("cpu", torch.float32, copy=True).contiguous())
         stored = self.parameter.detach().to("cpu", torch.float32).contiguous()

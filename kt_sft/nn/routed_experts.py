@@ -14,6 +14,7 @@ from kt_sft.nn.expert_lora import ExpertLora
 from kt_sft.ops.moe import NO_LORA, MoeCall, moe
 
 PLACEHOLDERS = ("gate_up_proj", "down_proj")
+Buffer = memoryview | bytearray  # anything of bytes that the buffer protocol gives
 Matrices = tuple[Tensor, Tensor, Tensor]  # gate, up [inter, hidden], down [hidden, inter] of one expert
 
 
@@ -30,8 +31,9 @@ class RoutedExperts(nn.Module):
         cpu_activation: `retain` or `recompute` gate and up products in backward.
         dtype: that the placeholders show to PEFT.
 
-    `gate_up_proj` `[num_experts, 2 * inter, hidden]` and `down_proj` `[num_experts, hidden, inter]` are placeholders
-    of one element with stride zero: they tell other libraries the shapes, the weights live packed in the native layer.
+    `gate_up_proj` and `down_proj`, shaped as in the module that this one replaces, are placeholders of one element with
+    stride zero: they tell other libraries the shapes, the weights live packed in the native layer. Biases, where the
+    family has them, are ordinary frozen parameters that transformers loads and saves.
     """
 
     def __init__(
@@ -56,11 +58,14 @@ class RoutedExperts(nn.Module):
         self.chunk_size = chunk_size
         self.retain = cpu_activation == "retain"
         sizes = (spec.num_experts, spec.hidden, spec.inter)
-        self.layer = native().MoeLayer(*sizes, weight_format, spec.activation, group_size)
+        self.layer = native().MoeLayer(*sizes, weight_format, spec.activation, group_size, spec.alpha, spec.limit)
         self.lora: ExpertLora | None = None
         self._origins: dict[int, Callable[[], Matrices]] = {}
-        self.gate_up_proj = _placeholder((spec.num_experts, 2 * spec.inter, spec.hidden), dtype)
-        self.down_proj = _placeholder((spec.num_experts, spec.hidden, spec.inter), dtype)
+        self.gate_up_proj = _placeholder(spec.gate_up_shape, dtype)
+        self.down_proj = _placeholder(spec.down_shape, dtype)
+        for name, shape in spec.bias_shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
+        self._biases: tuple[tuple, Matrices] | None = None
 
     def load_expert(
         self, index: int, gate: Tensor, up: Tensor, down: Tensor, *, origin: Callable[[], Matrices] | None = None
@@ -71,6 +76,25 @@ class RoutedExperts(nn.Module):
             origin: gives the same three again at any later time; kept only where packing rounds.
         """
         self.layer.load_expert(index, gate, up, down)
+        self._origins.pop(index, None)
+        if origin is not None and not self.is_exact:
+            self._origins[index] = origin
+
+    def load_packed(
+        self,
+        index: int,
+        blobs: tuple[Buffer, Buffer, Buffer],
+        *,
+        copy: bool,
+        origin: Callable[[], Matrices] | None = None,
+    ) -> None:
+        """Takes gate, up and down as a layer of this format exports them, each aligned to 64 bytes.
+
+        Args:
+            copy: into node-local memory; otherwise they are used where they are and must not change, and the layer
+                must have one shard.
+        """
+        (self.layer.copy_expert if copy else self.layer.map_expert)(index, *blobs)
         self._origins.pop(index, None)
         if origin is not None and not self.is_exact:
             self._origins[index] = origin
@@ -124,7 +148,7 @@ class RoutedExperts(nn.Module):
             )
         shape = hidden_states.shape
         x = hidden_states if len(shape) == 2 else hidden_states.reshape(-1, shape[-1])  # [tokens, hidden]
-        call = MoeCall(self.layer, rows=self.rows(), chunk_size=self.chunk_size, retain=self.retain)
+        call = MoeCall(self.layer, rows=self.rows(), chunk_size=self.chunk_size, retain=self.retain, bias=self._bias())
         lora = NO_LORA
         if self.lora is not None and self.lora.active():
             lora = self.lora.tensors() if torch.is_grad_enabled() else NO_LORA  # without gradients the copies do
@@ -136,16 +160,36 @@ class RoutedExperts(nn.Module):
         out = moe(x, top_k_index, top_k_weights, lora, call)
         return out if len(shape) == 2 else out.reshape(shape)
 
+    def _bias(self) -> Matrices | None:
+        """Biases of gate, up and down in f32 on the CPU; copies are made again when a parameter changed."""
+        if not self.spec.has_bias:
+            return None
+        stored = self.gate_up_proj_bias.detach(), self.down_proj_bias.detach()
+        looks = tuple((t.data_ptr(), t._version, t.dtype) for t in stored)
+        if self._biases is None or self._biases[0] != looks:
+            gate_up, down = (t.to("cpu", torch.float32) for t in stored)
+            gate, up = gate_up[:, self.spec.gate_rows], gate_up[:, self.spec.up_rows]
+            self._biases = (looks, (gate.contiguous(), up.contiguous(), down.contiguous()))
+        return self._biases[1]
+
     def _apply(self, fn, recurse=True):
         """Device and dtype moves leave expert data and placeholders alone."""
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """No expert data in state dicts: checkpoints with experts are written by `save_full_model`."""
+        """Biases only: checkpoints with experts are written by `save_full_model`."""
+        for name in self.spec.bias_shapes:
+            bias = self._parameters[name]
+            destination[f"{prefix}{name}"] = bias if keep_vars else bias.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
-        """Nothing is taken, `load_expert` fills the layer: expert tensors in a state dict are unexpected."""
+        """Biases are taken; `load_expert` fills the layer: expert weights in a state dict are unexpected."""
         unexpected_keys.extend(f"{prefix}{name}" for name in PLACEHOLDERS if f"{prefix}{name}" in state_dict)
+        for name in self.spec.bias_shapes:
+            if f"{prefix}{name}" in state_dict:
+                self._parameters[name].data.copy_(state_dict[f"{prefix}{name}"])
+            elif strict:
+                missing_keys.append(f"{prefix}{name}")
 
     def __reduce_ex__(self, protocol):
         raise TypeError(

@@ -40,6 +40,7 @@ class MoeCall:
         chunk_size: tokens per native pass.
         retain: keep gate and up products for backward; False computes them again.
         after_backward: called once the gradients are there.
+        bias: of gate and up `[num_experts, inter]` and of down `[num_experts, hidden]`, f32 on the CPU, contiguous.
     """
 
     layer: object
@@ -52,6 +53,7 @@ class MoeCall:
     chunk_size: int = 1024
     retain: bool = True
     after_backward: Callable[[], None] | None = None
+    bias: tuple[Tensor, Tensor, Tensor] | None = None
 
     def native_lora(self, lora: LoraTensors) -> Projections:
         """The projections, made on first use; backward gets those of forward."""
@@ -66,6 +68,7 @@ class MoeCall:
             "dropout_seed": self.seed,
             "chunk_size": self.chunk_size,
             "rows": self.rows,
+            "bias": self.bias,
         }
 
 

@@ -1,53 +1,23 @@
 // Row operations written once on Vec (arch/vec_*.h) and instantiated per ISA. Include only from elementwise_<isa>.cc.
 #pragma once
+#include "gates_inl.h"
 #include "kts/elementwise.h"
 #include "lora_rows_inl.h"
 #include "quantize_inl.h"
 
 namespace kts {
 
-// exp(x), about 1 ulp over the finite range: x = n ln 2 + r, |r| <= ln 2 / 2; the degree-6 polynomial for exp(r) is
-// Cephes' expf (S. L. Moshier, netlib.org/cephes). NaN passes through because min and max return their second operand
-// then.
-template <class V>
-KTS_INLINE typename V::F exp_f32(typename V::F x) {
-  using F = typename V::F;
-  const F clamped = V::max(V::set1(-87.0f), V::min(V::set1(88.0f), x));
-  const F n = V::round_even(V::mul(clamped, V::set1(1.44269504088896341f)));
-  F r = V::fma(n, V::set1(-0.693359375f), clamped);
-  r = V::fma(n, V::set1(2.12194440e-4f), r);
-  F p = V::set1(1.9875691500e-4f);
-  p = V::fma(p, r, V::set1(1.3981999507e-3f));
-  p = V::fma(p, r, V::set1(8.3334519073e-3f));
-  p = V::fma(p, r, V::set1(4.1665795894e-2f));
-  p = V::fma(p, r, V::set1(1.6666665459e-1f));
-  p = V::fma(p, r, V::set1(5.0000001201e-1f));
-  p = V::fma(V::mul(r, r), p, V::add(r, V::set1(1.0f)));
-  return V::mul(p, V::pow2(n));
-}
-
-// value = g sigmoid(g); slope = sigmoid(g) (1 + g (1 - sigmoid(g)))
-template <class V>
-struct Silu {
-  KTS_INLINE typename V::F sigmoid(typename V::F g) {
-    return V::div(V::set1(1.0f), V::add(V::set1(1.0f), exp_f32<V>(V::sub(V::zero(), g))));
-  }
-  KTS_INLINE typename V::F value(typename V::F g) { return V::mul(g, sigmoid(g)); }
-  KTS_INLINE void value_and_slope(typename V::F g, typename V::F* value, typename V::F* slope) {
-    const auto s = sigmoid(g);
-    *value = V::mul(g, s);
-    *slope = V::mul(s, V::fma(g, V::sub(V::set1(1.0f), s), V::set1(1.0f)));
-  }
-};
-
-template <class V, template <class> class Act>
-void glu_forward(const float* g_sum, const float* u_sum, int64_t cols, f16_t* g_out, f16_t* u_out, bf16_t* h_out) {
+template <class V, template <class> class Gate>
+void glu_forward(const GateParams& params, const float* g_sum, const float* u_sum, int64_t cols, f16_t* g_out,
+                 f16_t* u_out, bf16_t* h_out) {
+  const GateParams p = params;
   for (int64_t j = 0; j < cols; j += V::W) {
     const int64_t n = cols - j;
     const bool whole = n >= V::W;
-    const auto g = whole ? V::load(g_sum + j) : V::load_n(g_sum + j, n);
-    const auto u = whole ? V::load(u_sum + j) : V::load_n(u_sum + j, n);
-    const auto h = V::mul(Act<V>::value(g), u);
+    auto g = whole ? V::load(g_sum + j) : V::load_n(g_sum + j, n);
+    auto u = whole ? V::load(u_sum + j) : V::load_n(u_sum + j, n);
+    const auto h = Gate<V>::forward(p, g, u);
+    Gate<V>::for_tape(p, &g, &u);
     if (whole) {
       if (g_out != nullptr) {
         V::store_f16(g_out + j, g);
@@ -64,9 +34,10 @@ void glu_forward(const float* g_sum, const float* u_sum, int64_t cols, f16_t* g_
   }
 }
 
-template <class V, template <class> class Act>
-float glu_backward(const f16_t* g_in, const f16_t* u_in, const float* dh_in, float weight, int64_t cols, bf16_t* dg_out,
-                   bf16_t* du_out, bf16_t* h_out) {
+template <class V, template <class> class Gate>
+float glu_backward(const GateParams& params, const f16_t* g_in, const f16_t* u_in, const float* dh_in, float weight,
+                   int64_t cols, bf16_t* dg_out, bf16_t* du_out, bf16_t* h_out) {
+  const GateParams p = params;
   auto dot = V::zero();
   const auto scale = V::set1(weight);
   for (int64_t j = 0; j < cols; j += V::W) {
@@ -75,13 +46,9 @@ float glu_backward(const f16_t* g_in, const f16_t* u_in, const float* dh_in, flo
     const auto g = whole ? V::load_f16(g_in + j) : V::load_f16_n(g_in + j, n);
     const auto u = whole ? V::load_f16(u_in + j) : V::load_f16_n(u_in + j, n);
     const auto dh_unweighted = whole ? V::load(dh_in + j) : V::load_n(dh_in + j, n);
-    typename V::F value, slope;
-    Act<V>::value_and_slope(g, &value, &slope);
-    const auto h = V::mul(value, u);
+    typename V::F h, dg, du;
+    Gate<V>::backward(p, g, u, V::mul(dh_unweighted, scale), &h, &dg, &du);
     dot = V::fma(dh_unweighted, h, dot);
-    const auto dh = V::mul(dh_unweighted, scale);
-    const auto dg = V::mul(V::mul(dh, u), slope);
-    const auto du = V::mul(dh, value);
     if (whole) {
       V::store_bf16(h_out + j, h);
       V::store_bf16(dg_out + j, dg);
@@ -144,10 +111,17 @@ void masked_add(RowMask mask, int64_t col_begin, const float* src, int64_t cols,
                       V::keep(dropout_hash<V>(mask, col_begin + j), mask.threshold, V::load_n(src + j, cols - j))));
 }
 
+template <class V, template <class> class Gate>
+constexpr GluOps glu_ops() {
+  return {glu_forward<V, Gate>, glu_backward<V, Gate>};
+}
+
 template <class V>
 constexpr RowOps make_row_ops(Isa isa) {
   return RowOps{isa,
-                {{glu_forward<V, Silu>, glu_backward<V, Silu>}},
+                // in the order of Activation
+                {glu_ops<V, SiluGlu>(), glu_ops<V, GeluGlu>(), glu_ops<V, GeluTanhGlu>(), glu_ops<V, ReluGlu>(),
+                 glu_ops<V, ClampedSwiglu>()},
                 scale_add<V>,
                 to_bf16<V>,
                 dot_rows<V>,

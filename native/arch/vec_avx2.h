@@ -36,6 +36,7 @@ struct Vec {
   KTS_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   KTS_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   KTS_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  KTS_INLINE F select_gt(F x, F y, F a, F b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_GT_OQ)); }
   KTS_INLINE F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   KTS_INLINE float sum(F a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -38,6 +38,9 @@ struct Vec {
   KTS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   KTS_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   KTS_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  KTS_INLINE F select_gt(F x, F y, F a, F b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), b, a);
+  }
   KTS_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   KTS_INLINE float sum(F a) {
     const __m256 half8 = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));

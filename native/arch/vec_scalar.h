@@ -2,6 +2,7 @@
 //
 // Vec API, for W lanes:  F floats, I 32-bit integers.
 //   load store set1 zero add mul div fma(a, b, c) = a * b + c, min max (second operand wins on NaN), round_even, sum
+//   select_gt(x, y, a, b)  x > y ? a : b (b where one is NaN)
 //   pow2(n)              2^n for integral n in [-126, 127]
 //   load_bf16 / store_bf16 W bf16 <-> F (round to nearest even, NaN stays NaN)
 //   load_bf16_n / store_bf16_n / load_n / store_n   the first n < W elements, zeros in the other lanes
@@ -34,6 +35,7 @@ struct Vec {
   KTS_INLINE F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
   KTS_INLINE F min(F a, F b) { return a < b ? a : b; }
   KTS_INLINE F max(F a, F b) { return a > b ? a : b; }
+  KTS_INLINE F select_gt(F x, F y, F a, F b) { return x > y ? a : b; }
   KTS_INLINE F round_even(F a) { return __builtin_rintf(a); }
   KTS_INLINE float sum(F a) { return a; }
   KTS_INLINE F pow2(F n) { return std::bit_cast<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23); }

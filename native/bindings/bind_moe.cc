@@ -28,10 +28,13 @@ ExpertFormats make_formats(const FormatArg& arg, int group_size) {
 }
 
 MoeShape make_shape(int64_t num_experts, int64_t hidden, int64_t inter, const FormatArg& format,
-                    const std::string& activation, int group_size) {
-  MoeShape shape{num_experts, hidden, inter, make_formats(format, group_size)};
+                    const std::string& activation, int group_size, const GateParams& params = {}) {
+  MoeShape shape;
+  shape.gate_params = params;
+  shape.num_experts = num_experts, shape.hidden = hidden, shape.inter = inter;
+  shape.format = make_formats(format, group_size);
   if (!activation_from_name(activation.c_str(), &shape.activation))
-    throw py::value_error("activation: expected silu, got " + activation);
+    throw py::value_error("activation: expected silu, gelu, gelu_tanh, relu or clamped_swiglu, got " + activation);
   if (num_experts <= 0 || hidden <= 0 || inter <= 0)
     throw py::value_error("MoeLayer: num_experts, hidden and inter must be positive");
   return shape;
@@ -75,9 +78,29 @@ struct LoraGradArg {
   }
 };
 
+// (gate [experts, inter], up [experts, inter], down [experts, hidden]) or None
+struct BiasArg {
+  std::optional<TensorArg> gate, up, down;
+  ExpertBias view;
+
+  BiasArg(const py::object& value, const MoeShape& shape) {
+    if (value.is_none()) return;
+    const auto parts = value.cast<py::tuple>();
+    view = {take(gate, parts[0], "gate bias", shape, shape.inter), take(up, parts[1], "up bias", shape, shape.inter),
+            take(down, parts[2], "down bias", shape, shape.hidden)};
+  }
+
+  static const float* take(std::optional<TensorArg>& arg, const py::object& value, const char* name,
+                           const MoeShape& shape, int64_t width) {
+    arg.emplace(value, name, "f32", 2).expect_shape({shape.num_experts, width}).expect_contiguous();
+    return arg->f32();
+  }
+};
+
 struct CallArgs {
   TensorArg x, ids, weights;
   LoraArg gate, up, down;
+  BiasArg bias;
   std::optional<TensorArg> g, u, xa_gate, xa_up;
   MoeInput input;
   ExpertLora lora;
@@ -85,18 +108,19 @@ struct CallArgs {
 
   CallArgs(const MoeShape& shape, const py::object& x_, const py::object& ids_, const py::object& weights_,
            const py::tuple& lora_, const py::object& g_, const py::object& u_, const py::object& xa_,
-           const std::string& rows)
+           const std::string& rows, const py::object& bias_)
       : x(x_, "x", "bf16", 2),
         ids(ids_, "topk_ids", "i64", 2),
         weights(weights_, "topk_weights", "f32", 2),
         gate(lora_[0], "lora gate", shape, shape.hidden, shape.inter),
         up(lora_[1], "lora up", shape, shape.hidden, shape.inter),
-        down(lora_[2], "lora down", shape, shape.inter, shape.hidden) {
+        down(lora_[2], "lora down", shape, shape.inter, shape.hidden),
+        bias(bias_, shape) {
     const int64_t tokens = x.size(0);
     x.expect_shape({tokens, shape.hidden}).expect_contiguous();
     ids.expect_shape({tokens, -1}).expect_contiguous();
     weights.expect_shape({tokens, ids.size(1)}).expect_contiguous();
-    input = {tokens, ids.size(1), x.bf16(), ids.i64(), weights.f32(), rows_from_name(rows)};
+    input = {tokens, ids.size(1), x.bf16(), ids.i64(), weights.f32(), rows_from_name(rows), bias.view};
     lora = {gate.view, up.view, down.view};
     if (g_.is_none()) return;
     g.emplace(g_, "g", "f16", 2);
@@ -170,11 +194,41 @@ void unpack_expert(const MoeLayer& layer, int64_t expert, const py::object& gate
   }
 }
 
+// The bytes of a blob; the buffer must be writable where T is not const.
+template <class T>
+T* blob(const py::buffer_info& buffer, const char* name, int64_t bytes) {
+  const bool is_flat = buffer.ndim == 1 && buffer.itemsize == 1 && buffer.strides[0] == 1;
+  if (!is_flat || buffer.size != bytes)
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(bytes) + " contiguous bytes, got " +
+                          std::to_string(buffer.size * buffer.itemsize) + (is_flat ? "" : " of another layout"));
+  return static_cast<T*>(buffer.ptr);
+}
+
+void load_packed(MoeLayer& layer, int64_t expert, const py::buffer& gate_, const py::buffer& up_,
+                 const py::buffer& down_, bool copy) {
+  const py::buffer_info gate = gate_.request(), up = up_.request(), down = down_.request();
+  const ExpertBlobs<const char> blobs{blob<const char>(gate, "gate", layer.gate_blob_bytes()),
+                                      blob<const char>(up, "up", layer.up_blob_bytes()),
+                                      blob<const char>(down, "down", layer.down_blob_bytes())};
+  const GilRelease release;
+  copy ? layer.copy_expert(expert, blobs) : layer.map_expert(expert, blobs);
+}
+
+void export_packed(const MoeLayer& layer, int64_t expert, const py::buffer& gate_, const py::buffer& up_,
+                   const py::buffer& down_) {
+  const py::buffer_info gate = gate_.request(true), up = up_.request(true), down = down_.request(true);
+  const ExpertBlobs<char> blobs{blob<char>(gate, "gate", layer.gate_blob_bytes()),
+                                blob<char>(up, "up", layer.up_blob_bytes()),
+                                blob<char>(down, "down", layer.down_blob_bytes())};
+  const GilRelease release;
+  layer.export_expert(expert, blobs);
+}
+
 void forward(const MoeLayer& layer, const py::object& x, const py::object& ids, const py::object& weights,
              const py::tuple& lora, const py::object& g, const py::object& u, const py::object& out_,
              const std::string& out_dtype, float dropout_p, uint64_t dropout_seed, int64_t chunk,
-             const std::string& rows, const py::object& xa) {
-  const CallArgs args(layer.shape(), x, ids, weights, lora, g, u, xa, rows);
+             const std::string& rows, const py::object& xa, const py::object& bias) {
+  const CallArgs args(layer.shape(), x, ids, weights, lora, g, u, xa, rows, bias);
   const OutArg out(out_, "out", out_dtype, args.input.tokens, layer.shape().hidden);
   const GilRelease release;
   layer.forward(args.input, args.lora, {dropout_p, dropout_seed}, chunk, args.tape, out.out);
@@ -184,9 +238,9 @@ void backward(const MoeLayer& layer, const py::object& dout_, const py::object& 
               const py::object& weights, const py::tuple& lora, const py::object& g, const py::object& u,
               const py::object& dx_, const std::string& dx_dtype, const py::object& dweights_,
               const py::tuple& lora_grads, float dropout_p, uint64_t dropout_seed, int64_t chunk,
-              const std::string& rows, const py::object& xa) {
+              const std::string& rows, const py::object& xa, const py::object& bias) {
   const MoeShape& s = layer.shape();
-  const CallArgs args(s, x, ids, weights, lora, g, u, xa, rows);
+  const CallArgs args(s, x, ids, weights, lora, g, u, xa, rows, bias);
   const TensorArg dout(dout_, "dout", "bf16", 2);
   dout.expect_shape({args.input.tokens, s.hidden}).expect_contiguous();
   const OutArg dx(dx_, "dx", dx_dtype, args.input.tokens, s.hidden);
@@ -216,23 +270,47 @@ void bind_moe(py::module_& m) {
   });
   py::class_<MoeLayer>(m, "MoeLayer")
       .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const FormatArg& format,
-                       const std::string& activation, int group_size) {
-             return std::make_unique<MoeLayer>(make_shape(num_experts, hidden, inter, format, activation, group_size));
+                       const std::string& activation, int group_size, float alpha, float limit) {
+             return std::make_unique<MoeLayer>(
+                 make_shape(num_experts, hidden, inter, format, activation, group_size, {alpha, limit}));
            }),
            py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16",
-           py::arg("activation") = "silu", py::arg("group_size") = 32)
+           py::arg("activation") = "silu", py::arg("group_size") = 32, py::arg("alpha") = GateParams{}.alpha,
+           py::arg("limit") = GateParams{}.limit, "alpha and limit: of clamped_swiglu")
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
       .def("unpack_expert", &unpack_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"),
            py::arg("dtype") = "bf16")
+      // Two functions, since only memory that is used in place has to outlive the call.
+      .def(
+          "map_expert",
+          [](MoeLayer& layer, int64_t expert, const py::buffer& gate, const py::buffer& up, const py::buffer& down) {
+            load_packed(layer, expert, gate, up, down, false);
+          },
+          py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"), py::keep_alive<1, 3>(),
+          py::keep_alive<1, 4>(), py::keep_alive<1, 5>())
+      .def(
+          "copy_expert",
+          [](MoeLayer& layer, int64_t expert, const py::buffer& gate, const py::buffer& up, const py::buffer& down) {
+            load_packed(layer, expert, gate, up, down, true);
+          },
+          py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
+      .def("export_expert", &export_packed, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
       .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::kw_only(),
            py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("out"), py::arg("out_dtype"), py::arg("dropout_p"),
-           py::arg("dropout_seed"), py::arg("chunk_size"), py::arg("rows") = "bf16", py::arg("xa") = py::none())
+           py::arg("dropout_seed"), py::arg("chunk_size"), py::arg("rows") = "bf16", py::arg("xa") = py::none(),
+           py::arg("bias") = py::none())
       .def("backward", &backward, py::arg("dout"), py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
            py::kw_only(), py::arg("lora"), py::arg("g"), py::arg("u"), py::arg("dx"), py::arg("dx_dtype"),
            py::arg("dtopk_weights"), py::arg("lora_grads"), py::arg("dropout_p"), py::arg("dropout_seed"),
-           py::arg("chunk_size"), py::arg("rows") = "bf16", py::arg("xa") = py::none())
+           py::arg("chunk_size"), py::arg("rows") = "bf16", py::arg("xa") = py::none(), py::arg("bias") = py::none())
       .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
       .def_property_readonly("missing_experts", &MoeLayer::missing_experts)
+      .def_property_readonly("mapped_experts", &MoeLayer::mapped_experts)
+      .def_property_readonly("blob_bytes",
+                             [](const MoeLayer& layer) {
+                               return std::make_tuple(layer.gate_blob_bytes(), layer.up_blob_bytes(),
+                                                      layer.down_blob_bytes());
+                             })
       .def_property_readonly("format",
                              [](const MoeLayer& layer) {
                                const ExpertFormats& all = layer.shape().format;

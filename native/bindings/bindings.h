@@ -7,5 +7,6 @@ void bind_runtime(pybind11::module_& m);
 void bind_moe(pybind11::module_& m);
 void bind_lora(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
+void bind_quant(pybind11::module_& m);
 
 }  // namespace kts

@@ -12,4 +12,5 @@ PYBIND11_MODULE(_native, m) {
   kts::bind_moe(m);
   kts::bind_lora(m);
   kts::bind_linear(m);
+  kts::bind_quant(m);
 }

@@ -75,7 +75,7 @@ const char* dtype_name(const DlTensor& t) {
   if (t.code == kBfloat && t.bits == 16) return "bf16";
   if (t.code == kFloat) return t.bits == 16 ? "f16" : t.bits == 32 ? "f32" : t.bits == 64 ? "f64" : "another float";
   if (t.code == kInt) return t.bits == 64 ? "i64" : t.bits == 32 ? "i32" : t.bits == 8 ? "i8" : "another integer";
-  if (t.code == kUnsigned && t.bits == 8) return "u8";
+  if (t.code == kUnsigned) return t.bits == 8 ? "u8" : "another unsigned integer";
   return "another dtype";
 }
 

@@ -1,7 +1,7 @@
 // Backward of the routed experts, for the rows of one expert (w = routing weight of a row, s, m, m' as in
 // expert_forward.cc):
-//   dh = dout Wd + s m' ((dout Bd) Ad)      f32, before the routing weight: d w = <dh, h> holds also for w = 0
-//   dg = w dh u act'(g)                     rounded to bf16 once
+//   dh = dout Wd + s m' ((dout Bd) Ad)      f32, before the routing weight: d w = <dh, h> + <dout, bd> holds also for 0
+//   dg = w dh u act'(g)                     rounded to bf16 once; other gates have derivatives of their own
 //   du = w dh act(g)                        rounded to bf16 once
 //   dx[token] = sum over its experts of dg Wg + du Wu + s m ((dg Bg) Ag) + s m ((du Bu) Au), in f32, rounded once
 //   dAd = s (w dout Bd)^T (m' h)            dAg, dAu likewise (lora_grad.cc)
@@ -47,8 +47,9 @@ void dh_task(Pass& pass, int shard, const RowBlock& block, const ColumnRange& ra
     for (int64_t p = range.panel_begin; p < range.panel_end; ++p) {
       const int64_t col = begin + p * kPanel, at = row * stride + col, cols = min_i64(kPanel, shape.inter - col);
       const float* dh = scratch.sum0 + i * range.padded_cols + p * kPanel - range.col;
-      pass.dweight_parts[row * panels + col / kPanel] = glu.backward(
-          pass.tape.g + at, pass.tape.u + at, dh, pass.weight(row), cols, pass.dg + at, pass.du + at, pass.h + at);
+      pass.dweight_parts[row * panels + col / kPanel] =
+          glu.backward(shape.gate_params, pass.tape.g + at, pass.tape.u + at, dh, pass.weight(row), cols, pass.dg + at,
+                       pass.du + at, pass.h + at);
       if (pass.h_dropped != nullptr)
         pass.ops->mask_bf16(pass.mask(DropoutStream::kInter, row), col, pass.h + at, cols, pass.h_dropped + at);
     }
@@ -126,7 +127,7 @@ void store_dtopk_weights(const Pass& pass, float* dtopk_weights) {
   const int64_t panels = pass.shape().inter_stride() / kPanel;
   std::memset(dtopk_weights, 0, static_cast<size_t>(pass.input.tokens * pass.input.top_k) * sizeof(float));
   for (int64_t row = 0; row < pass.routing.num_rows; ++row) {
-    float sum = 0.0f;
+    float sum = pass.dweight_bias == nullptr ? 0.0f : pass.dweight_bias[row];
     for (int64_t p = 0; p < panels; ++p) sum += pass.dweight_parts[row * panels + p];
     dtopk_weights[pass.routing.row_pair[row]] = sum;
   }
@@ -147,6 +148,12 @@ void run_backward(Pass& pass, const MoeGrads& grads) {
   for_shards(pass, inter.counts, [&](int shard, int64_t task, int thread) {
     dh_task(pass, shard, pass.blocks[inter.block(shard, task)], inter.range(pass, shard, task), pass.scratch[thread]);
   });
+  if (pass.dweight_bias != nullptr)
+    for_row_pieces(pass, [&](const RowBlock& piece) {
+      const int64_t hidden = pass.shape().hidden;
+      pass.ops->dot_rows(pass.dout_rows + piece.begin, piece.rows(), pass.input.bias.down + piece.expert * hidden,
+                         hidden, 1, hidden, pass.dweight_bias + piece.begin, 1, false);
+    });
   if (grads.dtopk_weights != nullptr) store_dtopk_weights(pass, grads.dtopk_weights);
   if (pass.lora.present()) for_row_pieces(pass, [&](const RowBlock& piece) { project_dgu_to_rank(pass, piece); });
 

@@ -1,7 +1,7 @@
 // Forward of the routed experts, for the rows x of one expert. s = LoRA scale / (1 - p), m and m' = dropout masks.
-//   g = x Wg^T + s (m x Ag^T) Bg^T        f32; u likewise; the tape keeps both in f16
-//   h = act(g) u                          rounded to bf16 once
-//   y = h Wd^T + s (m' h Ad^T) Bd^T       f32
+//   g = x Wg^T + s (m x Ag^T) Bg^T + bg   f32; u likewise; the tape keeps both in f16
+//   h = act(g) u, or another gate         rounded to bf16 once
+//   y = h Wd^T + s (m' h Ad^T) Bd^T + bd  f32
 //   out[token] = sum over its experts of weight * y, rounded once
 // With int8 rows x (once per token) and h are quantised by row for the products with W; the LoRA branches take the
 // unquantised values. With several shards y is the sum of their columns of h.
@@ -56,6 +56,13 @@ void add_lora(const Pass& pass, const float* xa, const LoraView& lora, const Row
                         true);
 }
 
+void add_bias(const Pass& pass, const float* bias, int64_t width, const RowBlock& block, int64_t col, int64_t cols,
+              float* sum, int64_t ldc) {
+  if (bias == nullptr) return;
+  const float* row = bias + block.expert * width + col;
+  for (int64_t i = 0; i < block.rows(); ++i) pass.ops->scale_add(1.0f, row, cols, sum + i * ldc);
+}
+
 namespace {
 
 void quantize_h(Pass& pass, const RowBlock& piece) {
@@ -95,13 +102,15 @@ void gate_up_task(Pass& pass, int shard, const RowBlock& block, const ColumnRang
   gemm(Direction::kForward, task);
   if (pass.lora.gate.present()) add_lora(pass, pass.xa_gate, pass.lora.gate, block, col, range.cols, scratch.sum0, ldc);
   if (pass.lora.up.present()) add_lora(pass, pass.xa_up, pass.lora.up, block, col, range.cols, scratch.sum1, ldc);
+  add_bias(pass, pass.input.bias.gate, shape.inter, block, col, range.cols, scratch.sum0, ldc);
+  add_bias(pass, pass.input.bias.up, shape.inter, block, col, range.cols, scratch.sum1, ldc);
 
   const GluOps& glu = pass.ops->glu[static_cast<int>(shape.activation)];
   for (int64_t i = 0; i < block.rows(); ++i) {
     const int64_t row = block.begin + i, at = row * stride + col;
     f16_t* g = pass.tape.retained() ? pass.tape.g + at : nullptr;
     f16_t* u = pass.tape.retained() ? pass.tape.u + at : nullptr;
-    glu.forward(scratch.sum0 + i * ldc, scratch.sum1 + i * ldc, range.cols, g, u, pass.h + at);
+    glu.forward(shape.gate_params, scratch.sum0 + i * ldc, scratch.sum1 + i * ldc, range.cols, g, u, pass.h + at);
     if (pass.h_dropped != nullptr)
       pass.ops->mask_bf16(pass.mask(DropoutStream::kInter, row), col, pass.h + at, range.cols, pass.h_dropped + at);
   }
@@ -118,6 +127,8 @@ void down_task(Pass& pass, int shard, const ColumnRange& range, const ThreadScra
     gemm(Direction::kForward, task);
     if (pass.lora.down.present() && shard == 0)
       add_lora(pass, pass.ha, pass.lora.down, block, range.col, range.cols, scratch.sum0, ldc);
+    if (shard == 0)
+      add_bias(pass, pass.input.bias.down, pass.shape().hidden, block, range.col, range.cols, scratch.sum0, ldc);
     scatter_rows(pass, block, true, scratch.sum0, ldc, range.cols, scratch.tokens, ldc);
   }
   store_tokens(pass, shard, scratch.tokens, ldc, range.col, range.cols, out);

@@ -34,19 +34,12 @@ MoeLayer::MoeLayer(const MoeShape& shape) : shape_(shape) {
   check_format(shape.format.down, shape.inter);
   std::lock_guard<std::mutex> lock(runtime().mutex);
   num_shards_ = make_shards(shape, runtime().pool->pools(), shards_);
-  int64_t bytes = 0;
   for (int s = 0; s < num_shards_; ++s) {
-    shard_offset_[s] = bytes;
-    bytes += shape.num_experts * expert_bytes(s);
-    if (num_shards_ > 1) bytes = align_up(bytes, kShardAlignment);
+    shard_offset_[s] = layout_bytes_;
+    layout_bytes_ += shape.num_experts * expert_bytes(s);
+    if (num_shards_ > 1) layout_bytes_ = align_up(layout_bytes_, kShardAlignment);
   }
-  weights_ = PageBuffer(static_cast<size_t>(bytes));
-  for (int s = 0; s < num_shards_; ++s) {
-    const int64_t end = s + 1 < num_shards_ ? shard_offset_[s + 1] : bytes;
-    place_on_pool(static_cast<char*>(weights_.data()) + shard_offset_[s], static_cast<size_t>(end - shard_offset_[s]),
-                  s);
-  }
-  loaded_.assign(static_cast<size_t>(shape.num_experts), 0);
+  places_.resize(static_cast<size_t>(shape.num_experts * num_shards_));
 }
 
 bool ExpertFormats::take(Rows rows) const {
@@ -70,36 +63,32 @@ int64_t MoeLayer::expert_bytes(int shard) const {
   return gate_up_bytes(shard) + kts::packed_bytes(shape_.format.down, shape_.hidden, shards_[shard].size);
 }
 
-const char* MoeLayer::expert_data(int64_t expert, int shard) const {
-  return static_cast<const char*>(weights_.data()) + shard_offset_[shard] + expert * expert_bytes(shard);
+PackedMatrix MoeLayer::gate_view(int shard, const void* memory) const {
+  return packed_view(shape_.format.gate, shards_[shard].size, shape_.hidden, memory);
 }
-
-PackedMatrix MoeLayer::gate(int64_t expert, int shard) const {
-  return packed_view(shape_.format.gate, shards_[shard].size, shape_.hidden, expert_data(expert, shard));
+PackedMatrix MoeLayer::up_view(int shard, const void* memory) const {
+  return packed_view(shape_.format.up, shards_[shard].size, shape_.hidden, memory);
 }
-PackedMatrix MoeLayer::up(int64_t expert, int shard) const {
-  return packed_view(shape_.format.up, shards_[shard].size, shape_.hidden,
-                     expert_data(expert, shard) + gate_bytes(shard));
-}
-PackedMatrix MoeLayer::down(int64_t expert, int shard) const {
-  return packed_view(shape_.format.down, shape_.hidden, shards_[shard].size,
-                     expert_data(expert, shard) + gate_up_bytes(shard));
+PackedMatrix MoeLayer::down_view(int shard, const void* memory) const {
+  return packed_view(shape_.format.down, shape_.hidden, shards_[shard].size, memory);
 }
 
 template <class Fn>
 void MoeLayer::pack_expert(int64_t expert, Fn&& pack) {
   KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "load_expert: expert index out of range");
   std::lock_guard<std::mutex> lock(runtime().mutex);
-  loaded_[static_cast<size_t>(expert)] = 0;
+  allocate();
+  forget_expert(expert);  // until all of it is packed
   for (int s = 0; s < num_shards_; ++s) {
-    const PackedMatrix packed[3] = {gate(expert, s), up(expert, s), down(expert, s)};
+    const ExpertBlobs<char> own = own_place(expert, s);
+    const PackedMatrix packed[3] = {gate_view(s, own.gate), up_view(s, own.up), down_view(s, own.down)};
     const int64_t inter_panels = packed[0].n_panels();
     runtime().pool->parallel_for(2 * inter_panels + packed[2].n_panels(), [&](int64_t task, int) {
       const int which = task < inter_panels ? 0 : task < 2 * inter_panels ? 1 : 2;
       pack(which, shards_[s], packed[which], task - which * inter_panels);
     });
   }
-  loaded_[static_cast<size_t>(expert)] = 1;
+  use_own_places(expert);
 }
 
 void MoeLayer::load_expert(int64_t expert, const WeightRows& gate_w, const WeightRows& up_w, const WeightRows& down_w) {
@@ -127,6 +116,7 @@ template <class T>
 void MoeLayer::unpack_expert(int64_t expert, T* gate_w, int64_t gate_stride, T* up_w, int64_t up_stride, T* down_w,
                              int64_t down_stride) const {
   KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "unpack_expert: expert index out of range");
+  KTS_CHECK(place(expert, 0).gate != nullptr, "unpack_expert: this expert has no weights yet");
   for (int s = 0; s < num_shards_; ++s) {
     const int64_t begin = shards_[s].begin;
     const PackedMatrix g = gate(expert, s), u = up(expert, s), d = down(expert, s);
@@ -137,12 +127,6 @@ void MoeLayer::unpack_expert(int64_t expert, T* gate_w, int64_t gate_stride, T* 
 }
 template void MoeLayer::unpack_expert(int64_t, bf16_t*, int64_t, bf16_t*, int64_t, bf16_t*, int64_t) const;
 template void MoeLayer::unpack_expert(int64_t, float*, int64_t, float*, int64_t, float*, int64_t) const;
-
-int64_t MoeLayer::missing_experts() const {
-  int64_t missing = 0;
-  for (const char loaded : loaded_) missing += loaded == 0;
-  return missing;
-}
 
 namespace {
 
@@ -183,7 +167,8 @@ Pass make_pass(const MoeLayer& layer, const MoeInput& input, const ExpertLora& l
                 input.x + chunk.begin * layer.shape().hidden,
                 input.topk_ids + pair,
                 input.topk_weights + pair,
-                input.rows};
+                input.rows,
+                input.bias};
   pass.pair_begin = pair;
   pass.lora = lora;
   pass.dropout = lora.present() ? dropout : Dropout{};

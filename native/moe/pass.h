@@ -80,6 +80,7 @@ struct Pass {
   float* dxa_gate = nullptr;       // [rows, rank] scale * (dg B_gate (+ du B_up if A is shared))
   float* dxa_up = nullptr;         // null when A is shared
   float* dweight_parts = nullptr;  // [rows, inter panels] <dh, h> of each panel
+  float* dweight_bias = nullptr;   // [rows] <dout, down's bias>, only with biases
 
   const MoeShape& shape() const { return layer->shape(); }
   bool drops() const { return dropout.p > 0.0f; }
@@ -113,6 +114,10 @@ void plan_pass(Pass& pass, int threads, Arena& arena);
 
 // Groups the rows and fills row pointers and blocks.
 void route_pass(Pass& pass);
+
+// sum[i, :] += bias of the block's expert for columns [col, col + cols); bias [num_experts, width], null = none.
+void add_bias(const Pass& pass, const float* bias, int64_t width, const RowBlock& block, int64_t col, int64_t cols,
+              float* sum, int64_t ldc);
 
 // Pointers to the rank rows of a LoRA factor; `rows` holds kMaxRank entries.
 void rank_rows(const float* factor, int64_t rank_stride, int64_t rank, const float** rows);

@@ -75,6 +75,7 @@ void plan_pass(Pass& pass, int threads, Arena& arena) {
     pass.dg = arena.take<bf16_t>(rows * stride);
     pass.du = arena.take<bf16_t>(rows * stride);
     pass.dweight_parts = arena.take<float>(rows * (stride / kPanel));
+    if (pass.input.bias.present()) pass.dweight_bias = arena.take<float>(rows);
   }
   if (pass.int8_rows() && (!pass.is_backward || pass.recomputes)) {
     plan_int8_rows(pass.x_int8, pass.input.tokens, shape.hidden, rows, arena);

@@ -140,10 +140,15 @@ const RowOps& row_ops(IsaSet isa) {
   return scalar::kRowOps;
 }
 
+const char* const kActivationNames[] = {"silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"};
+
 bool activation_from_name(const char* name, Activation* out) {
-  if (std::string(name) != "silu") return false;
-  *out = Activation::kSilu;
-  return true;
+  for (int i = 0; i < kNumActivations; ++i)
+    if (std::string(name) == kActivationNames[i]) {
+      *out = static_cast<Activation>(i);
+      return true;
+    }
+  return false;
 }
 
 }  // namespace kts

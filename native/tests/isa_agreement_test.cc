@@ -92,21 +92,26 @@ KTS_TEST(row_operations_equal_scalar_and_touch_nothing_beyond_their_rows) {
       ops->masked_add(mask, 5, f.get(), cols, got.get());
       KTS_EXPECT(same_bits(want, got)) << "masked_add " << where();
 
-      plain.glu[0].forward(f.get(), f2.get(), cols, w1.get(), w2.get(), want_b.get());
-      ops->glu[0].forward(f.get(), f2.get(), cols, g1.get(), g2.get(), got_b.get());
-      for (int64_t j = 0; j < cols; ++j) {
-        if (f16_is_misrounded(f.get()[j])) g1.get()[j] = w1.get()[j];
-        if (f16_is_misrounded(f2.get()[j])) g2.get()[j] = w2.get()[j];
+      for (int act = 0; act < kNumActivations; ++act) {
+        const GluOps &plain_glu = plain.glu[act], &glu = ops->glu[act];
+        const auto which = [&] { return std::string(kActivationNames[act]) + " " + where(); };
+        const GateParams limits{1.702f, 0.5f};  // within the range of the numbers
+        plain_glu.forward(limits, f.get(), f2.get(), cols, w1.get(), w2.get(), want_b.get());
+        glu.forward(limits, f.get(), f2.get(), cols, g1.get(), g2.get(), got_b.get());
+        for (int64_t j = 0; j < cols; ++j) {
+          if (f16_is_misrounded(f.get()[j])) g1.get()[j] = w1.get()[j];
+          if (f16_is_misrounded(f2.get()[j])) g2.get()[j] = w2.get()[j];
+        }
+        KTS_EXPECT(same_bits(w1, g1) && same_bits(w2, g2) && same_bits(want_b, got_b)) << "glu forward " << which();
+        glu.forward(limits, f.get(), f2.get(), cols, nullptr, nullptr, got_b.get());
+        KTS_EXPECT(same_bits(want_b, got_b)) << "glu forward without tape " << which();
+        const float dot_want =
+            plain_glu.backward(limits, b.get(), b2.get(), f.get(), 0.7f, cols, w1.get(), w2.get(), want_b.get());
+        const float dot_got =
+            glu.backward(limits, b.get(), b2.get(), f.get(), 0.7f, cols, g1.get(), g2.get(), got_b.get());
+        KTS_EXPECT(same_bits(w1, g1) && same_bits(w2, g2) && same_bits(want_b, got_b)) << "glu backward " << which();
+        KTS_EXPECT(std::fabs(dot_want - dot_got) <= 1e-5f * static_cast<float>(cols)) << "glu sum " << which();
       }
-      KTS_EXPECT(same_bits(w1, g1) && same_bits(w2, g2) && same_bits(want_b, got_b)) << "glu forward " << where();
-      ops->glu[0].forward(f.get(), f2.get(), cols, nullptr, nullptr, got_b.get());
-      KTS_EXPECT(same_bits(want_b, got_b)) << "glu forward without tape " << where();
-      const float dot_want =
-          plain.glu[0].backward(b.get(), b2.get(), f.get(), 0.7f, cols, w1.get(), w2.get(), want_b.get());
-      const float dot_got =
-          ops->glu[0].backward(b.get(), b2.get(), f.get(), 0.7f, cols, g1.get(), g2.get(), got_b.get());
-      KTS_EXPECT(same_bits(w1, g1) && same_bits(w2, g2) && same_bits(want_b, got_b)) << "glu backward " << where();
-      KTS_EXPECT(std::fabs(dot_want - dot_got) <= 1e-5f * static_cast<float>(cols)) << "glu backward sum " << where();
     }
 }
 

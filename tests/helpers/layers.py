@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kt_sft.native import native
 from kt_sft.ops.moe import MoeCall, moe
-from tests.helpers.reference import Problem
+from tests.helpers.reference import CLAMP_ALPHA, CLAMP_LIMIT, Problem
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 # Weight format, group and rows: all that the kernels compute.
@@ -77,6 +77,8 @@ class LayerCase:
     format: str = "bf16"
     group: int = 0
     rows: str = "bf16"
+    activation: str = "silu"
+    bias: bool = False
 
     def terms(self) -> int:
         """Of the longest sum."""
@@ -110,6 +112,7 @@ def make_problem(case: LayerCase) -> Problem:
         lora["up"] = (f32_randn(g, e, r + 2, h, scale=h**-0.5), f32_randn(g, e, r + 2, i, scale=r**-0.5), 0.75)
     if case.lora in ("fused", "separate", "down"):
         lora["down"] = (f32_randn(g, e, r, i, scale=i**-0.5), f32_randn(g, e, r, h, scale=r**-0.5), 0.7)
+    bias = {"gate": f32_randn(g, e, i), "up": f32_randn(g, e, i), "down": f32_randn(g, e, h)} if case.bias else None
     return Problem(
         x=bf16_randn(g, case.tokens, h),
         ids=torch.randint(0, e + case.sentinel, (case.tokens, case.top_k), generator=g),
@@ -125,13 +128,17 @@ def make_problem(case: LayerCase) -> Problem:
         format=case.format,
         group=case.group,
         rows=case.rows,
+        activation=case.activation,
+        bias=bias,
     )
 
 
 def make_layer(problem: Problem):
     """A native layer with the problem's weights."""
     experts, inter, hidden = problem.gate.shape
-    layer = native().MoeLayer(experts, hidden, inter, problem.format, group_size=problem.group or 32)
+    layer = native().MoeLayer(
+        experts, hidden, inter, problem.format, problem.activation, problem.group or 32, CLAMP_ALPHA, CLAMP_LIMIT
+    )
     for e in range(experts):
         layer.load_expert(e, *(t[e].to(torch.bfloat16).contiguous() for t in (problem.gate, problem.up, problem.down)))
     return layer
@@ -161,9 +168,10 @@ def lora_inputs(problem: Problem) -> tuple[tuple, dict[str, Tensor]]:
 
 def make_call(problem: Problem, layer, *, retain: bool = True, chunk_size: int = 1024) -> MoeCall:
     scales = tuple(problem.lora[name][2] if name in problem.lora else 0.0 for name in ("gate", "up", "down"))
+    bias = None if problem.bias is None else tuple(problem.bias[name].float() for name in ("gate", "up", "down"))
     return MoeCall(
         layer, rows=problem.rows, scales=scales, dropout=problem.p, seed=problem.seed, retain=retain,
-        chunk_size=chunk_size,
+        chunk_size=chunk_size, bias=bias,
     )  # fmt: skip
 
 

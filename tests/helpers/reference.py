@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,46 @@ def exact(t: Tensor) -> Tensor:
 def round_f16(t: Tensor) -> Tensor:
     """To the nearest f16 of at most the largest finite one, kept in t's dtype; NaN stays."""
     return t.float().clamp(-65504.0, 65504.0).to(torch.float16).to(t.dtype)
+
+
+def _glu(act: Step) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda g, u: act(g) * u
+
+
+CLAMP_ALPHA, CLAMP_LIMIT = 1.702, 1.5  # a limit that values of order one reach
+
+
+def clamped_swiglu(g: Tensor, u: Tensor, alpha: float = CLAMP_ALPHA, limit: float = CLAMP_LIMIT) -> Tensor:
+    """As gpt-oss has it, with other limits."""
+    g, u = g.clamp(max=limit), u.clamp(min=-limit, max=limit)
+    return (u + 1.0) * g * torch.sigmoid(alpha * g)
+
+
+# h = f(gate, up), by the name of the kernels' gate function.
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": _glu(lambda g: g * torch.sigmoid(g)),
+    "gelu": _glu(lambda g: 0.5 * g * torch.special.erfc(-g * math.sqrt(0.5))),
+    "gelu_tanh": _glu(lambda g: 0.5 * g * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (g + 0.044715 * g**3)))),
+    "relu": _glu(torch.relu),
+    "clamped_swiglu": clamped_swiglu,
+}
+
+
+def for_tape(name: str, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """g and u before they are rounded for the tape: what the clamp cuts off stays clearly beyond the limit."""
+    if name == "clamped_swiglu":
+        beyond = 1.25 * CLAMP_LIMIT
+        g, u = torch.where(g > CLAMP_LIMIT, beyond, g), torch.where(u.abs() > CLAMP_LIMIT, beyond * u.sign(), u)
+    return g, u
+
+
+def gate_gradients(name: str, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """h, dh/dg and dh/du, by autograd."""
+    with torch.enable_grad():
+        g, u = g.detach().requires_grad_(), u.detach().requires_grad_()
+        h = GATES[name](g, u)
+        slopes = torch.autograd.grad(h.sum(), (g, u)) if h.numel() else (g, u)
+    return h.detach(), *slopes
 
 
 @dataclass(frozen=True)
@@ -73,6 +114,8 @@ class Problem:
     format: str = "bf16"
     group: int = 32
     rows: str = "bf16"
+    activation: str = "silu"
+    bias: dict[str, Tensor] | None = None  # gate and up [experts, inter], down [experts, hidden]
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Kept elements of x and of h, by (token * k + slot)."""
@@ -123,6 +166,8 @@ class _Expert:
         """The projection of rows, and the [m, rank] product of its LoRA branch."""
         base = self.q.int8_rows(rows) if self.problem.rows == "int8" else rows
         y = base @ getattr(self.problem, name)[self.e].T
+        if self.problem.bias is not None:
+            y = y + self.problem.bias[name][self.e]
         if name not in self.lora:
             return y, None
         a, b, scale = self.lora[name]
@@ -136,18 +181,19 @@ class _Expert:
         q, e, w = self.q, self.e, self.w
         g, ranked_gate = self.forward("gate", self.x, self.x_mask)
         u, ranked_up = self.forward("up", self.x, self.x_mask)
-        y, _ = self.forward("down", q.h(g * torch.sigmoid(g) * u), self.h_mask)  # [m, hidden]
+        y, _ = self.forward("down", q.h(GATES[self.problem.activation](g, u)), self.h_mask)  # [m, hidden]
         result["out"].index_add_(0, self.token, w * y)
 
-        g, u = q.tape(g), q.tape(u)
-        sigmoid = torch.sigmoid(g)
-        h = g * sigmoid * u
+        g, u = (q.tape(t) for t in for_tape(self.problem.activation, g, u))
+        h, slope_g, slope_u = gate_gradients(self.problem.activation, g, u)
         dh = self.input_grad("down", self.dout)  # [m, inter], before the routing weight
         if "down" in self.lora:
             dh = dh + self.down_lora(q.h(h), result)
         result["dweights"][self.token, self.slot] = (dh * h).sum(1)
-        dg = q.dgate_up(w * dh * u * sigmoid * (1 + g * (1 - sigmoid)))
-        du = q.dgate_up(w * dh * g * sigmoid)
+        if self.problem.bias is not None:
+            result["dweights"][self.token, self.slot] += self.dout @ self.problem.bias["down"][e]
+        dg = q.dgate_up(w * dh * slope_g)
+        du = q.dgate_up(w * dh * slope_u)
         dx = self.input_grad("gate", dg) + self.input_grad("up", du)
         if "gate" in self.lora:
             result["dgate_b"][e] = ranked_gate.T @ dg

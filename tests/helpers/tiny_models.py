@@ -7,115 +7,27 @@ go unnoticed. Stock models here run transformers' eager experts: grouped_mm want
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-VOCAB = 131
-FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3")
+from kt_sft.integrations.auto_class import auto_class
+from tests.helpers import families
+from tests.helpers.families import COMMON, VOCAB
 
-
-@dataclass(frozen=True)
-class Family:
-    """transformers' class names and the config of the tiny member."""
-
-    config_class: str
-    model_class: str
-    values: dict[str, Any]
-
-
-_COMMON = {
-    "vocab_size": VOCAB,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_MLA = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 12,
-    "q_lora_rank": 20,
-    "qk_nope_head_dim": 10,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 14,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 1,
-    "num_hidden_layers": 3,
-}
-_TABLE = {
-    "qwen3_moe": Family(
-        "Qwen3MoeConfig",
-        "Qwen3MoeForCausalLM",
-        {
-            "hidden_size": 48,
-            "intermediate_size": 44,
-            "moe_intermediate_size": 20,
-            "num_experts": 7,
-            "num_experts_per_tok": 3,
-            "num_key_value_heads": 2,
-            "head_dim": 12,
-            "norm_topk_prob": True,
-        },
-    ),
-    "mixtral": Family(
-        "MixtralConfig",
-        "MixtralForCausalLM",
-        {
-            "hidden_size": 56,
-            "intermediate_size": 36,
-            "num_local_experts": 5,
-            "num_experts_per_tok": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 14,
-        },
-    ),
-    "deepseek_v2": Family(
-        "DeepseekV2Config",
-        "DeepseekV2ForCausalLM",
-        {
-            **_MLA,
-            "hidden_size": 52,
-            "intermediate_size": 60,
-            "moe_intermediate_size": 28,
-            "n_routed_experts": 6,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "topk_method": "greedy",
-            "routed_scaling_factor": 1.0,
-        },
-    ),
-    "deepseek_v3": Family(
-        "DeepseekV3Config",
-        "DeepseekV3ForCausalLM",
-        {
-            **_MLA,
-            "hidden_size": 44,
-            "intermediate_size": 60,
-            "moe_intermediate_size": 20,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 3,
-            "n_group": 2,
-            "topk_group": 1,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-        },
-    ),
-}
+FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3")  # of the tests that go deep; families.py has all
 
 
 def config(family: str, **overrides: Any) -> Any:
     """transformers config of the tiny member; `overrides` replace values of it."""
     import transformers
 
-    entry = _TABLE[family]
-    return getattr(transformers, entry.config_class)(**{**_COMMON, **entry.values, **overrides})
+    entry = families.FAMILIES[family]
+    values = {**entry.values, **overrides}
+    values = families.composite(values) if "text_config" in values else {**COMMON, **values}
+    return getattr(transformers, entry.config_class)(**values)
 
 
 def model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
@@ -128,14 +40,14 @@ def model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     torch.manual_seed(seed)
     settings = config(family, **overrides)
     settings._experts_implementation = "eager"
-    stock = getattr(transformers, _TABLE[family].model_class)(settings).float().eval()
+    stock = getattr(transformers, families.FAMILIES[family].model_class)(settings).float().eval()
     with torch.no_grad():
         for name, parameter in stock.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5 if "embed" not in name else 1.0)
             parameter.copy_(parameter.to(torch.bfloat16))
         for name, buffer in stock.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.copy_(torch.linspace(-0.1, 0.1, buffer.numel()).to(torch.bfloat16))
     return stock
 
@@ -167,10 +79,16 @@ def build(
     stock = model(family, seed=seed, **overrides).to(dtype)
     stock.config.dtype = dtype
     for module in stock.modules():
-        if getattr(module, "e_score_correction_bias", None) is not None:
+        if isinstance(getattr(module, "e_score_correction_bias", None), torch.Tensor):
+            if isinstance(module.e_score_correction_bias, torch.nn.Parameter):  # ERNIE's is trained
+                continue
             module.e_score_correction_bias = module.e_score_correction_bias.float()  # as DeepSeek-V3 stores it
     shard = {"max_shard_size": "60KB"} if sharded else {}
     stock.save_pretrained(directory, save_original_format=not fused, **shard)
+    changes = families.FAMILIES[family].config_json
+    if changes:
+        file = directory / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     if extra_layer:
         _add_layer(directory, stock.config.num_hidden_layers)
     return directory
@@ -180,7 +98,7 @@ def load_stock(directory: str | Path, dtype: torch.dtype = torch.float32, **kwar
     """Stock transformers model from a checkpoint, eager experts, in eval mode."""
     import transformers
 
-    loader = transformers.AutoModelForCausalLM
+    loader = auto_class(transformers.AutoConfig.from_pretrained(directory))
     return loader.from_pretrained(directory, dtype=dtype, experts_implementation="eager", **kwargs).eval()
 
 
@@ -218,7 +136,7 @@ def dense(directory: str | Path) -> Path:
 
     directory = Path(directory)
     if not (directory / "config.json").exists():
-        values = {**_COMMON, "hidden_size": 48, "intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 12}
+        values = {**COMMON, "hidden_size": 48, "intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 12}
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).save_pretrained(directory)
     return directory
 

@@ -19,9 +19,10 @@ from tests.helpers.layers import (
     run,
     stored,
     using_isa,
+    using_threads,
     with_format,
 )
-from tests.helpers.reference import EXACT, KERNELS, solve
+from tests.helpers.reference import EXACT, GATES, KERNELS, solve
 from tests.helpers.tolerance import BF16_HALF_ULP, model_bound, rel_l2, rounding_bound, rounds_scaled_gradients
 
 OUTPUT_BAR, GRADIENT_BAR = 4e-3, 1e-2  # against the rounding model; model_bound is below them at these sizes
@@ -76,6 +77,20 @@ def case_id(case: LayerCase) -> str:
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_output_and_gradients_match_float64(isa, weights, case):
     run_and_check(with_format(case, weights), retain=case.seed % 2 == 0, chunk_size=97)
+
+
+@pytest.mark.parametrize("activation", list(GATES))
+def test_every_gate_function(isa, activation):
+    run_and_check(LayerCase(tokens=41, p=0.2, seed=15, activation=activation))
+    run_and_check(LayerCase(seed=16, lora="separate", activation=activation), retain=False)
+
+
+@pytest.mark.parametrize("pools", [1, 2])
+def test_biases(isa, weights, pools):
+    """With several pools the bias of down is added once, and the columns of the others are those of the shard."""
+    case = LayerCase(inter=173, tokens=41, p=0.2, seed=17, activation="clamped_swiglu", bias=True)
+    with using_threads(2, pools):
+        run_and_check(with_format(case, weights), retain=pools == 1, chunk_size=30)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 8, 12, 32, 64, 255, 256])

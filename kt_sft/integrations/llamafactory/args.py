@@ -16,7 +16,9 @@ KEYS: dict[str, tuple[type, str]] = {
     "kt_int4_group_size": (int, "Weights that share a scale with kt_method INT4: 32 (default), 64 or 128."),
     "kt_expert_activations": (str, "Activations of the experts: auto (default), bf16, bfp16 or int8."),
     "kt_cpu_linear": (str, "Kernels for frozen linear layers on the CPU: auto (default), off, bf16 or int8."),
-    "kt_weight_path": (str, "Checkpoint directory to read the experts from; default: model_name_or_path."),
+    "kt_weight_path": (str, "Checkpoint or packed container of the experts; default: model_name_or_path."),
+    "kt_weight_load": (str, "Use of a packed container: auto (default), mmap or copy."),
+    "kt_weight_cache": (str, "Directory where a packed container of the experts is kept for later loads."),
     "kt_expert_checkpoint_path": (str, "Another name of kt_weight_path."),
     "kt_optimize_rule": (str, "Placement rules; refused until they exist."),
     "cpu_infer": (int, "CPU threads of the expert kernels; default: the physical cores it may use."),
@@ -42,6 +44,8 @@ KEY_OF_SETTING = {  # KTConfig field -> key
     "expert_lora": "kt_expert_lora",
     "cpu_activation": "kt_cpu_activation",
     "weight_path": "kt_weight_path",
+    "weight_load": "kt_weight_load",
+    "weight_cache": "kt_weight_cache",
 }
 MAX_LORA_RANK = 256  # of the expert kernels
 STAGES = ("pt", "sft", "dpo", "kto")

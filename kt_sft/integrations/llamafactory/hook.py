@@ -20,6 +20,7 @@ from torch import nn
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.integrations.llamafactory import adapters, args, autoload
+from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter_fits, local_adapter_dir, read_adapter_config
 from kt_sft.integrations.transformers import check_model, quantization_config
 
@@ -61,6 +62,8 @@ def patch_loader(loader: ModuleType) -> None:
     def patch_config(
         config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool
     ) -> None:
+        if is_active(model_args):
+            drop_quantization(config)  # before the stock code sets up a quantizer for it
         stock_config(config, tokenizer, model_args, init_kwargs, is_trainable)
         if is_active(model_args):
             load_experts_apart(model_args, init_kwargs)

@@ -182,15 +182,20 @@ def _pair(wrapper: ParamWrapper, adapter: str) -> LoraPair:
     PEFT's version. The widths tell it unless they are equal.
     """
     num_experts, out_width, in_width = wrapper.get_param().shape
+    spec = wrapper.get_base_layer().spec
+    if spec.is_transposed:
+        out_width, in_width = in_width, out_width
     lora_a, lora_b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     widths = (lora_a.shape[1], lora_b.shape[0])
     if widths not in ((out_width, in_width), (in_width, out_width)):
         raise ConfigError(
             f"expert LoRA: {wrapper.parameter_name} needs widths {in_width} and {out_width}, got {widths}"
         )
-    swapped = PEFT_SWAPS_FACTORS if in_width == out_width else widths == (out_width, in_width)
-    of_lora_a = LoraFactor(lora_a, layout="expert_major", num_experts=num_experts)
-    of_lora_b = LoraFactor(lora_b, layout="expert_minor", num_experts=num_experts)
+    swaps = PEFT_SWAPS_FACTORS and not spec.is_transposed
+    swapped = swaps if in_width == out_width else widths == (out_width, in_width)
+    mixed = spec.is_interleaved and wrapper.parameter_name == "gate_up_proj"  # along the output
+    of_lora_a = LoraFactor(lora_a, "expert_major", num_experts, is_interleaved=mixed and swapped)
+    of_lora_b = LoraFactor(lora_b, "expert_minor", num_experts, is_interleaved=mixed and not swapped)
     a, b = (of_lora_b, of_lora_a) if swapped else (of_lora_a, of_lora_b)
     return LoraPair(a=a, b=b, scaling=_Scaling(wrapper, adapter))
 

@@ -10,11 +10,21 @@
 
 namespace kts {
 
-enum class Activation : int { kSilu = 0 };
-inline constexpr int kNumActivations = 1;
+// How gate and up become h. All but the last are act(gate) * up.
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kClampedSwiglu };
+inline constexpr int kNumActivations = 5;
 
+// "silu", "gelu" (by erf), "gelu_tanh", "relu", "clamped_swiglu": in the order of Activation.
+extern const char* const kActivationNames[kNumActivations];
 // Returns false for a name that the table lacks.
 bool activation_from_name(const char* name, Activation* out);
+
+// Of kClampedSwiglu: (up + 1) gate sigmoid(alpha gate), gate at most limit, up within -limit .. limit.
+// limit is an f16 number.
+struct GateParams {
+  float alpha = 1.702f;
+  float limit = 7.0f;
+};
 
 // Dropout decisions of one row; element (row, col) is kept iff its hash is >= threshold. See moe/dropout.h.
 struct RowMask {
@@ -24,13 +34,13 @@ struct RowMask {
 };
 
 struct GluOps {
-  // g, u: f32 sums [cols] -> h = act(g) * u, rounded once to bf16; g and u for backward in f16 (g_out, u_out, may both be
-  // null).
-  void (*forward)(const float* g, const float* u, int64_t cols, f16_t* g_out, f16_t* u_out, bf16_t* h_out);
-  // dh: gradient of h before the routing weight, f32 [cols]. Writes h, dg, du (bf16, of weight * dh); returns sum(dh *
-  // act(g) * u) of the unrounded product.
-  float (*backward)(const f16_t* g, const f16_t* u, const float* dh, float weight, int64_t cols, bf16_t* dg, bf16_t* du,
-                    bf16_t* h);
+  // g, u: f32 sums [cols] -> h, rounded once to bf16; g and u for backward in f16 (g_out, u_out, may both be null).
+  void (*forward)(const GateParams& params, const float* g, const float* u, int64_t cols, f16_t* g_out, f16_t* u_out,
+                  bf16_t* h_out);
+  // dh: gradient of h before the routing weight, f32 [cols]. Writes h, dg, du (bf16, of weight * dh); returns sum(dh * h)
+  // of the unrounded h.
+  float (*backward)(const GateParams& params, const f16_t* g, const f16_t* u, const float* dh, float weight,
+                    int64_t cols, bf16_t* dg, bf16_t* du, bf16_t* h);
 };
 
 struct RowOps {

@@ -29,6 +29,7 @@ struct MoeShape {
   int64_t inter = 0;
   ExpertFormats format;
   Activation activation = Activation::kSilu;
+  GateParams gate_params;
 
   // Row stride, in elements, of g, u and h buffers.
   int64_t inter_stride() const { return align_up(inter, kPanel); }
@@ -41,6 +42,15 @@ struct Dropout {
   uint64_t seed = 0;
 };
 
+// Added to the products of a layer's experts; all three or none.
+struct ExpertBias {
+  const float* gate = nullptr;  // [num_experts, inter], contiguous
+  const float* up = nullptr;
+  const float* down = nullptr;  // [num_experts, hidden]
+
+  bool present() const { return gate != nullptr; }
+};
+
 struct MoeInput {
   int64_t tokens = 0;
   int64_t top_k = 0;
@@ -48,6 +58,7 @@ struct MoeInput {
   const int64_t* topk_ids = nullptr;    // [tokens, top_k]
   const float* topk_weights = nullptr;  // [tokens, top_k]
   Rows rows = Rows::kBf16;  // what the base products of the forward take; backward needs the forward's value
+  ExpertBias bias{};
 };
 
 // Activations that backward needs beside the inputs: the gate and up products by routed row, in f16, whose eleven bits
@@ -82,13 +93,24 @@ struct Shard {
 };
 inline constexpr int kMaxShards = 32;
 
+// One expert's packed matrices as they are outside of a layer: whole, not cut into shards, each packed_bytes(format, n, k)
+// long and aligned to kBlobAlignment.
+template <class Byte>
+struct ExpertBlobs {
+  Byte* gate = nullptr;  // [inter, hidden]
+  Byte* up = nullptr;
+  Byte* down = nullptr;  // [hidden, inter]
+};
+inline constexpr int64_t kBlobAlignment = 64;
+
 class MoeLayer {
  public:
   // One shard per thread pool of the running process, fewer where inter is too narrow.
   explicit MoeLayer(const MoeShape& shape);
 
   const MoeShape& shape() const { return shape_; }
-  int64_t packed_bytes() const { return static_cast<int64_t>(weights_.bytes()); }
+  // Of the shards, wherever they lie.
+  int64_t packed_bytes() const { return layout_bytes_; }
   static int64_t packed_bytes_for(const MoeShape& shape);
 
   // gate, up [inter, hidden], down [hidden, inter]; strides in elements. Packs a copy.
@@ -104,7 +126,20 @@ class MoeLayer {
   template <class T>
   void unpack_expert(int64_t expert, T* gate, int64_t gate_stride, T* up, int64_t up_stride, T* down,
                      int64_t down_stride) const;
-  // Experts that load_expert has not filled yet.
+
+  // Computes with `blobs` where they lie, which takes one shard; they must stay unchanged as long as the layer lives.
+  void map_expert(int64_t expert, const ExpertBlobs<const char>& blobs);
+  // Copies `blobs` into the memory of the shards.
+  void copy_expert(int64_t expert, const ExpertBlobs<const char>& blobs);
+  // The way back: the very bytes that any number of shards would be mapped or copied from.
+  void export_expert(int64_t expert, const ExpertBlobs<char>& blobs) const;
+  // Bytes of the blobs.
+  int64_t gate_blob_bytes() const { return kts::packed_bytes(shape_.format.gate, shape_.inter, shape_.hidden); }
+  int64_t up_blob_bytes() const { return kts::packed_bytes(shape_.format.up, shape_.inter, shape_.hidden); }
+  int64_t down_blob_bytes() const { return kts::packed_bytes(shape_.format.down, shape_.hidden, shape_.inter); }
+  int64_t mapped_experts() const;
+
+  // Experts that have no weights yet.
   int64_t missing_experts() const;
 
   // out [tokens, hidden]. `chunk` tokens are processed at a time; forward and backward of one tape need the same chunk.
@@ -117,9 +152,10 @@ class MoeLayer {
 
   int num_shards() const { return num_shards_; }
   const Shard& shard(int index) const { return shards_[index]; }
-  PackedMatrix gate(int64_t expert, int shard) const;  // [shard size, hidden]
-  PackedMatrix up(int64_t expert, int shard) const;
-  PackedMatrix down(int64_t expert, int shard) const;  // [hidden, shard size]
+  // [shard size, hidden], [shard size, hidden], [hidden, shard size]
+  PackedMatrix gate(int64_t expert, int shard) const { return gate_view(shard, place(expert, shard).gate); }
+  PackedMatrix up(int64_t expert, int shard) const { return up_view(shard, place(expert, shard).up); }
+  PackedMatrix down(int64_t expert, int shard) const { return down_view(shard, place(expert, shard).down); }
 
  private:
   // Bytes of the packed gate and of gate and up, and of all three, of one expert.
@@ -129,14 +165,27 @@ class MoeLayer {
   // Calls pack(projection, shard part, packed matrix, panel) for every panel of an expert, in parallel.
   template <class Fn>
   void pack_expert(int64_t expert, Fn&& pack);
-  const char* expert_data(int64_t expert, int shard) const;
+  const ExpertBlobs<const char>& place(int64_t expert, int shard) const {
+    return places_[static_cast<size_t>(expert * num_shards_ + shard)];
+  }
+  ExpertBlobs<char> own_place(int64_t expert, int shard);
+  void use_own_places(int64_t expert);
+  void forget_expert(int64_t expert);
+  PackedMatrix gate_view(int shard, const void* memory) const;
+  PackedMatrix up_view(int shard, const void* memory) const;
+  PackedMatrix down_view(int shard, const void* memory) const;
+  // The parts of whole matrices that a shard has, in whichever direction bytes are to move.
+  template <class Byte>
+  void move_shard(bool is_split, const ExpertBlobs<Byte>& whole, const ExpertBlobs<const char>& part, int shard) const;
+  void allocate();
 
   MoeShape shape_;
   int num_shards_ = 1;
   Shard shards_[kMaxShards];
   int64_t shard_offset_[kMaxShards] = {};  // bytes from the start of weights_
-  PageBuffer weights_;
-  std::vector<char> loaded_;
+  int64_t layout_bytes_ = 0;
+  PageBuffer weights_;                           // empty until the first expert is packed or copied
+  std::vector<ExpertBlobs<const char>> places_;  // [expert, shard]; null = no weights yet
 };
 
 }  // namespace kts

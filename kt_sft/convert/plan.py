@@ -1,0 +1,212 @@
+"""What a conversion will write, known before it writes: layers, sizes, identity, and faults of the output folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from kt_sft.errors import GIB, ConfigError, FormatError, OutputError
+from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, hash_source, read_manifest
+from kt_sft.formats.packed_manifest import HEADER_BYTES, LAYOUT_ID, Manifest, SourceFile, blob_sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kt_sft.models.spec import ExpertsSpec
+
+LOCK_NAME = "convert.lock"
+# Left free on the disk for the manifest, the journal and everybody else.
+_SPARE_BYTES = 64 << 20
+_SPLIT = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
+
+
+class Experts(Protocol):
+    """What a conversion asks of the source of the experts; `kt_sft.integrations.expert_sources` has them."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def formats(self) -> Mapping[str, tuple[str, str, str]]: ...
+
+    def read(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """One conversion. `specs` by module name, in the order of the model; `group` is 0 but for int4."""
+
+    output: Path
+    weight_format: str
+    group: int
+    model_type: str
+    source_formats: tuple[str, ...]
+    source_files: tuple[SourceFile, ...]
+    specs: Mapping[str, ExpertsSpec]
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything that decides what the container holds."""
+        shapes = [[name, s.num_experts, s.hidden, s.inter, s.activation] for name, s in self.specs.items()]
+        files = [[file.name, file.size, file.digest] for file in self.source_files]
+        what = [LAYOUT_ID, self.weight_format, self.group, self.model_type, files, shapes]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    @property
+    def file_names(self) -> dict[str, str]:
+        """Blob file of each layer."""
+        return {name: f"layer-{index:05d}.bin" for index, name in enumerate(self.specs)}
+
+    @property
+    def num_experts(self) -> int:
+        """Of all layers."""
+        return sum(spec.num_experts for spec in self.specs.values())
+
+    def layer_bytes(self, name: str) -> int:
+        """Length of a layer's blob file."""
+        spec = self.specs[name]
+        return HEADER_BYTES + spec.num_experts * sum(
+            blob_sizes(self.weight_format, self.group, spec.hidden, spec.inter)
+        )
+
+    @property
+    def blob_bytes(self) -> int:
+        """Of all blob files."""
+        return sum(map(self.layer_bytes, self.specs))
+
+
+def plan_conversion(
+    source: Experts,
+    specs: Mapping[str, ExpertsSpec],
+    output: str | os.PathLike[str],
+    weight_format: str,
+    group: int,
+    model_type: str,
+) -> ConvertPlan:
+    """Plan a conversion; reads headers and the ends of the source's files only."""
+    formats = sorted({name for names in source.formats.values() for name in names})
+    files = tuple(hash_source(path) for path in source_files(source.path))
+    group = group if weight_format == "int4" else 0
+    return ConvertPlan(Path(output), weight_format, group, model_type, tuple(formats), files, dict(specs))
+
+
+def source_files(path: Path) -> list[Path]:
+    """The weight files of a checkpoint: of a directory all, of a split GGUF its parts."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
+    if split := _SPLIT.fullmatch(path.name):
+        return sorted(file for file in path.parent.glob("*.gguf") if _same_split(file, split[1]))
+    return [path]
+
+
+def _same_split(file: Path, stem: str) -> bool:
+    found = _SPLIT.fullmatch(file.name)
+    return found is not None and found[1] == stem
+
+
+def finished_manifest(plan: ConvertPlan) -> Manifest | None:
+    """The manifest of the output folder if it holds a container already; None if there is something to do.
+
+    Raises:
+        FormatError: what is there is damaged.
+        ConfigError: it is a container of other settings or another source.
+        OutputError: the folder holds other files.
+    """
+    folder = plan.output
+    try:
+        names = set(os.listdir(folder)) - {LOCK_NAME}
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OutputError(
+            folder, "output", expected="a directory", found=error.strerror, remedy="choose another"
+        ) from None
+    if MANIFEST_NAME in names:
+        manifest = read_manifest(folder)
+        if manifest.identity != plan.identity:
+            raise ConfigError(
+                f"{folder}: holds a finished container of {describe_difference(manifest, plan)}; choose another "
+                "output, or replace it with --overwrite"
+            )
+        return manifest
+    if names and JOURNAL_NAME not in names:
+        raise OutputError(
+            folder,
+            "output",
+            expected="a new or empty directory, or an unfinished conversion",
+            found=f"{len(names)} files, {min(names)} among them",
+            remedy="choose another",
+        )
+    return None
+
+
+def describe_difference(other: Manifest, plan: ConvertPlan) -> str:
+    """In what a container's manifest differs from a plan."""
+    if (other.weight_format, other.group) != (plan.weight_format, plan.group):
+        return f"{name_of(other.weight_format, other.group)}, not {name_of(plan.weight_format, plan.group)}"
+    if other.source_files != plan.source_files:
+        return "other source files"
+    return "another model"
+
+
+def name_of(weight_format: str, group: int) -> str:
+    """`int4 in groups of 32`."""
+    return f"{weight_format} in groups of {group}" if weight_format == "int4" else weight_format
+
+
+def check_space(plan: ConvertPlan, finished: Iterable[str]) -> None:
+    """Raise unless what is still to be written fits.
+
+    Raises:
+        OutputError: needed and free bytes.
+    """
+    done = set(finished)
+    needed = _SPARE_BYTES + sum(plan.layer_bytes(name) for name in plan.specs if name not in done)
+    folder = next(folder for folder in _upwards(plan.output) if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            plan.output,
+            "disk space for the container",
+            expected=f"{needed / GIB:.2f} GiB",
+            found=f"{free / GIB:.2f} GiB free",
+            remedy="free space, choose an output on another disk, or a smaller format",
+        )
+
+
+def _upwards(path: Path) -> Iterator[Path]:
+    path = path.absolute()
+    yield path
+    yield from path.parents
+
+
+def check_shapes(manifest: Manifest, specs: Mapping[str, ExpertsSpec], path: Path) -> None:
+    """Raise unless a container holds the experts of a model.
+
+    Raises:
+        FormatError: layers missing or of another shape, or an unknown one.
+    """
+    remedy = "the container belongs to another model; convert this one's checkpoint"
+    for name, spec in specs.items():
+        layer = manifest.layers.get(name)
+        if layer is None:
+            found = f"layers such as {next(iter(manifest.layers))}"
+            raise FormatError(path, f"experts of {name}", expected="present", found=found, remedy=remedy)
+        sizes = (spec.num_experts, spec.hidden, spec.inter, spec.activation)
+        held = (layer.num_experts, layer.hidden, layer.inter, layer.activation)
+        if sizes != held:
+            what = "(experts, hidden, inter, activation)"
+            raise FormatError(path, f"experts of {name}, {what}", expected=sizes, found=held, remedy=remedy)
+    if extra := [name for name in manifest.layers if name not in specs]:
+        raise FormatError(
+            path, f"experts of {extra[0]}", expected="only the model's layers", found="one more", remedy=remedy
+        )

@@ -1,0 +1,285 @@
+"""Writing a container: one expert at a time, layer by layer, so that a stop at any moment loses one layer's work.
+
+Order of events per layer: blobs into `layer-N.bin.part`, fsync, rename, then one line in the journal, fsync. The
+manifest comes last, written aside and renamed; only a folder that has one is a container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from kt_sft.convert.plan import LOCK_NAME, ConvertPlan, Experts, check_space, finished_manifest, name_of
+from kt_sft.convert.slot import ExpertSlot
+from kt_sft.errors import ConfigError, FormatError, OutputError
+from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, layer_header
+from kt_sft.formats.packed_manifest import Blob, Manifest, PackedLayer, parse_layer
+
+if TYPE_CHECKING:
+    from kt_sft.models.spec import ExpertsSpec
+
+JOURNAL_VERSION = 1
+# done experts, all experts, name of the layer
+Progress = Callable[[int, int, str], None]
+
+
+def convert(
+    source: Experts,
+    plan: ConvertPlan,
+    *,
+    overwrite: bool = False,
+    wait: bool = False,
+    progress: Progress = lambda done, total, layer: None,
+) -> Manifest:
+    """Write the container of a plan, or go on with one that was interrupted; a complete one is left as it is.
+
+    Memory: one expert of the source, packed and unpacked; nothing grows with the model.
+
+    Args:
+        overwrite: replace a container or an unfinished conversion of other settings or another source.
+        wait: for another process that is converting to the same folder; otherwise that is an error.
+    Returns:
+        The manifest, which is also in the folder.
+
+    Raises:
+        ConfigError: the folder holds a container, or a part of one, of other settings or another source.
+        OutputError: no space, another process at work, or a folder that cannot be written.
+        FormatError: the source is damaged, changed, or has weights that cannot be packed.
+    """
+    folder = plan.output
+    try:
+        if not overwrite:
+            finished_manifest(plan)  # before anything is written
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, wait):
+            if not overwrite and (manifest := finished_manifest(plan)) is not None:
+                _tidy(folder, manifest)
+                return manifest
+            if overwrite:
+                _clear(folder)
+            return _write(source, plan, progress)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise _not_written(folder, error) from error
+
+
+def _write(source: Experts, plan: ConvertPlan, progress: Progress) -> Manifest:
+    folder = plan.output
+    layers = _finished_layers(plan)
+    check_space(plan, layers)
+    with _journal(plan, has_content=bool(layers)) as journal:
+        done = sum(layer.num_experts for layer in layers.values())
+        for name, spec in plan.specs.items():
+            if name in layers:
+                continue
+            count = functools.partial(_count, progress, done, plan.num_experts, name)
+            layers[name] = _write_layer(source, plan, name, spec, count)
+            done += spec.num_experts
+            source.close()
+            _append(journal, layers[name].to_json())
+    manifest = Manifest(
+        plan.identity,
+        plan.weight_format,
+        plan.group,
+        plan.model_type,
+        plan.source_formats,
+        plan.source_files,
+        {name: layers[name] for name in plan.specs},
+    )
+    _publish(folder, manifest)
+    return manifest
+
+
+def _count(progress: Progress, before: int, total: int, layer: str, more: int) -> None:
+    progress(before + more, total, layer)
+
+
+def _write_layer(
+    source: Experts, plan: ConvertPlan, name: str, spec: ExpertsSpec, progress: Callable[[int], None]
+) -> PackedLayer:
+    path = plan.output / plan.file_names[name]
+    part = path.with_suffix(".bin.part")
+    file_bytes = plan.layer_bytes(name)
+    slot = ExpertSlot(spec, plan.weight_format, plan.group)
+    experts = []
+    with part.open("wb") as stream:
+        stream.write(layer_header(plan.identity, name, file_bytes))
+        for expert in range(spec.num_experts):
+            matrices = source.read(name, expert)
+            try:
+                slot.load_expert(0, *matrices)
+            except ValueError as error:
+                raise FormatError(
+                    source.path,
+                    f"expert {expert} of {name}",
+                    expected="weights that can be packed",
+                    found=str(error),
+                    remedy="download the checkpoint again, or convert to bf16",
+                ) from None
+            experts.append(_write_expert(stream, slot.export(), slot.errors(matrices)))
+            progress(expert + 1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+    _sync_folder(plan.output)
+    sizes = (spec.num_experts, spec.hidden, spec.inter, spec.activation)
+    return PackedLayer(name, *sizes, path.name, file_bytes, tuple(experts))
+
+
+def _write_expert(
+    stream: IO[bytes], blobs: tuple[np.ndarray, ...], errors: tuple[float, ...]
+) -> tuple[Blob, Blob, Blob]:
+    written = []
+    for data, error in zip(blobs, errors):
+        offset = stream.tell()
+        stream.write(data.data)
+        written.append(Blob(offset, data.size, zlib.crc32(data.data), float(f"{error:.6g}")))
+    gate, up, down = written
+    return gate, up, down
+
+
+def _finished_layers(plan: ConvertPlan) -> dict[str, PackedLayer]:
+    """Layers that the journal lists and whose files are there; a torn last line is a layer that was not finished.
+
+    Raises:
+        ConfigError: the journal is that of another conversion.
+    """
+    path = plan.output / JOURNAL_NAME
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return {}
+    start = _parsed(lines[0])
+    if start is None and len(lines) == 1:
+        return {}  # stopped while the very first line was written
+    if not isinstance(start, dict) or start.get("id") != plan.identity or start.get("version") != JOURNAL_VERSION:
+        began = start.get("weights") if isinstance(start, dict) else None
+        now = name_of(plan.weight_format, plan.group)
+        reason = f"to {began} where {now} is asked for" if began not in (None, now) else "from other source files"
+        raise ConfigError(
+            f"{plan.output}: holds an unfinished conversion {reason}; repeat its settings to finish it, choose another "
+            "output, or start anew with --overwrite"
+        )
+    layers: dict[str, PackedLayer] = {}
+    for line in lines[1:]:
+        with contextlib.suppress(FormatError):
+            layer = parse_layer(_parsed(line), path, plan.weight_format, plan.group)
+            if layer.name in plan.specs and _has_size(plan.output / layer.file, layer.file_bytes):
+                layers[layer.name] = layer
+    return layers
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+@contextlib.contextmanager
+def _journal(plan: ConvertPlan, *, has_content: bool) -> Iterator[IO[bytes]]:
+    """Open for appending; started over unless it has finished layers."""
+    path = plan.output / JOURNAL_NAME
+    if not has_content:
+        path.unlink(missing_ok=True)
+    with path.open("ab") as stream:
+        if stream.tell() == 0:
+            weights = name_of(plan.weight_format, plan.group)
+            _append(stream, {"version": JOURNAL_VERSION, "id": plan.identity, "weights": weights})
+            _sync_folder(plan.output)
+        else:
+            stream.write(b"\n")  # ends a torn line; an empty one means nothing
+        yield stream
+
+
+def _append(stream: IO[bytes], values: dict[str, Any]) -> None:
+    stream.write(json.dumps(values).encode() + b"\n")
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _publish(folder: Path, manifest: Manifest) -> None:
+    part = folder / f"{MANIFEST_NAME}.part"
+    with part.open("wb") as stream:
+        stream.write(manifest.dumps())
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, folder / MANIFEST_NAME)
+    _sync_folder(folder)
+    _tidy(folder, manifest)
+
+
+def _tidy(folder: Path, manifest: Manifest) -> None:
+    """Remove what a finished container does not need, of this conversion or an earlier one."""
+    (folder / JOURNAL_NAME).unlink(missing_ok=True)
+    held = {layer.file for layer in manifest.layers.values()}
+    for stray in [*folder.glob("layer-*.bin"), *folder.glob("layer-*.bin.part")]:
+        if stray.name not in held:
+            stray.unlink()
+
+
+def _clear(folder: Path) -> None:
+    """Make the folder no container, so that nobody takes old and new files for one; the manifest goes first.
+
+    Processes that have mapped the old files keep them: files are replaced by new ones, never written over.
+
+    Raises:
+        OutputError: it holds files of others.
+    """
+    names = set(os.listdir(folder)) - {LOCK_NAME}
+    if names and not names & {MANIFEST_NAME, JOURNAL_NAME}:
+        raise OutputError(
+            folder,
+            "output",
+            expected="a container to overwrite",
+            found=f"{len(names)} other files, {min(names)} among them",
+            remedy="choose another",
+        )
+    for name in (MANIFEST_NAME, JOURNAL_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[None]:
+    """One converting process per folder; the system lets go of the lock of one that dies."""
+    with (folder / LOCK_NAME).open("ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise OutputError(
+                folder, "output", found="another process converting to it", remedy="wait for it, or choose another"
+            ) from None
+        yield
+
+
+def _not_written(folder: Path, error: OSError) -> OutputError:
+    cure = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "correct that"
+    return OutputError(
+        error.filename or folder,
+        "writing the container",
+        found=error.strerror or str(error),
+        remedy=f"{cure} and run the same command again: finished layers are kept",
+    )

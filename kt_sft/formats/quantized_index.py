@@ -1,0 +1,225 @@
+"""Safetensors checkpoints whose weights may be quantised: the tensors as they would be named and shaped in bf16.
+
+Two public formats are read beside plain floating point, both described by `quantization_config` in config.json:
+
+* `fp8` (DeepSeek-V3): `x.weight` e4m3 `[..., n, k]` times `x.weight_scale_inv` `[..., ceil(n / bn), ceil(k / bk)]`,
+  blocks `[bn, bk]` from `weight_block_size`; a scale of one element is that of the whole tensor.
+* `compressed-tensors`, format `pack-quantized`, 4 bits, symmetric, in groups (Kimi-K2-Thinking): `x.weight_packed`
+  int32 `[n, k / 8]`, element j in bits 4 (j % 8) of word j / 8 as q + 8, times `x.weight_scale` `[n, k / group]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_sft.errors import FormatError, UnsupportedModel
+from kt_sft.formats.safetensors_index import SafetensorsIndex, TensorInfo
+from kt_sft.native import native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+FP8, INT4 = "F8_E4M3", "I4"
+_SCALE_INV, _PACKED, _SCALE, _SHAPE = "_scale_inv", "_packed", "_scale", "_shape"
+_READ = "weights in bf16, fp16 or fp32, fp8 with block scales, or compressed-tensors int4 in groups"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint's quantised tensors are to be read.
+
+    Args:
+        dtype: `F8_E4M3` or `I4`.
+        block: rows and columns that share a scale; (1, group) for `I4`. None: one scale for the tensor.
+    """
+
+    dtype: str
+    block: tuple[int, int] | None
+
+
+def read_quantization(values: Any, source: object) -> Quantization | None:
+    """The `quantization_config` of a config.json; None for a checkpoint without one.
+
+    Args:
+        source: names the file in messages.
+    Raises:
+        UnsupportedModel: quantised in a way that is not read.
+    """
+    if not values:
+        return None
+    method = values.get("quant_method", "an unnamed method") if isinstance(values, Mapping) else values
+    found = f"weights quantised by {method}"
+    if method == "fp8":
+        block = values.get("weight_block_size", [128, 128])
+        if block is None:
+            return Quantization(FP8, None)
+        if _is_sizes(block, 2):
+            return Quantization(FP8, (block[0], block[1]))
+        found += f" with weight_block_size {block}"
+    elif method == "compressed-tensors":
+        if values.get("format") == "pack-quantized" and (group := _int4_group(values.get("config_groups"))):
+            return Quantization(INT4, (1, group))
+        found += f" in format {values.get('format')!r}, or not as symmetric 4-bit integers in groups"
+    raise UnsupportedModel(
+        f"{source}: quantization_config",
+        expected=_READ,
+        found=found,
+        remedy="use the bf16 version of the checkpoint; this form is not read",
+    )
+
+
+def _int4_group(groups: Any) -> int | None:
+    schemes = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+    sizes = set()
+    for scheme in schemes:
+        if not isinstance(scheme, Mapping) or (scheme.get("num_bits"), scheme.get("type")) != (4, "int"):
+            return None
+        if scheme.get("symmetric") is not True or scheme.get("strategy") != "group" or scheme.get("actorder"):
+            return None
+        sizes.add(scheme.get("group_size"))
+    return sizes.pop() if len(sizes) == 1 and _is_sizes(list(sizes), 1) else None
+
+
+def _is_sizes(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(type(v) is int and v > 0 for v in values)
+
+
+class QuantizedIndex:
+    """A `SafetensorsIndex` in which a quantised weight and its scales are one tensor, dequantised when it is read.
+
+    Args:
+        index: the files; taken over.
+        quantization: what config.json says; None: plain floating point.
+    Raises:
+        FormatError: a quantised tensor without scales, or with scales of a wrong shape or type.
+    """
+
+    def __init__(self, index: SafetensorsIndex, quantization: Quantization | None):
+        self._index = index
+        self._quantization = quantization
+        self._tensors: dict[str, TensorInfo] = {}
+        self._scales: dict[str, str] = {}
+        self.source: Path = index.source
+        hidden: set[str] = set()
+        for key in index if quantization is not None else ():
+            if quantization.dtype == FP8 and index.info(key).dtype == FP8:
+                hidden.update(self._add(key, key, key + _SCALE_INV))
+            elif quantization.dtype == INT4 and key.endswith(_PACKED):
+                name = key.removesuffix(_PACKED)
+                hidden.update((key, name + _SHAPE, *self._add(name, key, name + _SCALE)))
+        for key in index:
+            if key not in hidden:
+                self._tensors.setdefault(key, index.info(key))
+
+    def _add(self, name: str, key: str, scale_key: str) -> tuple[str]:
+        """Register a quantised tensor; returns the keys that are its parts under other names."""
+        assert self._quantization is not None
+        info = self._index.info(key)
+        if scale_key not in self._index:
+            found = "no such tensor"
+            raise FormatError(info.file, f"tensor {key}", expected=f"its scales in {scale_key}", found=found)
+        shape = info.shape if self._quantization.dtype == FP8 else (*info.shape[:-1], 8 * info.shape[-1])
+        scale = self._index.info(scale_key)
+        rows, cols = shape[-2:] if len(shape) >= 2 else (0, 0)
+        block_rows, block_cols = self._quantization.block or (max(rows, 1), max(cols, 1))
+        expected = (*shape[:-2], -(-rows // block_rows), -(-cols // block_cols))
+        is_single = self._quantization.dtype == FP8 and scale.shape in ((), (1,))
+        if (scale.shape != expected and not is_single) or scale.dtype not in FLOAT_DTYPES or len(shape) not in (2, 3):
+            raise FormatError(
+                scale.file,
+                f"tensor {scale_key}",
+                expected=f"{' or '.join(FLOAT_DTYPES)} {list(expected)}, for blocks of {block_rows} x {block_cols}",
+                found=f"{scale.dtype} {list(scale.shape)}",
+                remedy="config.json and weights must come from the same model",
+            )
+        self._tensors[name] = TensorInfo(info.file, self._quantization.dtype, shape)
+        self._scales[name] = scale_key
+        return (scale_key,)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        """Tensor names in file order, quantised ones first."""
+        return iter(self._tensors)
+
+    @property
+    def quantized(self) -> Iterable[str]:
+        """Names of the quantised tensors."""
+        return self._scales.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        """Entry of a tensor, quantised ones with their shape in numbers; see `SafetensorsIndex.info`."""
+        return self._tensors[name] if name in self._tensors else self._index.info(name)
+
+    def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[str] = ()) -> TensorInfo:
+        """See `SafetensorsIndex.expect`."""
+        info = self.info(name)
+        info.expect(name, shape, dtypes)
+        return info
+
+    def files(self, name: str) -> set[Path]:
+        """All files that hold parts of a tensor."""
+        return {self.info(name).file} | ({self._index.info(self._scales[name]).file} if name in self._scales else set())
+
+    def read(self, name: str, rows: tuple[int | slice, ...] = ()) -> Tensor:
+        """Tensor, or the part of it that `rows` selects on its leading axes: a view of the mapped file, or a new tensor
+        in bf16 where it is quantised (the product with the scale is computed in f32 and rounded once).
+
+        Raises:
+            FormatError: the checkpoint has no such tensor.
+        """
+        if name not in self._scales:
+            return self._index.read(name, rows)
+        info, scale = self.info(name), self._index.read(self._scales[name]).float()
+        if scale.dim() < 2:
+            scale = scale.reshape((1,) * len(info.shape)).expand(*info.shape[:-2], 1, 1)
+        if len(info.shape) == 2:
+            return self._matrix(name, (), scale, rows[0] if rows else slice(None))
+        experts = range(info.shape[0])[rows[0]] if rows else range(info.shape[0])
+        if isinstance(experts, int):
+            return self._matrix(name, (experts,), scale[experts], rows[1] if len(rows) > 1 else slice(None))
+        import torch
+
+        part = rows[1] if len(rows) > 1 else slice(None)
+        return torch.stack([self._matrix(name, (expert,), scale[expert], part) for expert in experts])
+
+    def close(self) -> None:
+        """Drop the file mappings; tensors already returned stay valid."""
+        self._index.close()
+
+    def __enter__(self) -> QuantizedIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _matrix(self, name: str, at: tuple[int, ...], scale: Tensor, part: int | slice) -> Tensor:
+        """Rows `part` of one matrix with scales `[blocks, blocks]`."""
+        import torch
+
+        assert self._quantization is not None
+        num_rows, cols = self.info(name).shape[-2:]
+        wanted = range(num_rows)[part]
+        if isinstance(wanted, int):
+            return self._matrix(name, at, scale, slice(wanted, wanted + 1))[0]
+        block_rows, block_cols = self._quantization.block or (num_rows, cols)
+        if scale.shape == (1, 1):
+            block_rows, block_cols = num_rows, cols
+        begin = wanted.start // block_rows * block_rows  # scales begin with a block
+        key = name if self._quantization.dtype == FP8 else name + _PACKED
+        raw = self._index.read(key, (*at, slice(begin, wanted.stop))).contiguous().view(torch.uint8)
+        scale = scale[begin // block_rows : -(-wanted.stop // block_rows)].contiguous()
+        out = torch.empty(wanted.stop - begin, cols, dtype=torch.bfloat16)
+        if self._quantization.dtype == FP8:
+            native().dequantize_fp8(raw, scale, block_rows, block_cols, out)
+        else:
+            native().dequantize_int4(raw, scale, block_cols, out)
+        return out[wanted.start - begin :: wanted.step]

@@ -1,0 +1,173 @@
+"""Where experts come from: one protocol for every kind of file, and the loop that packs all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+from transformers.utils import logging as hf_logging
+
+from kt_sft import env
+from kt_sft.errors import GIB, FormatError
+from kt_sft.formats.gguf import SUFFIX, GgufIndex
+from kt_sft.formats.packed import PackedContainer, is_container
+from kt_sft.formats.quantized_index import QuantizedIndex
+from kt_sft.integrations.expert_files import SafetensorsExperts
+from kt_sft.integrations.gguf_experts import GgufExperts
+from kt_sft.integrations.model_files import open_checkpoint
+from kt_sft.integrations.packed_experts import PackedExperts
+from kt_sft.models.expert_keys import KeyMap
+
+if TYPE_CHECKING:
+    from kt_sft.config import KTConfig
+    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.nn.routed_experts import RoutedExperts
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertSource(Protocol):
+    """The experts of one model in files. Opening it has read headers only and has checked names, shapes and types.
+
+    An expert is named by its module's path in the model and its index. A source may be closed between any two calls;
+    the next one opens its files again.
+    """
+
+    @property
+    def path(self) -> Path:
+        """File or directory, for messages."""
+        ...
+
+    @property
+    def formats(self) -> Mapping[str, tuple[str, str, str]]:
+        """How gate, up and down are stored, by module: the names of the file format (`BF16`, `F8_E4M3`, `Q4_K`)."""
+        ...
+
+    def load(self, experts: RoutedExperts, name: str, expert: int) -> None:
+        """Put one expert into its module, packing where the file is not packed the module's way.
+
+        Raises:
+            FormatError: a file is gone or no longer the one that was opened.
+            ValueError: weights that cannot be packed.
+        """
+        ...
+
+    def read(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """gate, up `[inter, hidden]` and down `[hidden, inter]`, bf16; may be views of a mapped file.
+
+        Raises:
+            FormatError: a file is gone or no longer the one that was opened.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drop file mappings; tensors already returned stay valid."""
+        ...
+
+
+def open_experts(
+    model: nn.Module, specs: Mapping[str, ExpertsSpec], own_files: Iterable[str | Path], config: KTConfig
+) -> ExpertSource:
+    """Find every expert, from the headers; also checks the shapes of the model's other tensors.
+
+    With a quantizer present transformers does not compare shapes itself.
+
+    Args:
+        model: as transformers builds it (meta device is enough), its experts modules still in place.
+        own_files: weight files of the model directory.
+        config: `weight_path` says where the experts are instead, if not there; see `open_weight_path`.
+    Raises:
+        ConfigError: a packed container of another weight format, or `weight_load` that this process cannot follow.
+        FormatError: files missing or damaged; experts missing, twice, of a wrong shape or type.
+        UnsupportedModel: the family stores experts in a way that needs more than slicing.
+    """
+    key_map = KeyMap(model, specs)
+    own_files = [Path(file) for file in own_files]
+    foreign = [file for file in own_files if file.suffix != ".safetensors"]
+    if foreign:
+        raise FormatError(
+            foreign[0],
+            "weights",
+            expected="safetensors",
+            found=foreign[0].suffix,
+            remedy="convert with save_pretrained",
+        )
+    own = open_checkpoint(own_files)
+    for key in own:
+        shape = key_map.plain_shape(key)
+        if shape is not None:
+            own.expect(key, shape)
+    missing = key_map.missing_biases(own)
+    if missing:
+        raise FormatError(
+            own.source,
+            "biases of the experts",
+            expected=missing[0],
+            found="no such tensor",
+            remedy="the checkpoint is incomplete or belongs to another model; download it again",
+        )
+    path = config.weight_path
+    if path is not None and is_container(path):
+        open_own = partial(_checkpoint_experts, own, key_map)
+        return PackedExperts(path, specs, config, open_original=open_own)
+    index = own if path is None else open_weight_path(path)
+    if isinstance(index, GgufIndex):
+        return GgufExperts(index, specs)
+    return _checkpoint_experts(index, key_map)
+
+
+def _checkpoint_experts(index: QuantizedIndex, key_map: KeyMap) -> SafetensorsExperts:
+    layers = key_map.layers(index, index.source, lambda key: index.info(key).shape)
+    return SafetensorsExperts(index, layers)
+
+
+def open_weight_path(path: str | Path) -> QuantizedIndex | GgufIndex | PackedContainer:
+    """What lies at a `weight_path`: a container, a GGUF file or a directory with one, or a safetensors checkpoint.
+
+    Reads headers only.
+
+    Raises:
+        FormatError: nothing there that can be read, or a damaged file.
+        UnsupportedModel: a checkpoint that is quantised in a way that is not read.
+    """
+    path = Path(path)
+    if is_container(path):
+        return PackedContainer(path)
+    has_safetensors = path.is_dir() and any(path.glob("*.safetensors"))
+    if path.suffix == SUFFIX or (path.is_dir() and not has_safetensors and any(path.glob(f"*{SUFFIX}"))):
+        return GgufIndex.from_path(path)
+    return open_checkpoint(str(path))
+
+
+def stream_experts(model: nn.Module, source: ExpertSource) -> None:
+    """Load every expert, one at a time; nothing but the packed copy stays in anonymous memory.
+
+    Raises:
+        FormatError: see `ExpertSource.load`; weights that cannot be packed.
+    """
+    counts = {name: model.get_submodule(name).num_experts for name in source.formats}
+    total = sum(counts.values())
+    with hf_logging.tqdm(total=total, desc="Packing experts", unit="expert", disable=env.local_rank() > 0) as bar:
+        for name, count in counts.items():
+            experts = model.get_submodule(name)
+            for expert in range(count):
+                try:
+                    source.load(experts, name, expert)
+                except FormatError:
+                    raise
+                except ValueError as error:
+                    raise FormatError(
+                        source.path,
+                        f"expert {expert} of {name}",
+                        expected="weights that can be packed",
+                        found=str(error),
+                        remedy="download the checkpoint again, or use method BF16",
+                    ) from None
+                bar.update()
+    source.close()
+    packed_bytes = sum(model.get_submodule(name).packed_bytes for name in counts)
+    logger.info("loaded %d experts of %d layers in %.2f GiB", total, len(counts), packed_bytes / GIB)

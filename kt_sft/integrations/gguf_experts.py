@@ -1,0 +1,146 @@
+"""Experts in GGUF files, by the tensor names of llama.cpp.
+
+`blk.L.ffn_{gate,up,down}_exps.weight` hold all experts of layer L, `[experts, out, in]`; older files have one tensor
+per expert, `blk.L.ffn_{gate,up,down}.E.weight`. Rows are those of the transformers checkpoint, in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kt_sft.errors import FormatError, UnsupportedModel
+from kt_sft.formats.ggml_types import GGML_TYPES
+from kt_sft.formats.gguf import GgufIndex
+from kt_sft.integrations.expert_files import UnchangedFiles
+from kt_sft.models.expert_keys import PROJECTIONS, WeightSlice
+from kt_sft.native import native
+
+if TYPE_CHECKING:
+    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.nn.routed_experts import RoutedExperts
+
+logger = logging.getLogger(__name__)
+
+
+class GgufExperts:
+    """An `ExpertSource` over a GGUF file or a set of split ones.
+
+    Args:
+        index: the files; taken over.
+        specs: routed experts by module name.
+    Raises:
+        FormatError: a tensor is missing, or has another shape than the model or a type without numbers.
+        UnsupportedModel: experts with a bias.
+    """
+
+    def __init__(self, index: GgufIndex, specs: Mapping[str, ExpertsSpec]):
+        self._index = index
+        self._files = UnchangedFiles()
+        self._specs = dict(specs)
+        self._layers = {name: layer_number(name) for name in specs}
+        self.path = index.source
+        self.formats = {name: self._check(name, spec) for name, spec in specs.items()}
+        found = Counter(kind for kinds in self.formats.values() for kind in kinds)
+        self._summary = ", ".join(f"{count} x {kind}" for kind, count in found.most_common())
+
+    def load(self, experts: RoutedExperts, name: str, expert: int) -> None:
+        """See `ExpertSource`; blocks are dequantised to bf16 and packed in the module's own format."""
+        if self._summary:
+            text = "experts from %s: projections in %s, dequantised to bf16 and packed as %s"
+            logger.info(text, self.path.name, self._summary, experts.weight_format)
+            self._summary = ""
+        read = functools.partial(self.read, name, expert)
+        experts.load_expert(expert, *read(), origin=read)
+
+    def read(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ExpertSource`."""
+        gate, up, down = (
+            dequantize(self._index.info(part.key).type.name, blocks)
+            for part, blocks in zip(self._parts(name, expert), self.blocks(name, expert), strict=True)
+        )
+        return gate, up, down
+
+    def blocks(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw blocks of gate, up and down, uint8 `[rows, row_bytes]`, in the types that `formats` names.
+
+        Views of the mapped file, read-only.
+
+        Raises:
+            FormatError: a file is gone or no longer the one that was opened.
+        """
+        parts = self._parts(name, expert)
+        for part in parts:
+            self._files.check(self._index.info(part.key).file)
+        gate, up, down = (self._index.blocks(part.key, part.rows) for part in parts)
+        return gate, up, down
+
+    def close(self) -> None:
+        """See `ExpertSource`."""
+        self._index.close()
+
+    def _parts(self, name: str, expert: int) -> list[WeightSlice]:
+        layer = self._layers[name]
+        fused = [WeightSlice(f"blk.{layer}.ffn_{projection}_exps.weight", (expert,)) for projection in PROJECTIONS]
+        single = [WeightSlice(f"blk.{layer}.ffn_{projection}.{expert}.weight") for projection in PROJECTIONS]
+        return [old if old.key in self._index else new for new, old in zip(fused, single, strict=True)]
+
+    def _check(self, name: str, spec: ExpertsSpec) -> tuple[str, str, str]:
+        for projection in PROJECTIONS:
+            bias = f"blk.{self._layers[name]}.ffn_{projection}_exps.bias"
+            if bias in self._index:
+                raise UnsupportedModel(
+                    f"{self.path}, tensor {bias}",
+                    expected="experts without bias in a GGUF file",
+                    found="a bias",
+                    remedy="load the experts from a safetensors checkpoint",
+                )
+        into, out = (spec.inter, spec.hidden), (spec.hidden, spec.inter)
+        for expert in range(spec.num_experts):
+            parts = self._parts(name, expert)
+            for part, shape in zip(parts, (into, into, out), strict=True):
+                info = self._index.expect(part.key, (spec.num_experts, *shape) if part.rows else shape)
+                if not native().can_dequantize_gguf(info.type.name):
+                    raise FormatError(
+                        info.file,
+                        f"tensor {part.key}",
+                        expected="a floating point or quantised type",
+                        found=info.type.name,
+                        remedy="use another quantisation of the model",
+                    )
+            if all(part.rows for part in parts):
+                break  # the same tensors hold all experts
+        gate, up, down = (self._index.info(part.key).type.name for part in self._parts(name, 0))
+        return gate, up, down
+
+
+def layer_number(name: str) -> int:
+    """The layer of a module such as `model.layers.3.mlp.experts`.
+
+    Raises:
+        UnsupportedModel: no number, or several, in the name.
+    """
+    numbers = re.findall(r"\.(\d+)(?=\.|$)", name)
+    if len(numbers) != 1:
+        raise UnsupportedModel(
+            f"experts module {name}",
+            expected="one layer number in its name, as the tensors of a GGUF file have it",
+            found=f"{len(numbers)}",
+            remedy="load the experts from a safetensors checkpoint",
+        )
+    return int(numbers[0])
+
+
+def dequantize(kind: str, blocks: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Numbers of raw blocks uint8 `[rows, row_bytes]` of a GGUF type, bf16 or f32 `[rows, cols]`."""
+    size = GGML_TYPES[kind]
+    out = torch.empty(blocks.shape[0], blocks.shape[1] // size.block_bytes * size.block_elements, dtype=dtype)
+    native().dequantize_gguf(kind, blocks, out)
+    return out

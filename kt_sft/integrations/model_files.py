@@ -1,0 +1,109 @@
+"""A model's files: its config.json, and the weights beside it with the quantisation that this one states."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file
+
+from kt_sft.errors import FormatError
+from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
+from kt_sft.formats.safetensors_index import SafetensorsIndex
+
+HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> Path:
+    """The model's config.json: local, from the hub's cache, or fetched.
+
+    Args:
+        hub_kwargs: cache_dir, revision, token, ... as `from_pretrained` gets them.
+    Raises:
+        FormatError: neither there nor to be had.
+    """
+    text = os.fspath(path)
+    directory = Path(text)
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and not text.startswith((".", "~"))
+    if not directory.is_dir() and (directory.exists() or not is_hub_id):
+        found = "a file" if directory.exists() else "nothing"
+        raise FormatError(text, "model directory", expected="a directory", found=found, remedy="correct the path")
+    if directory.is_dir():
+        local = directory / (hub_kwargs.get("subfolder") or "") / "config.json"
+        if local.is_file():
+            return local
+        remedy = "point to the folder that save_pretrained wrote"
+        raise FormatError(local, "model configuration", expected="present", found="missing", remedy=remedy)
+    try:
+        found_file = cached_file(text, "config.json", **hub_kwargs)
+        if found_file is None:
+            raise OSError("it has no config.json")
+        return Path(found_file)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FormatError(
+            text,
+            "model",
+            expected="a model directory, or a hub id that is cached or can be reached",
+            found=f"neither ({reason})",
+            remedy="correct the path or download the model first",
+        ) from error
+
+
+def check_config_file(config_file: Path) -> Quantization | None:
+    """How the weights beside a config.json are quantised; None: they are not.
+
+    Raises:
+        FormatError: no JSON object.
+        UnsupportedModel: weights quantised in a way that is not read.
+    """
+    try:
+        quantization = json.loads(config_file.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise FormatError(
+            config_file, "config", expected="a JSON object", found=str(error), remedy="download it again"
+        ) from None
+    return read_quantization(quantization, config_file)
+
+
+def open_checkpoint(files: Iterable[str | Path] | str) -> QuantizedIndex:
+    """A safetensors checkpoint, quantised as the config.json beside it says.
+
+    Args:
+        files: weight files of one directory, or a directory.
+    Raises:
+        FormatError: file missing or damaged, scales missing or of a wrong shape.
+        UnsupportedModel: quantised in a way that is not read.
+    """
+    index = SafetensorsIndex.from_directory(files) if isinstance(files, str) else SafetensorsIndex.from_files(files)
+    config_file = index.source / "config.json"
+    return QuantizedIndex(index, check_config_file(config_file) if config_file.is_file() else None)
+
+
+def load_config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` with a config from which the checkpoint's own quantization is gone.
+
+    transformers refuses a `quantization_config` argument beside one of another kind in the model's config.
+
+    Args:
+        kwargs: arguments of `from_pretrained`; those that change the config are used up, as it does itself.
+    """
+    config = kwargs.get("config")
+    if config is None:
+        kept = {name: kwargs[name] for name in (*HUB_ARGS, "trust_remote_code", "code_revision") if name in kwargs}
+        config, rest = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        kwargs = {**rest, **kept, "config": config}
+    drop_quantization(config)
+    return kwargs
+
+
+def drop_quantization(config: PreTrainedConfig) -> None:
+    """Have transformers take a checkpoint for one in floating point; its weights are dequantised by us."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config

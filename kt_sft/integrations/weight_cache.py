@@ -1,0 +1,69 @@
+"""Packed containers that the first load of a checkpoint leaves behind for the later ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers.utils import logging as hf_logging
+
+from kt_sft import env
+from kt_sft.convert.plan import name_of, plan_conversion
+from kt_sft.convert.run import Progress, convert
+from kt_sft.errors import OutputError
+from kt_sft.formats.packed_manifest import WEIGHT_FORMATS
+from kt_sft.integrations.packed_experts import PackedExperts
+
+if TYPE_CHECKING:
+    from kt_sft.config import KTConfig
+    from kt_sft.integrations.expert_sources import ExpertSource
+    from kt_sft.models.spec import ExpertsSpec
+
+logger = logging.getLogger(__name__)
+
+
+def through_cache(
+    source: ExpertSource, specs: Mapping[str, ExpertsSpec], config: KTConfig, model_type: str
+) -> ExpertSource:
+    """The container of this source, format and layout in `config.weight_cache`, written now if it is not there.
+
+    Of several processes one writes and the others wait. Where it cannot be written, a warning says so and the source
+    comes back as it is: the experts are then packed in memory.
+
+    Raises:
+        FormatError: the source is damaged, or the container.
+        ConfigError: see `PackedExperts`.
+    """
+    if not uses_cache(config) or isinstance(source, PackedExperts):
+        if config.weight_cache is not None and not uses_cache(config):
+            logger.warning("weight_cache: no effect with method %s, which is not packed into containers", config.method)
+        return source
+    assert config.weight_cache is not None
+    group = config.int4_group_size
+    plan = plan_conversion(source, specs, "", config.weight_format, group, model_type)
+    kind = name_of(plan.weight_format, plan.group).replace(" in groups of ", "g")
+    folder = Path(config.weight_cache).expanduser() / f"{model_type}-{kind}-{plan.identity[:16]}"
+    plan = dataclasses.replace(plan, output=folder)
+    try:
+        with progress_bar(plan.num_experts) as progress:
+            convert(source, plan, wait=True, progress=progress)
+    except OutputError as error:
+        logger.warning("weight_cache: experts are packed in memory instead: %s", error)
+        return source
+    return PackedExperts(folder, specs, config, original=source)
+
+
+def uses_cache(config: KTConfig) -> bool:
+    """Whether a checkpoint is loaded through a container in the cache."""
+    return config.weight_cache is not None and config.weight_format in WEIGHT_FORMATS
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Progress]:
+    """transformers' bar over the experts, shown by the first process of the machine."""
+    with hf_logging.tqdm(total=total, desc="Packing experts", unit="expert", disable=env.local_rank() > 0) as bar:
+        yield lambda done, _total, _layer: bar.update(done - bar.n)

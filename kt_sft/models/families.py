@@ -1,0 +1,32 @@
+"""The families whose experts modules need a file of their own; docs/adding_a_model.md shows how one is added.
+
+Such a file has `EXPERTS_CLASS`, the class name of the experts module; `experts_spec(module)`, which gives its
+`ExpertsSpec` or None if the kernels cannot compute it; and, where the block around the experts must call them
+differently, `adapt(block)`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import nn
+
+from kt_sft.models import gpt_oss, llama4
+
+FAMILIES: dict[str, ModuleType] = {family.EXPERTS_CLASS: family for family in (gpt_oss, llama4)}
+
+
+def family_of(module: nn.Module) -> ModuleType | None:
+    """The file that describes this experts module; None for those of the common kind, and for all other modules."""
+    return FAMILIES.get(type(module).__name__)
+
+
+def adapt_block(block: nn.Module, experts: nn.Module) -> None:
+    """Change the block whose experts module is replaced, where its family needs that.
+
+    Args:
+        experts: transformers' module, which is leaving.
+    """
+    adapt = getattr(family_of(experts), "adapt", None)
+    if adapt is not None:
+        adapt(block)

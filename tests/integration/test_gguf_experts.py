@@ -1,0 +1,142 @@
+"""Experts from GGUF files: the model is the one whose checkpoint holds the dequantised numbers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+from safetensors.torch import load_file
+
+import kt_sft
+from kt_sft import KTConfig
+from kt_sft.errors import FormatError, UnsupportedModel
+from kt_sft.models.spec import iter_routed_experts
+from tests.helpers import gguf_files, tiny_models
+
+# Rows must be whole blocks: of 32 (Q8_0), of 256 (Q4_K, Q6_K) only along hidden.
+SIZES = {"hidden_size": 256, "moe_intermediate_size": 96, "intermediate_size": 80}
+LAYERS, EXPERTS = (1, 2), 6
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    return tiny_models.build("deepseek_v2", tmp_path_factory.mktemp("gguf") / "plain", **SIZES)
+
+
+def expert_tensors(directory: Path, kinds: dict[str, str]) -> dict[str, gguf_files.Encoded]:
+    """GGUF tensors of all experts; kinds: projection -> type, or (projection, layer) -> type."""
+    stored = load_file(directory / "model.safetensors")
+    tensors = {}
+    for layer in LAYERS:
+        for projection in ("gate", "up", "down"):
+            keys = [f"model.layers.{layer}.mlp.experts.{e}.{projection}_proj.weight" for e in range(EXPERTS)]
+            values = torch.stack([stored[key] for key in keys]).float().numpy()
+            kind = kinds.get(f"{projection}{layer}", kinds.get(projection, "Q8_0"))
+            tensors[f"blk.{layer}.ffn_{projection}_exps.weight"] = gguf_files.encode(values, kind)
+    return tensors
+
+
+def numbers(encoded: gguf_files.Encoded) -> torch.Tensor:
+    """By PyPI's gguf, rounded to bf16."""
+    kind, shape, data = encoded
+    rows = data.reshape(int(np.prod(shape[:-1])), -1)
+    return torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType[kind]).reshape(shape)).bfloat16()
+
+
+def twin(plain: Path, tensors: dict[str, gguf_files.Encoded], directory: Path) -> Path:
+    """The checkpoint with the GGUF's numbers in its experts."""
+    tiny_models.build("deepseek_v2", directory, **SIZES)
+
+    def change(stored):
+        for name, encoded in tensors.items():
+            _, layer, projection, _ = name.replace("ffn_", "").split(".")
+            for expert, value in enumerate(numbers(encoded)):
+                key = f"model.layers.{layer}.mlp.experts.{expert}.{projection.removesuffix('_exps')}_proj.weight"
+                assert key in stored
+                stored[key] = value
+        return stored
+
+    tiny_models.rewrite(directory, change)
+    return directory
+
+
+MIXED = {"gate": "Q4_K", "up": "Q6_K", "down": "Q8_0", "down2": "Q4_0", "gate2": "F16", "up2": "BF16"}
+
+
+@pytest.mark.parametrize("form", ["one file", "split", "directory", "per expert"])
+@pytest.mark.parametrize("method", ["BF16", "INT8"])
+def test_same_model_as_the_checkpoint_with_these_numbers(plain, tmp_path, form, method, caplog):
+    tensors = expert_tensors(plain, MIXED)
+    like = twin(plain, tensors, tmp_path / "twin")
+    if form == "split":
+        path = gguf_files.write_split(tmp_path, "m", {"general.architecture": "deepseek2"}, tensors, 3)[1]
+    elif form == "per expert":
+        single = {
+            name.replace("_exps", f".{e}"): (kind, shape[1:], data.reshape(EXPERTS, -1)[e])
+            for name, (kind, shape, data) in tensors.items()
+            for e in range(EXPERTS)
+        }
+        path = gguf_files.write(tmp_path / "m.gguf", {}, single)
+    else:
+        path = gguf_files.write(tmp_path / "m.gguf", {}, tensors)
+    path = tmp_path if form == "directory" else path
+    with caplog.at_level(logging.INFO, logger="kt_sft"):
+        ours = kt_sft.load_model(plain, KTConfig(method=method, weight_path=str(path)))
+    said = [r.message for r in caplog.records if "experts from" in r.message]
+    assert len(said) == 1 and "1 x Q4_K" in said[0] and f"packed as {method.lower()}" in said[0]
+    wanted = kt_sft.load_model(like, KTConfig(method=method))
+    for (_, experts), (_, others) in zip(iter_routed_experts(ours), iter_routed_experts(wanted), strict=True):
+        for index in range(EXPERTS):
+            for mine, other in zip(experts.unpack_expert(index), others.unpack_expert(index), strict=True):
+                assert torch.equal(mine, other)
+            for mine, other in zip(experts.origin(index)(), others.origin(index)(), strict=True):
+                assert torch.equal(mine, other)
+    ids = tiny_models.token_ids()
+    assert torch.equal(ours(ids).logits, wanted(ids).logits)
+
+
+def refused(plain, path, match, error=FormatError):
+    with pytest.raises(error, match=match) as caught:
+        kt_sft.load_model(plain, KTConfig(weight_path=str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_faults(plain, tmp_path):
+    tensors = expert_tensors(plain, MIXED)
+    file = tmp_path / "m.gguf"
+    name = "blk.2.ffn_up_exps.weight"
+    gguf_files.write(file, {}, {k: v for k, v in tensors.items() if k != name})
+    refused(plain, file, f"m.gguf: tensor {name}: expected present, found missing")
+    kind, shape, data = tensors[name]
+    gguf_files.write(file, {}, tensors | {name: (kind, (shape[0], shape[2], shape[1]), data)})
+    refused(plain, file, rf"tensor {name}: expected shape \[6, 96, 256\], found \[6, 256, 96\]")
+    gguf_files.write(file, {}, tensors | {name: gguf_files.random_blocks("I8", shape)})
+    refused(plain, file, f"tensor {name}: expected a floating point or quantised type, found I8")
+    gguf_files.write(file, {}, tensors | {"blk.1.ffn_gate_exps.bias": gguf_files.random_blocks("F32", (6, 96))})
+    refused(plain, file, "expected experts without bias in a GGUF file", UnsupportedModel)
+    file.write_bytes(file.read_bytes()[:-4000])
+    refused(plain, file, "truncated file")
+    refused(plain, tmp_path / "none.gguf", "GGUF file: expected a file, found nothing")
+
+
+def test_scales_that_are_no_numbers(plain, tmp_path):
+    """A damaged block with an infinite scale cannot be packed into integers."""
+    tensors = expert_tensors(plain, {})
+    data = tensors["blk.1.ffn_up_exps.weight"][2]
+    data[34 * 7 : 34 * 7 + 2] = np.array([np.inf], dtype=np.float16).view(np.uint8)
+    path = gguf_files.write(tmp_path / "m.gguf", {}, tensors)
+    with pytest.raises(FormatError, match="expert 0 of model.layers.1.*: expected weights that can be packed"):
+        kt_sft.load_model(plain, KTConfig(method="INT8", weight_path=str(path)))
+
+
+def test_file_that_changes_after_loading(plain, tmp_path):
+    path = gguf_files.write(tmp_path / "m.gguf", {}, expert_tensors(plain, {}))
+    model = kt_sft.load_model(plain, KTConfig(method="INT4", weight_path=str(path)))
+    _, experts = next(iter(iter_routed_experts(model)))
+    path.unlink()
+    with pytest.raises(FormatError, match="expected as it was when the model was loaded, found missing"):
+        experts.origin(0)()

@@ -1,0 +1,146 @@
+"""FP8 and INT4 checkpoints load as their bf16 twins do: the same numbers in every weight, experts and all others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kt_sft
+from kt_sft import KTConfig
+from kt_sft.errors import FormatError, UnsupportedModel
+from kt_sft.models.spec import iter_routed_experts
+from tests.helpers import quantized_checkpoints, tiny_models
+
+# Sizes of which int32 words of eight make sense.
+EVEN = {"hidden_size": 48, "moe_intermediate_size": 24}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantized")
+
+    def make(kind):
+        family, _, form = kind.partition(" ")
+        if not (root / kind).exists():
+            if form == "int4":
+                plain = tiny_models.build(family, root / "plain" / kind, sharded=True, **EVEN)
+                quantized_checkpoints.int4_checkpoint(plain, root / kind)
+            else:
+                plain = tiny_models.build(family, root / "plain" / kind, extra_layer=family == "deepseek_v3")
+                block = (128, 128) if form == "fp8 128" else (16, 32)
+                quantized_checkpoints.fp8_checkpoint(plain, root / kind, block)
+        return root / kind / "quantized", root / kind / "twin"
+
+    return make
+
+
+KINDS = ["deepseek_v3 fp8", "deepseek_v3 fp8 128", "qwen3_moe fp8", "mixtral fp8", "deepseek_v3 int4"]
+
+
+@pytest.mark.parametrize("method", ["BF16", "INT8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_model_as_the_bf16_twin(checkpoints, kind, method, caplog):
+    quantized, twin = checkpoints(kind)
+    with caplog.at_level(logging.WARNING):
+        ours = kt_sft.load_model(quantized, KTConfig(method=method))
+    assert not [r.message for r in caplog.records if "MISSING" in r.message or "UNEXPECTED" in r.message]
+    plain = kt_sft.load_model(twin, KTConfig(method=method))
+    assert not hasattr(ours.config, "quantization_config")
+    wanted = dict(plain.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == wanted[name].dtype, name
+        assert torch.equal(parameter, wanted[name]), name
+    for (name, experts), (_, others) in zip(iter_routed_experts(ours), iter_routed_experts(plain), strict=True):
+        for index in range(experts.num_experts):
+            for mine, other in zip(experts.unpack_expert(index), others.unpack_expert(index), strict=True):
+                assert torch.equal(mine, other), f"{name} {index}"
+            for mine, other in zip(experts.origin(index)(), others.origin(index)(), strict=True):
+                assert torch.equal(mine, other), f"{name} {index}"
+    ids = tiny_models.token_ids()
+    assert torch.equal(ours(ids).logits, plain(ids).logits)
+
+
+def test_saved_model_is_plain_bf16(checkpoints, tmp_path):
+    quantized, twin = checkpoints("deepseek_v3 fp8")
+    kt_sft.load_model(quantized, KTConfig(method="INT4")).save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    saved = {k: v for f in (tmp_path / "saved").glob("*.safetensors") for k, v in load_file(f).items()}
+    for file in twin.glob("*.safetensors"):
+        for key, value in load_file(file).items():
+            if ".layers.3." not in key:  # the prediction layer is not part of the model
+                assert torch.equal(saved[key], value), key
+
+
+def test_experts_from_an_fp8_weight_path(checkpoints):
+    quantized, twin = checkpoints("deepseek_v3 fp8")
+    ours = kt_sft.load_model(twin, KTConfig(weight_path=str(quantized)))
+    ids = tiny_models.token_ids()
+    assert torch.equal(ours(ids).logits, kt_sft.load_model(twin)(ids).logits)
+
+
+def test_scales_in_another_shard(checkpoints, tmp_path):
+    quantized, twin = checkpoints("mixtral fp8")
+    folder = shutil.copytree(quantized, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {"a.safetensors": "_scale_inv", "b.safetensors": ""}
+    weight_map = {}
+    for file, suffix in files.items():
+        part = {k: v for k, v in tensors.items() if k.endswith("_scale_inv") == bool(suffix)}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    ids = tiny_models.token_ids()
+    assert torch.equal(kt_sft.load_model(folder)(ids).logits, kt_sft.load_model(twin)(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_fp16_and_fp32_checkpoints(tmp_path, dtype):
+    """The weights are exact in bf16 (and in fp16): nothing is lost."""
+    plain = tiny_models.build("deepseek_v2", tmp_path / "bf16")
+    other = tiny_models.build("deepseek_v2", tmp_path / "other", dtype=dtype)
+    ids = tiny_models.token_ids()
+    wanted = kt_sft.load_model(plain, dtype=torch.bfloat16)(ids).logits
+    assert torch.equal(kt_sft.load_model(other, dtype=torch.bfloat16)(ids).logits, wanted)
+
+
+def refused(path, match, error=FormatError):
+    with pytest.raises(error, match=match) as caught:
+        kt_sft.load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_faults_of_quantised_checkpoints(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints("mixtral fp8")[0], tmp_path / "m")
+    good = load_file(folder / "model.safetensors")
+    key = "model.layers.1.self_attn.q_proj.weight"
+    tiny_models.rewrite(folder, lambda t: {k: v for k, v in t.items() if k != f"{key}_scale_inv"})
+    refused(folder, rf"tensor {key}: expected its scales in {key}_scale_inv, found no such tensor")
+    tiny_models.rewrite(folder, lambda t: good | {f"{key}_scale_inv": good[f"{key}_scale_inv"][:, :1]})
+    refused(folder, r"q_proj.weight_scale_inv: expected BF16 .* \[4, 2\], for blocks of 16 x 32, found F32 \[4, 1\]")
+    values = json.loads((folder / "config.json").read_text())
+    for quantization, found in [
+        ({"quant_method": "gptq"}, "weights quantised by gptq"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 2]}, r"fp8 with weight_block_size \[0, 2\]"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "in format 'float-quantized'"),
+        ("awq", "weights quantised by awq"),
+    ]:
+        (folder / "config.json").write_text(json.dumps(values | {"quantization_config": quantization}))
+        refused(folder, rf"quantization_config: expected .* found .*{found}", UnsupportedModel)
+
+
+def test_scale_of_the_whole_tensor(tmp_path):
+    """Some FP8 checkpoints have one scale per tensor and no blocks."""
+    plain = tiny_models.build("mixtral", tmp_path / "plain")
+    quantized, twin = quantized_checkpoints.fp8_checkpoint(plain, tmp_path / "q", (1000, 1000))
+    values = json.loads((quantized / "config.json").read_text())
+    values["quantization_config"]["weight_block_size"] = None
+    (quantized / "config.json").write_text(json.dumps(values))
+    tiny_models.rewrite(quantized, lambda t: {k: v.reshape(()) if v.numel() == 1 else v for k, v in t.items()})
+    ids = tiny_models.token_ids()
+    assert torch.equal(kt_sft.load_model(quantized)(ids).logits, kt_sft.load_model(twin)(ids).logits)
