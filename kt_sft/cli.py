@@ -54,7 +54,7 @@ def doctor(
 
 @app.command()
 def convert(
-    input_path: Annotated[Path, typer.Option(help="Checkpoint directory, or a GGUF file beside a config.json.")],
+    input_path: Annotated[Path, typer.Option(help="Checkpoint directory, or GGUF file.")],
     output: Annotated[Path, typer.Option(help="Directory of the container, new or empty.")],
     quant_method: Annotated[str, typer.Option(help="bf16, int8 or int4 (also moe_int8, moe_int4).")] = "int8",
     input_type: Annotated[str, typer.Option(help="bf16, fp16, fp8, gguf, or auto: what it is.")] = "auto",

@@ -13,6 +13,7 @@ METHODS = {
     "BF16": "BF16",
     "INT8": "INT8",
     "INT4": "INT4",
+    "RAWINT4": "RAWINT4",
     "AMXBF16": "BF16",
     "AMXINT8": "INT8",
     "AMXINT4": "INT4",
@@ -39,9 +40,11 @@ class KTConfig:
     """How the routed experts are held and computed.
 
     Args:
-        method: weight format in memory: `BF16`, `INT8` (one scale per output channel) or `INT4` (one scale per group of
-            inputs); `AMXBF16`, `AMXINT8`, `MOE_INT8`, `AMXINT4`, `MOE_INT4` are other names for them.
-        int4_group_size: 32, 64 or 128 weights share a scale in `INT4`; sizes need not be multiples of it.
+        method: weight format in memory: `BF16`, `INT8` (one scale per output channel), `INT4` (one scale per group of
+            inputs) or `RAWINT4` (integers and scales of a compressed-tensors INT4 checkpoint as they are stored);
+            `AMXBF16`, `AMXINT8`, `MOE_INT8`, `AMXINT4`, `MOE_INT4` are other names for them.
+        int4_group_size: 32, 64 or 128 weights share a scale in `INT4`; sizes need not be multiples of it. In `RAWINT4`
+            it must be the checkpoint's.
         expert_activations: `bf16` multiplies bf16 activations with the weights; `bfp16` does the same, but few rows
             per expert (decoding) in block floating point, which is faster; `int8` quantises them row by row. The last
             two need `INT8` or `INT4` and give straight-through gradients. `auto` is bf16 in training and wherever
@@ -92,7 +95,7 @@ class KTConfig:
 
     @property
     def weight_format(self) -> str:
-        """The method as the kernels call it: `bf16`, `int8` or `int4`."""
+        """The method as the kernels call it: `bf16`, `int8`, `int4` or `rawint4`."""
         return self.method.lower()
 
     def _faults(self) -> Iterator[str]:
@@ -114,6 +117,8 @@ class KTConfig:
                 yield f"{name}: expected a whole number >= 1{' or nothing' if optional else ''}, found {value!r}"
         if self.expert_lora is not None and not isinstance(self.expert_lora, bool):
             yield f"expert_lora: expected true, false or nothing, found {self.expert_lora!r}"
+        if isinstance(self.method, str) and self.method.upper() == "RAWINT4" and self.weight_cache is not None:
+            yield "weight_cache: containers hold bf16, int8 or int4, found method RAWINT4; leave one of them out"
         for name in ("weight_path", "weight_cache"):
             if getattr(self, name) is not None and not str(getattr(self, name)).strip():
                 yield f"{name}: expected a directory or nothing, found an empty string"

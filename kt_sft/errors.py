@@ -95,7 +95,12 @@ def _sentence(what: str, expected: object, found: object, remedy: str, *, extra:
     if found is not None:
         parts.append(f"found {found}")
     head = f"{parts[0]}: " if len(parts) > 1 else parts[0]
-    return head + ", ".join(parts[1:]) + _tail(remedy)
+    return _one_line(head + ", ".join(parts[1:]) + _tail(remedy))
+
+
+def _one_line(text: str) -> str:
+    """Names come from files, which may be damaged: line breaks and control characters are shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _tail(remedy: str) -> str:

@@ -155,6 +155,27 @@ class QuantizedIndex:
         """Names of the quantised tensors."""
         return self._scales.keys()
 
+    @property
+    def int4_group(self) -> int | None:
+        """Weights that share a scale, of an INT4 checkpoint."""
+        q = self._quantization
+        return q.block[1] if q is not None and q.dtype == INT4 and q.block is not None else None
+
+    def int4(self, name: str) -> tuple[Tensor, Tensor]:
+        """An INT4 matrix as it is stored: uint8 `[n, k / 2]`, q + 8 with the first in the low half, and the scales.
+
+        Raises:
+            FormatError: scales that are not bf16.
+        """
+        import torch
+
+        scales = self._index.info(self._scales[name])
+        if scales.dtype != "BF16":
+            what = f"tensor {self._scales[name]}"
+            remedy = "use method INT4, INT8 or BF16, which round"
+            raise FormatError(scales.file, what, expected="BF16 for RAWINT4", found=scales.dtype, remedy=remedy)
+        return self._index.read(name + _PACKED).view(torch.uint8), self._index.read(self._scales[name])
+
     def info(self, name: str) -> TensorInfo:
         """Entry of a tensor, quantised ones with their shape in numbers; see `SafetensorsIndex.info`."""
         return self._tensors[name] if name in self._tensors else self._index.info(name)

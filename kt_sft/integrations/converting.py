@@ -17,12 +17,13 @@ from kt_sft.convert.plan import ConvertPlan, finished_manifest, plan_conversion
 from kt_sft.convert.run import Progress, convert
 from kt_sft.convert.verify import verify
 from kt_sft.errors import ConfigError
-from kt_sft.formats.gguf import GgufIndex
+from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.packed_manifest import Manifest
 from kt_sft.integrations.auto_class import auto_class
 from kt_sft.integrations.expert_sources import ExpertSource, open_experts, open_weight_path
 from kt_sft.integrations.gguf_experts import GgufExperts
+from kt_sft.integrations.gguf_model import read_config
 from kt_sft.integrations.model_files import check_config_file, drop_quantization, find_config_file
 from kt_sft.integrations.transformers import prepare_native
 from kt_sft.models.spec import find_experts
@@ -64,6 +65,10 @@ def convert_checkpoint(
     Raises:
         KTError: see `open_source`, `kt_sft.convert.run.convert` and `kt_sft.convert.verify.verify`.
     """
+    if config.method == "RAWINT4":
+        raise ConfigError(
+            "quant-method: expected bf16, int8 or int4, found rawint4; load such a checkpoint without a container"
+        )
     prepare_native(config)
     source, specs, model_type = open_source(input_path, input_type)
     plan = plan_conversion(source, specs, output, config.weight_format, config.int4_group_size, model_type)
@@ -85,7 +90,8 @@ def open_source(
     """The experts of a checkpoint, their shapes and the model type.
 
     Args:
-        path: a directory with config.json and weights in safetensors or GGUF, or a GGUF file in such a directory.
+        path: a directory with config.json and weights in safetensors or GGUF, a GGUF file in such a directory, or one
+            that holds a whole model (docs/sources.md).
     Raises:
         FormatError: files missing or damaged.
         UnsupportedModel: no routed experts, or experts that the kernels cannot compute.
@@ -95,9 +101,13 @@ def open_source(
     if is_container(path):
         raise ConfigError(f"input-path: expected a checkpoint, found a packed container in {path}")
     folder = path.parent if path.is_file() else path
-    check_config_file(find_config_file(str(folder), {}))
-    weights = open_weight_path(path)
-    model_config = AutoConfig.from_pretrained(folder)
+    if path.suffix == SUFFIX and not (folder / "config.json").is_file():
+        weights = GgufIndex.from_path(path)
+        model_config = read_config(weights)
+    else:
+        check_config_file(find_config_file(str(folder), {}))
+        weights = open_weight_path(path)
+        model_config = AutoConfig.from_pretrained(folder)
     drop_quantization(model_config)
     with torch.device("meta"):
         model = auto_class(model_config).from_config(model_config)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kt_sft.errors import FormatError
 from kt_sft.formats.quantized_index import FLOAT_DTYPES, FP8, INT4, QuantizedIndex
-from kt_sft.models.expert_keys import LayerSource
+from kt_sft.models.expert_keys import LayerSource, WeightSlice
 
 if TYPE_CHECKING:
     from kt_sft.nn.routed_experts import RoutedExperts
@@ -71,11 +71,27 @@ class SafetensorsExperts:
 
     def load(self, experts: RoutedExperts, name: str, expert: int) -> None:
         """See `ExpertSource`; an expert whose packed form rounds remembers where it came from."""
+        if experts.weight_format == "rawint4":
+            experts.load_expert_int4(expert, *(self._index.int4(part.key) for part in self._open(name, expert)))
+            return
         read = functools.partial(self.read, name, expert)
         experts.load_expert(expert, *read(), origin=read)
 
     def read(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `ExpertSource`."""
+        parts = self._open(name, expert)
+        gate, up, down = (part.matrix(self._index.read(part.key, part.rows)).to(torch.bfloat16) for part in parts)
+        return gate, up, down
+
+    @property
+    def int4_group(self) -> int | None:
+        """Weights that share a scale, where all experts are INT4 matrices of their own; None for all others."""
+        kinds = {kind for formats in self.formats.values() for kind in formats}
+        is_fused = any(layer.fused for layer in self._layers.values())
+        return self._index.int4_group if kinds == {INT4} and not is_fused else None
+
+    def _open(self, name: str, expert: int) -> tuple[WeightSlice, WeightSlice, WeightSlice]:
+        """Where an expert is, its files checked and no others mapped."""
         parts = self._layers[name].expert(expert)
         files = set().union(*(self._index.files(part.key) for part in parts))
         for file in files:
@@ -83,8 +99,7 @@ class SafetensorsExperts:
         if files != self._mapped:
             self.close()
             self._mapped = files
-        gate, up, down = (part.matrix(self._index.read(part.key, part.rows)).to(torch.bfloat16) for part in parts)
-        return gate, up, down
+        return parts
 
     def close(self) -> None:
         """See `ExpertSource`."""

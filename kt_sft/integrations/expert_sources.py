@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from kt_sft import env
-from kt_sft.errors import GIB, FormatError
+from kt_sft.errors import GIB, ConfigError, FormatError
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.quantized_index import QuantizedIndex
@@ -81,10 +81,26 @@ def open_experts(
         own_files: weight files of the model directory.
         config: `weight_path` says where the experts are instead, if not there; see `open_weight_path`.
     Raises:
-        ConfigError: a packed container of another weight format, or `weight_load` that this process cannot follow.
+        ConfigError: a packed container of another weight format, or `weight_load` that this process cannot follow;
+            RAWINT4 without such a checkpoint.
         FormatError: files missing or damaged; experts missing, twice, of a wrong shape or type.
         UnsupportedModel: the family stores experts in a way that needs more than slicing.
     """
+    source = _open(model, specs, own_files, config)
+    if config.method == "RAWINT4":
+        group = getattr(source, "int4_group", None)
+        if group != config.int4_group_size:
+            found = f"groups of {group}" if group else f"{next(iter(source.formats.values()))[0]} in {source.path}"
+            raise ConfigError(
+                f"method RAWINT4: expected a compressed-tensors INT4 checkpoint in groups of {config.int4_group_size}, "
+                f"found {found}; set int4_group_size to the checkpoint's, or use INT4, INT8 or BF16"
+            )
+    return source
+
+
+def _open(
+    model: nn.Module, specs: Mapping[str, ExpertsSpec], own_files: Iterable[str | Path], config: KTConfig
+) -> ExpertSource:
     key_map = KeyMap(model, specs)
     own_files = [Path(file) for file in own_files]
     foreign = [file for file in own_files if file.suffix != ".safetensors"]

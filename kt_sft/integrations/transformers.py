@@ -7,6 +7,7 @@ expert tensor; after, it streams the experts from the checkpoint into packed for
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ from kt_sft.formats.packed import is_container
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.integrations.auto_class import auto_class
 from kt_sft.integrations.expert_sources import ExpertSource, open_experts, open_weight_path, stream_experts
+from kt_sft.integrations.gguf_model import is_gguf_model, model_directory
 from kt_sft.integrations.linears import pack_linears
 from kt_sft.integrations.model_files import (
     HUB_ARGS,
@@ -55,7 +57,7 @@ logger = logging.getLogger(__name__)
 METHOD_NAME = "kt_sft"
 _REFUSED_ARGS = {
     "quantization_config": "kt_sft passes its own; describe the experts with KTConfig",
-    "gguf_file": "GGUF checkpoints are not read yet",
+    "gguf_file": "pass the path of the GGUF file as the model",
     "state_dict": "experts are read from files; save the state dict as a safetensors checkpoint",
     "tp_plan": "tensor parallelism is not supported",
     "tp_size": "tensor parallelism is not supported",
@@ -70,7 +72,7 @@ def load_model(
     """Load a mixture-of-experts model whose routed experts run in our CPU kernels.
 
     Args:
-        path: model directory, or hub id as `from_pretrained` takes it.
+        path: model directory, hub id as `from_pretrained` takes it, or GGUF file (see `gguf_model`).
         config: settings of the experts; defaults when left out.
         from_pretrained_kwargs: passed to the auto class's `from_pretrained`.
     Raises:
@@ -86,6 +88,8 @@ def load_model(
         faults.append(f"config: expected a KTConfig, found {type(config).__name__}")
     if faults:
         raise ConfigError(faults)
+    if is_gguf_model(path):
+        path, config = from_gguf(path, config)
     hook = quantization_config(config, path, **{k: v for k, v in from_pretrained_kwargs.items() if k in HUB_ARGS})
     if not Path(path).is_dir():
         check_model(path, config, **from_pretrained_kwargs)
@@ -93,6 +97,17 @@ def load_model(
         from_pretrained_kwargs = load_config(path, from_pretrained_kwargs)
     kind = auto_class(_read_config(path, from_pretrained_kwargs))
     return kind.from_pretrained(path, quantization_config=hook, **from_pretrained_kwargs)
+
+
+def from_gguf(path: str | os.PathLike[str], config: KTConfig) -> tuple[Path, KTConfig]:
+    """The model directory that stands for a GGUF file, and settings that take the experts from the file.
+
+    Raises:
+        FormatError, UnsupportedModel: see `gguf_model.model_directory`.
+    """
+    prepare_native(config)
+    directory = model_directory(path, config.weight_cache)
+    return directory, config if config.weight_path else dataclasses.replace(config, weight_path=str(path))
 
 
 def quantization_config(config: KTConfig, path: str | os.PathLike[str], **hub_kwargs: Any) -> KTExpertsConfig:

@@ -23,8 +23,9 @@ class RoutedExperts(nn.Module):
 
     Args:
         spec: sizes and activation.
-        weight_format: `bf16`, `int8` or `int4`; what is loaded is rounded to it.
-        group_size: weights that share a scale in `int4`.
+        weight_format: `bf16`, `int8` or `int4`: what is loaded is rounded to it; `rawint4`: the integers and scales
+            that `load_expert_int4` is given.
+        group_size: weights that share a scale in `int4` and `rawint4`.
         expert_activations: `bf16`, `bfp16` (block floating point for few rows), `int8` (quantised row by row) or
             `auto`, see `rows`.
         chunk_size: tokens per native pass.
@@ -65,6 +66,7 @@ class RoutedExperts(nn.Module):
         self.down_proj = _placeholder(spec.down_shape, dtype)
         for name, shape in spec.bias_shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
+        self._stored: set[int] = set()  # experts whose weights are the checkpoint's although the format rounds
         self._biases: tuple[tuple, Matrices] | None = None
 
     def load_expert(
@@ -76,9 +78,23 @@ class RoutedExperts(nn.Module):
             origin: gives the same three again at any later time; kept only where packing rounds.
         """
         self.layer.load_expert(index, gate, up, down)
+        self._stored.discard(index)
         self._origins.pop(index, None)
         if origin is not None and not self.is_exact:
             self._origins[index] = origin
+
+    def load_expert_int4(
+        self, index: int, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]
+    ) -> None:
+        """Takes INT4 weights as a checkpoint stores them, format `rawint4` only; nothing is rounded.
+
+        Args:
+            gate, up, down: integers q + 8 two a byte, the first in the low half, uint8 `[n, k / 2]`, and scales bf16
+                `[n, ceil(k / group_size)]`.
+        """
+        self.layer.load_expert_int4(index, gate, up, down)
+        self._origins.pop(index, None)
+        self._stored.add(index)
 
     def load_packed(
         self,
@@ -96,6 +112,7 @@ class RoutedExperts(nn.Module):
         """
         (self.layer.copy_expert if copy else self.layer.map_expert)(index, *blobs)
         self._origins.pop(index, None)
+        self._stored.discard(index)
         if origin is not None and not self.is_exact:
             self._origins[index] = origin
 
@@ -112,7 +129,8 @@ class RoutedExperts(nn.Module):
 
         Calling it raises FormatError where the checkpoint is gone or changed.
         """
-        return functools.partial(self.unpack_expert, index) if self.is_exact else self._origins.get(index)
+        has_all = self.is_exact or index in self._stored
+        return functools.partial(self.unpack_expert, index) if has_all else self._origins.get(index)
 
     @property
     def is_exact(self) -> bool:
@@ -199,7 +217,7 @@ class RoutedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden={self.hidden_dim}, inter={self.intermediate_dim}"
-        group = f" in groups of {self.group_size}" if self.weight_format == "int4" else ""
+        group = f" in groups of {self.group_size}" if "int4" in self.weight_format else ""
         rows = "" if self.is_exact else f", activations={self.expert_activations}"
         return f"{sizes}, {self.spec.activation}, {self.weight_format}{group}{rows}"
 

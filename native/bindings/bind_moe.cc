@@ -178,6 +178,31 @@ void load_expert(MoeLayer& layer, int64_t expert, const py::object& gate_, const
   layer.load_expert(expert, gate.rows(), up.rows(), down.rows());
 }
 
+// (q u8 [n, k / 2], scales bf16 [n, groups])
+struct StoredArg {
+  TensorArg q, scales;
+  StoredInt4 view;
+
+  StoredArg(const py::tuple& parts, const char* name, int64_t n, int64_t k, int64_t group)
+      : q(parts[0], name, "u8", 2, ".q"), scales(parts[1], name, "bf16", 2, ".scales") {
+    q.expect_shape({n, k / 2});
+    scales.expect_shape({n, ceil_div(k, group)});
+    view = {q.u8(), q.stride(0), scales.bf16(), scales.stride(0)};
+  }
+};
+
+void load_expert_int4(MoeLayer& layer, int64_t expert, const py::tuple& gate_, const py::tuple& up_,
+                      const py::tuple& down_) {
+  const MoeShape& s = layer.shape();
+  const WeightFormat format = s.format.gate;
+  KTS_CHECK(format.any_scale, "load_expert_int4: expected a layer of format rawint4");
+  const StoredArg gate(gate_, "gate", s.inter, s.hidden, format.group);
+  const StoredArg up(up_, "up", s.inter, s.hidden, format.group);
+  const StoredArg down(down_, "down", s.hidden, s.inter, format.group);
+  const GilRelease release;
+  layer.load_expert_int4(expert, gate.view, up.view, down.view);
+}
+
 void unpack_expert(const MoeLayer& layer, int64_t expert, const py::object& gate_, const py::object& up_,
                    const py::object& down_, const std::string& dtype) {
   const MoeShape& s = layer.shape();
@@ -278,6 +303,7 @@ void bind_moe(py::module_& m) {
            py::arg("activation") = "silu", py::arg("group_size") = 32, py::arg("alpha") = GateParams{}.alpha,
            py::arg("limit") = GateParams{}.limit, "alpha and limit: of clamped_swiglu")
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
+      .def("load_expert_int4", &load_expert_int4, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
       .def("unpack_expert", &unpack_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"),
            py::arg("dtype") = "bf16")
       // Two functions, since only memory that is used in place has to outlive the call.

@@ -127,14 +127,37 @@ void pack_int4_row(const bf16_t* w, const PackedMatrix& packed, int64_t n) {
   }
 }
 
+// A panel that the matrix does not fill holds zeros beyond it.
+void clear_int4_panel(const PackedMatrix& packed, int64_t panel) {
+  if ((panel + 1) * kPanel <= packed.n) return;
+  const int64_t panel_bytes = kPanel * align_up(packed.k, kTileKQ) / 2, panel_scales = packed.k_groups() * kPanel;
+  std::memset(writable<uint8_t>(packed.data) + panel * panel_bytes, 0x88, static_cast<size_t>(panel_bytes));
+  std::memset(writable<bf16_t>(packed.scales) + panel * panel_scales, 0, static_cast<size_t>(panel_scales * 2));
+}
+
 void pack_int4_panel(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel) {
-  const int64_t begin = panel * kPanel, end = min_i64(begin + kPanel, packed.n);
-  if (end < begin + kPanel) {
-    const int64_t panel_bytes = kPanel * align_up(packed.k, kTileKQ) / 2, panel_scales = packed.k_groups() * kPanel;
-    std::memset(writable<uint8_t>(packed.data) + panel * panel_bytes, 0x88, static_cast<size_t>(panel_bytes));
-    std::memset(writable<bf16_t>(packed.scales) + panel * panel_scales, 0, static_cast<size_t>(panel_scales * 2));
+  clear_int4_panel(packed, panel);
+  for (int64_t n = panel * kPanel; n < min_i64((panel + 1) * kPanel, packed.n); ++n)
+    pack_int4_row(w + n * stride, packed, n);
+}
+
+void pack_stored_row(const uint8_t* q, const bf16_t* from, const PackedMatrix& packed, int64_t n) {
+  const int64_t groups = packed.k_groups();
+  bf16_t* scales = writable<bf16_t>(packed.scales) + n / kPanel * groups * kPanel + n % kPanel;
+  for (int64_t g = 0; g < groups; ++g) {
+    KTS_CHECK((from[g] & 0x7f80) != 0x7f80, "scales: expected finite numbers, found NaN or infinity");
+    scales[g * kPanel] = from[g];
   }
-  for (int64_t n = begin; n < end; ++n) pack_int4_row(w + n * stride, packed, n);
+  for (int64_t k = 0; k < packed.k; k += kTileKQ) {
+    uint8_t pairs[kPanel];
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const int64_t low = k + j, high = low + kPanel;
+      const int first = low < packed.k ? q[low / 2] >> (low % 2 * 4) & 15 : 8;
+      const int second = high < packed.k ? q[high / 2] >> (high % 2 * 4) & 15 : 8;
+      pairs[j] = static_cast<uint8_t>(first | second << 4);
+    }
+    scatter_dwords(pairs, kPanel / 4, tile_of_row(packed, n, k / kTileKQ, kTileBytesInt4));
+  }
 }
 
 void store_value(bf16_t* to, float value) { *to = f32_to_bf16(value); }
@@ -214,6 +237,15 @@ void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, in
   }
 }
 
+void pack_stored_int4(const StoredInt4& w, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end) {
+  KTS_DCHECK(packed.format.any_scale);
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    clear_int4_panel(packed, panel);
+    for (int64_t n = panel * kPanel; n < min_i64((panel + 1) * kPanel, packed.n); ++n)
+      pack_stored_row(w.q + n * w.stride, w.scales + n * w.scale_stride, packed, n);
+  }
+}
+
 void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, bf16_t* w, int64_t stride) {
   unpack(packed, panel_begin, panel_end, w, stride);
 }
@@ -228,6 +260,7 @@ const char* kernel_format_name(Format format) {
 }
 
 const char* format_name(WeightFormat format) {
+  if (format.any_scale) return "rawint4";
   return is_block_format(format.kind) ? block_type_info(format.type).name : kernel_format_name(format.kind);
 }
 
@@ -247,14 +280,15 @@ WeightFormat weight_format(const char* name, int group) {
     return {static_cast<Format>(kind), 0, type};
   }
   for (const Format kind : {Format::kBf16, Format::kInt8, Format::kInt4, Format::kF16}) {
-    if (std::string(name) != kernel_format_name(kind)) continue;
+    const bool any_scale = kind == Format::kInt4 && std::string(name) == "rawint4";
+    if (std::string(name) != kernel_format_name(kind) && !any_scale) continue;
     if (kind != Format::kInt4) return {kind, 0};
     KTS_CHECK(group == 32 || group == 64 || group == 128, "int4 group_size: expected 32, 64 or 128");
-    return {kind, group};
+    return {kind, group, BlockType::kNone, any_scale};
   }
   std::string gguf = "f16";
   for (const BlockTypeInfo& info : kBlockTypes) gguf += std::string(", ") + info.name;
-  fail(("format: expected bf16, int8 or int4, or a type of GGUF files (" + gguf + "), got " + name).c_str());
+  fail(("format: expected bf16, int8, int4 or rawint4, or a type of GGUF files (" + gguf + "), got " + name).c_str());
 }
 
 }  // namespace kts

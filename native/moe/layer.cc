@@ -112,6 +112,24 @@ void MoeLayer::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_st
   load_expert(expert, {gate_w, 2 * gate_stride}, {up_w, 2 * up_stride}, {down_w, 2 * down_stride});
 }
 
+void MoeLayer::load_expert_int4(int64_t expert, const StoredInt4& gate_w, const StoredInt4& up_w,
+                                const StoredInt4& down_w) {
+  KTS_CHECK(shape_.format.is_uniform() && shape_.format.gate.any_scale,
+            "load_expert_int4: expected a layer of format rawint4");
+  KTS_CHECK(shape_.hidden % 2 == 0 && shape_.inter % 2 == 0, "load_expert_int4: expected even hidden and inter");
+  pack_expert(expert, [&](int which, const Shard& part, const PackedMatrix& packed, int64_t panel) {
+    StoredInt4 w = which == 0 ? gate_w : which == 1 ? up_w : down_w;
+    if (which == 2) {  // shards begin with a group
+      w.q += part.begin / 2;
+      w.scales += part.begin / packed.format.group;
+    } else {
+      w.q += part.begin * w.stride;
+      w.scales += part.begin * w.scale_stride;
+    }
+    pack_stored_int4(w, packed, panel, panel + 1);
+  });
+}
+
 template <class T>
 void MoeLayer::unpack_expert(int64_t expert, T* gate_w, int64_t gate_stride, T* up_w, int64_t up_stride, T* down_w,
                              int64_t down_stride) const {

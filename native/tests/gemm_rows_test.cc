@@ -55,6 +55,18 @@ KTS_TEST(kernel_rows_meet_the_bound_on_reals) {
   });
 }
 
+// What loads INT4 checkpoints as they are, in few shapes: this case alone runs in minutes on the emulated PC.
+KTS_TEST(rows_of_stored_int4_meet_the_bound) {
+  for (const KernelRow& row : kernel_table()) {
+    if (!runs_here(row) || row.format != Format::kInt4) continue;
+    for (const Shape& shape : {Shape{1, 33, 64}, {4, 40, 257}, {33, 66, 200}}) {
+      if (row.max_m != 0 && shape.m > row.max_m) continue;
+      check_row(row, {Format::kInt4, 32, BlockType::kNone, true}, shape, Values::kSmallIntegers, false);
+      check_row(row, {Format::kInt4, 32, BlockType::kNone, true}, shape, Values::kReals, false);
+    }
+  }
+}
+
 KTS_TEST(rows_of_int8_equal_the_scalar_bits) {
   for_rows([](const KernelRow& row, WeightFormat format, const Shape& shape) {
     if (row.rows != Rows::kInt8) return;

@@ -24,6 +24,31 @@ std::vector<bf16_t> random_weights(int64_t n, int64_t stride) {
 
 }  // namespace
 
+KTS_TEST(stored_int4_is_packed_without_changing_a_number) {
+  for (const auto& [n, k] : kShapes) {
+    if (k % 2 != 0) continue;
+    const WeightFormat format{Format::kInt4, 32, BlockType::kNone, true};
+    Random random(static_cast<uint64_t>(n + k));
+    const int64_t groups = ceil_div(k, 32), stride = k / 2 + 3, scale_stride = groups + 2;
+    std::vector<uint8_t> q(static_cast<size_t>(n * stride));
+    std::vector<bf16_t> scales(static_cast<size_t>(n * scale_stride));
+    for (uint8_t& x : q) x = static_cast<uint8_t>(random.integer(0, 255));
+    for (bf16_t& x : scales) x = f32_to_bf16(random.real());
+    Bytes memory(packed_bytes(format, n, k), 0xad);
+    const PackedMatrix packed = packed_view(format, n, k, memory.data());
+    pack_stored_int4({q.data(), stride, scales.data(), scale_stride}, packed, 0, packed.n_panels());
+    for (int64_t i = 0; i < align_up(n, 32); ++i)
+      for (int64_t j = 0; j < align_up(k, 64); ++j) {
+        const bool inside = i < n && j < k;
+        const int want = inside ? (q[static_cast<size_t>(i * stride + j / 2)] >> (j % 2 * 4) & 15) - 8 : 0;
+        KTS_EXPECT(packed_integer(packed, i, j) == want) << "n=" << n << " k=" << k << " at " << i << ", " << j;
+        if (!inside) continue;
+        const float scale = bf16_to_f32(scales[static_cast<size_t>(i * scale_stride + j / 32)]);
+        KTS_EXPECT(packed_scale(packed, i, j) == scale) << "n=" << n << " k=" << k << " at " << i << ", " << j;
+      }
+  }
+}
+
 KTS_TEST(packing_bf16_follows_the_formula_and_round_trips) {
   for (const auto& [n, k] : kShapes) {
     std::vector<bf16_t> w(static_cast<size_t>(n * (k + 5)));

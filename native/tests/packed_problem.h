@@ -26,7 +26,9 @@ enum class Values {
 
 // What a kernel of this format takes.
 inline std::vector<WeightFormat> formats_of(Format kernel) {
-  if (kernel == Format::kInt4) return {{Format::kInt4, 32}, {Format::kInt4, 64}, {Format::kInt4, 128}};
+  if (kernel == Format::kInt4)
+    return {
+        {Format::kInt4, 32}, {Format::kInt4, 64}, {Format::kInt4, 128}, {Format::kInt4, 32, BlockType::kNone, true}};
   if (!is_block_format(kernel)) return {{kernel, 0}};
   std::vector<WeightFormat> formats;
   for (const BlockTypeInfo& type : kBlockTypes)
@@ -128,9 +130,10 @@ struct PackedProblem {
       if (i < align_up(n, 32) * align_up(k, 64) / 2) data[i] = 0x88;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t g = 0; g < ceil_div(k, format.group); ++g) {
-        // 5 significant bits: 16 .. 31 times a power of two, of either sign
+        // 5 significant bits (any_scale: 8): 16 .. 31 times a power of two, of either sign
         const float sign = random.integer(0, 1) == 0 ? 1.0f : -1.0f;
-        const float s = values == Values::kReals ? sign * std::ldexp(static_cast<float>(random.integer(16, 31)), -8)
+        const int significand = format.any_scale ? random.integer(128, 255) : 8 * random.integer(16, 31);
+        const float s = values == Values::kReals ? sign * std::ldexp(static_cast<float>(significand), -11)
                                                  : std::ldexp(sign, random.integer(-1, 1));
         const_cast<bf16_t*>(view.int4_scales())[(i / 32 * view.k_groups() + g) * 32 + i % 32] = f32_to_bf16(s);
         for (int64_t j = g * format.group; j < min_i64((g + 1) * format.group, k); ++j) {

@@ -92,7 +92,9 @@ struct Problem {
         const float scaled = static_cast<float>(a) * w.scale[static_cast<size_t>(t)];
         a = has_bf16_operands(row) ? round_to_bf16(scaled) : scaled;
       }
-      const double term = a * (forward ? w.value(col, t) : w.value(t, col)) * column_scale;
+      float weight = forward ? w.value(col, t) : w.value(t, col);
+      if (w.format.any_scale && has_bf16_operands(row) && row.rows == Rows::kBf16) weight = round_to_bf16(weight);
+      const double term = a * weight * column_scale;
       sum += term;
       *mass += std::fabs(term);
     }

@@ -61,7 +61,7 @@ KernelRow model_row(const Product& product) { return row_of(product, product.mod
 
 std::vector<WeightFormat> formats_of(const Product& product) {
   if (product.format != Format::kInt4) return {{product.format, 0}};
-  return {{Format::kInt4, 32}, {Format::kInt4, 64}, {Format::kInt4, 128}};
+  return {{Format::kInt4, 32}, {Format::kInt4, 64}, {Format::kInt4, 128}, {Format::kInt4, 32, BlockType::kNone, true}};
 }
 
 // Tails of every side; more than one pass of the sum in either direction; more rows than share a scratch.

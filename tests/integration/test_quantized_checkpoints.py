@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import kt_sft
 from kt_sft import KTConfig
-from kt_sft.errors import FormatError, UnsupportedModel
+from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
+from kt_sft.integrations.converting import convert_checkpoint
 from kt_sft.models.spec import iter_routed_experts
 from tests.helpers import quantized_checkpoints, tiny_models
 
@@ -144,3 +145,75 @@ def test_scale_of_the_whole_tensor(tmp_path):
     tiny_models.rewrite(quantized, lambda t: {k: v.reshape(()) if v.numel() == 1 else v for k, v in t.items()})
     ids = tiny_models.token_ids()
     assert torch.equal(kt_sft.load_model(quantized)(ids).logits, kt_sft.load_model(twin)(ids).logits)
+
+
+@pytest.fixture(scope="module")
+def int4(checkpoints):
+    return checkpoints("deepseek_v3 int4")
+
+
+def test_rawint4_holds_the_stored_numbers(int4, tmp_path):
+    """Integers and scales as they are: unpacking, saving and the logits are those of the numbers in the file."""
+    quantized, twin = int4
+    ours = kt_sft.load_model(quantized, KTConfig(method="RAWINT4"))
+    plain = kt_sft.load_model(twin)
+    for (_, experts), (_, others) in zip(iter_routed_experts(ours), iter_routed_experts(plain), strict=True):
+        assert experts.packed_bytes < 0.7 * others.packed_bytes
+        for index in range(experts.num_experts):
+            for mine, stored in zip(experts.origin(index)(), others.unpack_expert(index), strict=True):
+                assert torch.equal(mine, stored)
+    ours.save_pretrained(tmp_path / "saved")
+    saved = {k: v for f in (tmp_path / "saved").glob("*.safetensors") for k, v in load_file(f).items()}
+    for file in twin.glob("*.safetensors"):
+        for key, value in load_file(file).items():
+            assert torch.equal(saved[key], value), key
+
+
+def exact_matrices(experts, index):
+    """gate, up, down as q * scale, float64."""
+    gate, up = (torch.empty(experts.intermediate_dim, experts.hidden_dim) for _ in range(2))
+    down = torch.empty(experts.hidden_dim, experts.intermediate_dim)
+    experts.layer.unpack_expert(index, gate, up, down, "f32")
+    return gate.double(), up.double(), down.double()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_rawint4_computes_with_the_stored_numbers(int4, mode, tokens):
+    """Forward and input gradient of a layer against float64 on q * scale, which is no bf16 number."""
+    model = getattr(kt_sft.load_model(int4[0], KTConfig(method="RAWINT4", expert_activations="bf16")), mode)()
+    _, experts = next(iter(iter_routed_experts(model)))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, experts.hidden_dim, generator=generator).bfloat16().requires_grad_()
+    ids = torch.randint(0, experts.num_experts, (tokens, 2), generator=generator)
+    weights = torch.rand(tokens, 2, generator=generator)
+    dout = torch.randn(tokens, experts.hidden_dim, generator=generator).bfloat16()
+    out = experts(x, ids, weights)
+    out.backward(dout)
+    exact = x.detach().double().requires_grad_()
+    rows = []
+    for token in range(tokens):
+        row = torch.zeros(experts.hidden_dim, dtype=torch.float64)
+        for slot in range(2):
+            gate, up, down = exact_matrices(experts, int(ids[token, slot]))
+            hidden = torch.nn.functional.silu(gate @ exact[token]) * (up @ exact[token])
+            row = row + weights[token, slot].double() * (down @ hidden)
+        rows.append(row)
+    want = torch.stack(rows)
+    want.backward(dout.double())
+    for got, wanted in ((out, want), (x.grad, exact.grad)):
+        assert (got.double() - wanted).norm() / wanted.norm() < 4e-3
+
+
+def test_rawint4_needs_such_a_checkpoint(int4, checkpoints):
+    for path, group, match in [
+        (int4[1], 32, r"method RAWINT4: expected a compressed-tensors INT4 checkpoint in groups of 32, found BF16 in"),
+        (checkpoints("mixtral fp8")[0], 32, "found F8_E4M3 in"),
+        (int4[0], 64, "in groups of 64, found groups of 32; set int4_group_size"),
+    ]:
+        with pytest.raises(ConfigError, match=match):
+            kt_sft.load_model(path, KTConfig(method="RAWINT4", int4_group_size=group))
+    with pytest.raises(ConfigError, match="weight_cache: containers hold bf16, int8 or int4, found method RAWINT4"):
+        KTConfig(method="rawint4", weight_cache="x")
+    with pytest.raises(ConfigError, match="quant-method: expected bf16, int8 or int4, found rawint4"):
+        convert_checkpoint(int4[0], "x", KTConfig(method="RAWINT4"), bar=None)

@@ -165,6 +165,8 @@ def test_headers_that_lie(file):
     at = good.index(entry("a.names")) + len(entry("a.names")) + 8
     refused(with_bytes(at, huge), rf"number of elements of a.names at byte {at}")
     refused(with_bytes(at - 4, struct.pack("<I", 13)), "type of a.names")
+    at = good.index(entry("a.count")) + 8
+    refused(with_bytes(at, b"\n\x1bcount" + struct.pack("<I", 13)), r"type of \\n\\x1bcount before byte")
     at = good.index(entry("a.flag")) + len(entry("a.flag")) + 4
     refused(with_bytes(at, b"\2"), r"a.flag at byte \d+: expected true \(1\) or false \(0\), found 2")
 

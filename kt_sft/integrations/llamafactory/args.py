@@ -12,11 +12,11 @@ from kt_sft.errors import ConfigError, nearest
 
 # Key -> (type, help). Keys that LLaMA-Factory already has keep their own field. Default None: "as KTConfig has it".
 KEYS: dict[str, tuple[type, str]] = {
-    "kt_method": (str, "Weight format of the routed experts in memory: BF16, INT8, INT4 (also AMXBF16, AMXINT8, ...)."),
+    "kt_method": (str, "Weight format of the routed experts in memory: BF16, INT8, INT4, RAWINT4 (also AMXBF16, ...)."),
     "kt_int4_group_size": (int, "Weights that share a scale with kt_method INT4: 32 (default), 64 or 128."),
     "kt_expert_activations": (str, "Activations of the experts: auto (default), bf16, bfp16 or int8."),
     "kt_cpu_linear": (str, "Kernels for frozen linear layers on the CPU: auto (default), off, bf16 or int8."),
-    "kt_weight_path": (str, "Checkpoint or packed container of the experts; default: model_name_or_path."),
+    "kt_weight_path": (str, "Checkpoint, GGUF file or packed container of the experts; default: model_name_or_path."),
     "kt_weight_load": (str, "Use of a packed container: auto (default), mmap or copy."),
     "kt_weight_cache": (str, "Directory where a packed container of the experts is kept for later loads."),
     "kt_expert_checkpoint_path": (str, "Another name of kt_weight_path."),

@@ -19,10 +19,11 @@ from torch import nn
 
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
+from kt_sft.integrations.gguf_model import is_gguf_model
 from kt_sft.integrations.llamafactory import adapters, args, autoload
 from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter_fits, local_adapter_dir, read_adapter_config
-from kt_sft.integrations.transformers import check_model, quantization_config
+from kt_sft.integrations.transformers import check_model, from_gguf, quantization_config
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def activate(groups: tuple[Any, ...]) -> None:
     args.check(*groups)
     if unused := args.no_effect(model_args):
         _warn(f"without effect in kt_sft: {', '.join(unused)}; remove {'it' if len(unused) == 1 else 'them'}")
+    use_model_directory(model_args)
     check_inputs(model_args)
     finetuning_args = next(group for group in groups if hasattr(group, "lora_target"))
     model_args.kt_expert_lora = args.expert_lora(args.kt_config(model_args), finetuning_args.lora_target)
@@ -126,6 +128,17 @@ def activate(groups: tuple[Any, ...]) -> None:
     if training_args is not None:
         use_one_device(training_args)
     model_args.use_kt, model_args.kt_active = False, True
+
+
+def use_model_directory(model_args: Any) -> None:
+    """For a GGUF file as the model: LLaMA-Factory gets the directory that stands for it, the experts stay in the file.
+
+    Raises:
+        KTError: see `from_gguf`.
+    """
+    if is_gguf_model(model_args.model_name_or_path):
+        directory, config = from_gguf(model_args.model_name_or_path, args.kt_config(model_args))
+        model_args.model_name_or_path, model_args.kt_weight_path = str(directory), config.weight_path
 
 
 def check_inputs(model_args: Any) -> None:

@@ -230,12 +230,13 @@ KTS_INLINE void add_tile(const PackedMatrix& w, int64_t panel, int64_t k_tile, i
     for (int row = 0; row < 8; ++row, a += 4, from += 64) {
       if (kFormat == Format::kInt8 || k_tile % 2 == 0) ahead.step<1, 1>();
       __m512i low, high;
-      if constexpr (kFormat == Format::kInt8)
+      if constexpr (kFormat == Format::kInt8) {
         avx512::pairs_of_int8(from, &low, &high);
-      else if (k_tile % 2 == 0)
-        avx512::pairs_of_int4<false>(from, scale, &low, &high);
-      else
-        avx512::pairs_of_int4<true>(from, scale, &low, &high);
+      } else {
+        avx512::with_int4_half(w, k_tile, [&]<bool kHigh, bool kRounds>() {
+          avx512::pairs_of_int4<kHigh, kRounds>(from, scale, &low, &high);
+        });
+      }
       add_pairs(even, a, low);
       add_pairs(odd, a + 2, high);
     }

@@ -10,6 +10,16 @@ KTS_INLINE __m512i pair_of_exact(__m512 a, __m512 b) {
   return _mm512_or_si512(_mm512_castps_si512(b), _mm512_srli_epi32(_mm512_castps_si512(a), 16));
 }
 
+// The same of any finite a and b, rounded to nearest even.
+KTS_INLINE __m512i pair_of_rounded(__m512 a, __m512 b) {
+  const auto rounded = [](__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  };
+  return _mm512_or_si512(_mm512_slli_epi32(_mm512_srli_epi32(rounded(b), 16), 16), _mm512_srli_epi32(rounded(a), 16));
+}
+
 // Byte kByte of every dword, signed.
 template <int kByte>
 KTS_INLINE __m512 byte_f32(__m512i x) {
@@ -31,12 +41,28 @@ KTS_INLINE void pairs_of_int8(const uint8_t* from, __m512i* low, __m512i* high) 
   *high = pair_of_exact(byte_f32<2>(x), byte_f32<3>(x));
 }
 
-// 4 k x 16 n of int4 -> two rows of 16 pairs: q * scale, exact (kts/packed.h).
-template <bool kHigh>
+// 4 k x 16 n of int4 -> two rows of 16 pairs: q * scale, exact unless kRounds (WeightFormat::any_scale).
+template <bool kHigh, bool kRounds>
 KTS_INLINE void pairs_of_int4(const uint8_t* from, __m512 scale, __m512i* low, __m512i* high) {
   const __m512i x = _mm512_loadu_si512(from);
-  *low = pair_of_exact(nibble_f32<0, kHigh>(x, scale), nibble_f32<1, kHigh>(x, scale));
-  *high = pair_of_exact(nibble_f32<2, kHigh>(x, scale), nibble_f32<3, kHigh>(x, scale));
+  const __m512 values[4] = {nibble_f32<0, kHigh>(x, scale), nibble_f32<1, kHigh>(x, scale),
+                            nibble_f32<2, kHigh>(x, scale), nibble_f32<3, kHigh>(x, scale)};
+  if constexpr (kRounds) {
+    *low = pair_of_rounded(values[0], values[1]);
+    *high = pair_of_rounded(values[2], values[3]);
+  } else {
+    *low = pair_of_exact(values[0], values[1]);
+    *high = pair_of_exact(values[2], values[3]);
+  }
+}
+
+// fn<kHigh, kRounds>() for the half bytes of k_tile and the scales of w.
+template <class Fn>
+KTS_INLINE void with_int4_half(const PackedMatrix& w, int64_t k_tile, Fn&& fn) {
+  if (w.format.any_scale)
+    k_tile % 2 == 0 ? fn.template operator()<false, true>() : fn.template operator()<true, true>();
+  else
+    k_tile % 2 == 0 ? fn.template operator()<false, false>() : fn.template operator()<true, false>();
 }
 
 // First byte of the 32 k of k_tile in the panel's left tile; the right tile is packed_tile_bytes further.
@@ -51,11 +77,11 @@ KTS_INLINE const bf16_t* group_scales(const PackedMatrix& w, int64_t n_panel, in
   return w.int4_scales() + (n_panel * w.k_groups() + k_tile * kTileK / w.format.group) * kPanel;
 }
 
-template <bool kHigh>
+template <bool kHigh, bool kRounds>
 KTS_INLINE void unpack_int4_tile(const uint8_t* from, __m512 scale, uint8_t* to) {
   for (int row = 0; row < 8; ++row) {
     __m512i low, high;
-    pairs_of_int4<kHigh>(from + row * 64, scale, &low, &high);
+    pairs_of_int4<kHigh, kRounds>(from + row * 64, scale, &low, &high);
     _mm512_storeu_si512(to + row * 128, low);
     _mm512_storeu_si512(to + row * 128 + 64, high);
   }
@@ -75,10 +101,9 @@ KTS_INLINE void unpack_bf16_tiles(const PackedMatrix& w, int64_t n_panel, int64_
       }
     } else {
       const __m512 scale = Vec::load_bf16(group_scales(w, n_panel, k_tile) + half * kTileN);
-      if (k_tile % 2 == 0)
-        unpack_int4_tile<false>(from + half * kTileBytesInt4, scale, to);
-      else
-        unpack_int4_tile<true>(from + half * kTileBytesInt4, scale, to);
+      with_int4_half(w, k_tile, [&]<bool kHigh, bool kRounds>() {
+        unpack_int4_tile<kHigh, kRounds>(from + half * kTileBytesInt4, scale, to);
+      });
     }
   }
 }

@@ -122,6 +122,8 @@ class MoeLayer {
     int64_t row_bytes;  // from one to the next
   };
   void load_expert(int64_t expert, const WeightRows& gate, const WeightRows& up, const WeightRows& down);
+  // The same of int4 weights as a checkpoint holds them, for format rawint4: nothing is rounded. hidden and inter even.
+  void load_expert_int4(int64_t expert, const StoredInt4& gate, const StoredInt4& up, const StoredInt4& down);
   // The stored weights; T is bf16_t (rounded from q * scale) or float.
   template <class T>
   void unpack_expert(int64_t expert, T* gate, int64_t gate_stride, T* up, int64_t up_stride, T* down,

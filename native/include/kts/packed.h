@@ -13,7 +13,7 @@
 // Values beyond n and k are zero. W[n, k] = q * scale:
 //   int8: scale f32 [align_up(n, 32)], one per output channel n
 //   int4: scale bf16, index (n / 32 * ceil(k / group) + k / group) * 32 + n % 32. Every scale has at most 5 significant
-//         bits, so q * scale is a bf16 number: all kernels compute with the very same weights.
+//         bits, so q * scale is a bf16 number: all kernels compute with the very same weights (but see any_scale).
 //
 // Block types of GGUF files (kts/block_types.h), nothing rounded:
 //   f16     tile of 16 n x 32 k, 1 KiB, t as bf16: element t * 512 + k % 32 * 16 + n % 16
@@ -57,6 +57,9 @@ struct WeightFormat {
   Format kind = Format::kBf16;
   int group = 0;                      // int4: consecutive k that share a scale: 32, 64 or 128
   BlockType type = BlockType::kNone;  // block formats
+  // int4: scales are any finite bf16 numbers, as checkpoints store them (pack_stored_int4), and q * scale has up to 11
+  // significant bits. Kernels that sum in f32 compute with it as it is, those with bf16 operands round it to bf16.
+  bool any_scale = false;
 
   bool operator==(const WeightFormat&) const = default;
   // The k that a cut of a matrix along k, and its first one, must be a multiple of.
@@ -128,6 +131,18 @@ struct RowPart {
 void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end,
                  const RowPart& part = {});
 
+// int4 weights as a checkpoint holds them: q + 8 in half bytes, the lower one first, q in -8 .. 7.
+struct StoredInt4 {
+  const uint8_t* q = nullptr;      // [n, k / 2], k even
+  int64_t stride = 0;              // bytes
+  const bf16_t* scales = nullptr;  // [n, ceil(k / group)]
+  int64_t scale_stride = 0;
+};
+
+// Packs panels of a matrix of format any_scale without changing a number. A scale that is NaN or infinite throws
+// std::invalid_argument.
+void pack_stored_int4(const StoredInt4& w, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end);
+
 // Packs panels of w as a GGUF file holds it: rows of blocks (f16: of elements), row_bytes apart. w begins with the first
 // block that is packed. Non-finite scales throw std::invalid_argument.
 void pack_block_panels(const uint8_t* w, int64_t row_bytes, const PackedMatrix& packed, int64_t panel_begin,
@@ -170,7 +185,8 @@ const char* format_name(WeightFormat format);
 const char* kernel_format_name(Format format);
 // Throws std::invalid_argument unless W [n, k] can have the format: whole blocks along k.
 void check_format(WeightFormat format, int64_t k);
-// Throws std::invalid_argument for an unknown name or group.
+// bf16, int8, int4, rawint4 (int4 with any_scale) or a type of GGUF files. Throws std::invalid_argument for an unknown
+// name or group.
 WeightFormat weight_format(const char* name, int group);
 
 }  // namespace kts

@@ -1,0 +1,134 @@
+"""A GGUF file as the only file of a model: a model directory is made of it once, the experts stay in the file.
+
+The directory holds config.json, the tokenizer and the weights outside the experts in bf16. transformers and
+LLaMA-Factory then see a model like any other, whose experts are read from the GGUF file (`weight_path`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from kt_sft.errors import FormatError
+from kt_sft.formats.gguf import SUFFIX, GgufIndex
+from kt_sft.formats.gguf_config import model_config
+from kt_sft.formats.gguf_names import PlainTensor, plain_tensors
+from kt_sft.formats.safetensors_index import SINGLE_NAME
+from kt_sft.formats.safetensors_writer import PlannedTensor, write
+from kt_sft.integrations.gguf_experts import GgufExperts, dequantize
+from kt_sft.integrations.gguf_tokenizer import read_tokenizer
+from kt_sft.models.expert_keys import KeyMap
+from kt_sft.models.spec import find_experts
+
+logger = logging.getLogger(__name__)
+
+_CACHE = Path(".cache") / "kt_sft" / "gguf"
+
+
+def is_gguf_model(path: str | os.PathLike[str]) -> bool:
+    """Whether a model path names a GGUF file rather than a model directory."""
+    return str(path).endswith(SUFFIX) and not os.path.isdir(path)
+
+
+def model_directory(file: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
+    """The model directory of a GGUF file: made now, or found in the cache.
+
+    Args:
+        cache: folder of such directories; None: `~/.cache/kt_sft/gguf`.
+    Raises:
+        FormatError: the file is damaged or incomplete.
+        UnsupportedModel: an architecture or a tokenizer that is not known.
+    """
+    with GgufIndex.from_path(file) as index:
+        files = sorted({index.info(name).file for name in index})
+        marks = [(str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns) for part in files]
+        identity = hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
+        folder = Path(cache).expanduser() if cache is not None else Path.home() / _CACHE
+        target = folder / f"{Path(file).stem}-{identity}"
+        if not target.is_dir():
+            logger.info("writing config, tokenizer and weights outside the experts of %s to %s", file, target)
+            write_model_directory(index, target)
+    return target
+
+
+def read_config(index: GgufIndex) -> PreTrainedConfig:
+    """The model's config from the metadata.
+
+    Raises:
+        FormatError: a key is missing or of a wrong type.
+        UnsupportedModel: an architecture that is not known, or a dense model.
+    """
+    values = model_config(index)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def write_model_directory(index: GgufIndex, target: Path) -> None:
+    """Write the directory aside and rename it when it is complete; one that another process has made is kept.
+
+    Raises:
+        FormatError: a weight of the model is missing or has another shape.
+        UnsupportedModel: see `model_directory`.
+    """
+    config = model_config(index)
+    tensors = list(plain_tensors(index, config))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _check(staging, tensors, index)
+        read_tokenizer(index).save_pretrained(staging)
+        plan = [PlannedTensor(tensor.name, _dtype(tensor.name), tensor.shape) for tensor in tensors]
+        write(staging / SINGLE_NAME, plan, _pieces(index, tensors))
+        try:
+            staging.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _dtype(name: str) -> str:
+    """DeepSeek-V3's routing bias decides by small differences and is f32 in every checkpoint."""
+    return "torch.float32" if name.endswith("e_score_correction_bias") else "torch.bfloat16"
+
+
+def _pieces(index: GgufIndex, tensors: list[PlainTensor]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        dtype = getattr(torch, _dtype(tensor.name).removeprefix("torch."))
+        parts = [dequantize(index.info(name).type.name, index.blocks(name), dtype) for name in tensor.sources]
+        yield (parts[0] if tensor.make is None else tensor.make(*parts)).reshape(tensor.shape)
+
+
+def _check(directory: Path, tensors: list[PlainTensor], index: GgufIndex) -> None:
+    """Every weight of the model is there, once and of the right shape, before anything long is done."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    specs = find_experts(model)
+    GgufExperts(index, specs)
+    key_map = KeyMap(model, specs)
+    shapes: dict[str, Any] = {}
+    for tensor in tensors:
+        shape = key_map.plain_shape(tensor.name)
+        if shape is None or shape != tensor.shape:
+            expected = "no such tensor" if shape is None else f"shape {list(shape)}"
+            what = f"tensor {tensor.sources[0]} ({tensor.name})"
+            raise FormatError(index.source, what, expected=expected, found=list(tensor.shape))
+        shapes[key_map.target(tensor.name)[0]] = tensor.shape
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
+    inside = tuple(f"{name}." for name in specs)
+    missing = [k for k in model.state_dict() if k not in shapes and k not in tied and not k.startswith(inside)]
+    if missing:
+        found = f"{len(missing)} missing, first that of {missing[0]}"
+        raise FormatError(index.source, "tensors", expected="every weight of the model", found=found)

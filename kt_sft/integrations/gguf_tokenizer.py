@@ -1,0 +1,170 @@
+"""The tokenizer that a GGUF file carries, as a fast tokenizer of transformers.
+
+Keys `tokenizer.ggml.*`: docs/gguf.md of the ggml project. The file only names how text is cut before byte pair encoding
+(`pre`); the expressions are those of the models' own tokenizer.json, as llama.cpp's llama-vocab.cpp lists them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from kt_sft.errors import FormatError, UnsupportedModel
+from kt_sft.formats.gguf import GgufIndex
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
+_LLAMA3 = rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}"
+_QWEN2 = rf"{_WORDS}|\p{{N}}{_REST}"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Letters of alphabets with upper and lower case.
+_DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼ"
+    "ℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK_V3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Expressions are applied one after the other to the pieces that the one before has left.
+_SPLITS: dict[str, tuple[str, ...]] = {
+    "qwen2": (_QWEN2,),
+    "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "deepseek-llm": (
+        r"[\r\n]",
+        rf"\s?[{_DEEPSEEK_LETTERS}]+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        "[一-龥ࠀ-一가-퟿]+",
+        r"\p{N}+",
+    ),
+    "deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3),
+}
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def read_tokenizer(index: GgufIndex) -> PreTrainedTokenizerFast:
+    """Vocabulary, merges, special tokens and chat template.
+
+    Raises:
+        FormatError: keys missing, or not fitting together.
+        UnsupportedModel: a kind of tokenizer, or a way to cut text, that is not known.
+    """
+    values = _Keys(index)
+    tokens = values.strings("tokens")
+    kind = values.get("model")
+    if kind == "gpt2":
+        tokenizer = _byte_level(values, tokens)
+    elif kind == "llama":
+        tokenizer = _sentence_piece(values, tokens)
+    else:
+        raise values.unsupported("model", "gpt2 or llama", kind)
+    types = [int(number) for number in values.get("token_type", [])]
+    for number, token in zip(types, tokens, strict=bool(types)) if len(types) in (0, len(tokens)) else ():
+        if number == _CONTROL:
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif number == _USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    special = {name: tokens[number] for name, number in values.special(len(tokens)).items()}
+    _add_edges(tokenizer, values, special)
+    template = index.metadata.get("tokenizer.chat_template")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    if isinstance(template, str):
+        fast.chat_template = template
+    return fast
+
+
+class _Keys:
+    """`tokenizer.ggml.*` of a file."""
+
+    def __init__(self, index: GgufIndex):
+        self._index = index
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._index.metadata.get(f"tokenizer.ggml.{key}", default)
+
+    def strings(self, key: str) -> list[str]:
+        value = self.get(key)
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            what = f"metadata tokenizer.ggml.{key}"
+            raise FormatError(self._index.source, what, expected="a list of texts", found=type(value).__name__)
+        return value
+
+    def special(self, num_tokens: int) -> dict[str, int]:
+        names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        found = {}
+        for name, argument in names.items():
+            number = self.get(f"{name}_token_id")
+            if number is None:
+                continue
+            if type(number) is not int or not 0 <= number < num_tokens:
+                what = f"metadata tokenizer.ggml.{name}_token_id"
+                raise FormatError(self._index.source, what, expected=f"a number below {num_tokens}", found=number)
+            found[argument] = number
+        return found
+
+    def unsupported(self, key: str, expected: str, found: object) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self._index.source}: tokenizer.ggml.{key}",
+            expected=expected,
+            found=repr(found),
+            remedy="use the model directory of its safetensors version, and the GGUF file as kt_weight_path",
+        )
+
+
+def _byte_level(values: _Keys, tokens: list[str]) -> Tokenizer:
+    pre = values.get("pre", "gpt-2")
+    if pre not in _SPLITS:
+        raise values.unsupported("pre", " or ".join(_SPLITS), pre)
+    vocab = {token: number for number, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in values.strings("merges")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in ("llama-bpe", "llama3")))
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _SPLITS[pre]]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentence_piece(values: _Keys, tokens: list[str]) -> Tokenizer:
+    """SentencePiece BPE: a merge for every way to put a token together of two others, best score first."""
+    scores = [float(score) for score in values.get("scores", [])]
+    if len(scores) != len(tokens):
+        raise values.unsupported("scores", f"{len(tokens)} numbers", f"{len(scores)}")
+    vocab = {token: number for number, token in enumerate(tokens)}
+    merges = []
+    for token, score in zip(tokens, scores, strict=True):
+        pairs = [(token[:at], token[at:]) for at in range(1, len(token))]
+        found = [(left, right) for left, right in pairs if left in vocab and right in vocab]
+        found.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        merges += [(-score, pair) for pair in found]
+    merges.sort(key=lambda merge: merge[0])
+    unknown = values.special(len(tokens)).get("unk_token")
+    unk_token = tokens[unknown] if unknown is not None else None
+    pairs = [pair for _, pair in merges]
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
+    prefix = [normalizers.Prepend("▁")] if values.get("add_space_prefix", True) else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _add_edges(tokenizer: Tokenizer, values: _Keys, special: dict[str, str]) -> None:
+    """Begin and end tokens around every text, where the file asks for them."""
+    first = special.get("bos_token") if values.get("add_bos_token", values.get("model") == "llama") else None
+    last = special.get("eos_token") if values.get("add_eos_token", False) else None
+    if first is None and last is None:
+        return
+    single = [*([first] if first else []), "$A", *([last] if last else [])]
+    pair = [*single, *(f"{part.replace('$A', '$B')}:1" for part in single)]
+    edges = [(token, tokenizer.token_to_id(token)) for token in {first, last} if token]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=edges)
