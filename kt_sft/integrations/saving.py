@@ -142,6 +142,12 @@ def _plan(model: PreTrainedModel, save_original_format: bool) -> list[tuple[Plan
     dtype = model.dtype if model.dtype in (torch.float16, torch.float32) else torch.bfloat16
     shapes: dict[str, Tensor] = {}
     for name, spec in specs.items():
+        if spec.expert_keys:
+            into = torch.empty(spec.inter, spec.hidden, dtype=dtype, device="meta")
+            tensors = dict(zip(spec.expert_keys, (into, into, into.mT), strict=True))
+            keys = [(expert, child) for expert in range(spec.num_experts) for child in tensors]
+            shapes |= {f"{name}.{expert}.{child}.weight": tensors[child] for expert, child in keys}
+            continue
         shapes[f"{name}.gate_up_proj"] = torch.empty(spec.gate_up_shape, dtype=dtype, device="meta")
         shapes[f"{name}.down_proj"] = torch.empty(spec.down_shape, dtype=dtype, device="meta")
     if save_original_format:

@@ -379,6 +379,9 @@ def _unread_patterns(model: PreTrainedModel, specs: dict[str, ExpertsSpec]) -> I
     """Checkpoint keys that transformers leaves unread on purpose: the experts, and extra prediction layers."""
     for pattern in sorted({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in specs}):
         yield rf"^{pattern}\.(gate_up_proj|down_proj)(_\w+)?$"
+    for name, spec in specs.items():
+        if spec.expert_keys:
+            yield rf"^{re.escape(name)}\.\d+\.({'|'.join(spec.expert_keys)})\."
     text_config = model.config.get_text_config()
     for extra in range(getattr(text_config, "num_nextn_predict_layers", None) or 0):
         yield rf"^model\.layers\.{text_config.num_hidden_layers + extra}\."

@@ -8,7 +8,7 @@ that mapping instead of listing families, and turns the answer into slices that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +141,9 @@ class KeyMap:
         for name, spec in specs.items():
             self._parameters[f"{name}.gate_up_proj"] = spec.gate_up_shape
             self._parameters[f"{name}.down_proj"] = spec.down_shape
+        # Of experts in a ModuleList: key -> module, projection and number.
+        self._listed = {key: (name, *part) for name, spec in specs.items() for key, part in _listed(name, spec)}
+        self._parameters.update(self._listed)
 
     def target(self, key: str) -> tuple[str, str | None]:
         """The parameter that a checkpoint key feeds, and the converter pattern that matched (None: as it is)."""
@@ -158,7 +161,9 @@ class KeyMap:
     def plain_shape(self, key: str) -> tuple[int, ...] | None:
         """Shape the file must have for a key that feeds a non-expert parameter unchanged; None for all others."""
         target, pattern = self.target(key)
-        if pattern is not None or target.rpartition(".")[0] in self._specs or target not in self._parameters:
+        if pattern is not None or target in self._listed or target not in self._parameters:
+            return None
+        if target.rpartition(".")[0] in self._specs:
             return None
         return tuple(self._parameters[target].shape)
 
@@ -179,6 +184,9 @@ class KeyMap:
         layers = {name: LayerSource(name, spec) for name, spec in self._specs.items()}
         for key in keys:
             target, pattern = self.target(key)
+            if target in self._listed:
+                name, projection, index = self._listed[target]
+                layers[name].single[projection, index] = key
             module, _, parameter = target.rpartition(".")
             if module not in layers or parameter not in ("gate_up_proj", "down_proj"):
                 continue
@@ -254,3 +262,10 @@ class KeyMap:
                 f"checkpoint tensor {key}", expected=f"a name like {pattern}", found="no expert number"
             )
         return int(found.group(1))
+
+
+def _listed(name: str, spec: ExpertsSpec) -> Iterator[tuple[str, tuple[str, int]]]:
+    """Keys of the experts of a ModuleList, with projection and number."""
+    for index in range(spec.num_experts):
+        for projection, child in zip(PROJECTIONS, spec.expert_keys or (), strict=False):
+            yield f"{name}.{index}.{child}.weight", (projection, index)

@@ -17,6 +17,8 @@ class ExpertsSpec:
         activation: the kernels' name of the gate function; `clamped_swiglu` uses alpha and limit.
         is_transposed: the module keeps `[experts, in, out]` instead of `[experts, out, in]`.
         is_interleaved: gate and up alternate along the outputs of gate_up_proj, instead of gate first.
+        expert_keys: names of gate, up and down inside each element of a ModuleList, where the module that is replaced
+            is one: checkpoints hold `<name>.<expert>.<key>.weight`. None for modules with fused parameters.
         has_bias: `gate_up_proj_bias` `[experts, 2 * inter]` and `down_proj_bias` `[experts, hidden]` are added.
     """
 
@@ -29,6 +31,7 @@ class ExpertsSpec:
     has_bias: bool = False
     alpha: float = 1.702
     limit: float = 7.0
+    expert_keys: tuple[str, str, str] | None = None
 
     @property
     def gate_up_shape(self) -> tuple[int, int, int]:

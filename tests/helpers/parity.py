@@ -168,7 +168,11 @@ class NoisyExperts(nn.Module):
         self.spec, self.rounding, self.lora = spec, rounding, None
         self.num_experts = spec.num_experts
         self.masks: Masks | None = None
-        weights = (stock.gate_up_proj.detach().double(), stock.down_proj.detach().double())
+        if spec.expert_keys:
+            gate, up, down = (torch.stack([getattr(e, key).weight.detach() for e in stock]) for key in spec.expert_keys)
+            weights = (torch.cat([gate, up], dim=1).double(), down.double())
+        else:
+            weights = (stock.gate_up_proj.detach().double(), stock.down_proj.detach().double())
         gate_up, down = (w.mT if spec.is_transposed else w for w in weights)  # [experts, out, in]
         self.weights = [torch.cat([gate_up[:, spec.gate_rows], gate_up[:, spec.up_rows]], dim=1), down]
         self.biases = [torch.zeros(spec.num_experts, 1, dtype=torch.float64)] * 2
