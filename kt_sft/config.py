@@ -14,6 +14,8 @@ METHODS = {
     "INT8": "INT8",
     "INT4": "INT4",
     "RAWINT4": "RAWINT4",
+    "GGUF": "GGUF",
+    "LLAMAFILE": "GGUF",
     "AMXBF16": "BF16",
     "AMXINT8": "INT8",
     "AMXINT4": "INT4",
@@ -41,14 +43,16 @@ class KTConfig:
 
     Args:
         method: weight format in memory: `BF16`, `INT8` (one scale per output channel), `INT4` (one scale per group of
-            inputs) or `RAWINT4` (integers and scales of a compressed-tensors INT4 checkpoint as they are stored);
-            `AMXBF16`, `AMXINT8`, `MOE_INT8`, `AMXINT4`, `MOE_INT4` are other names for them.
+            inputs), `RAWINT4` (integers and scales of a compressed-tensors INT4 checkpoint as they are stored), `GGUF`
+            (the block types of a GGUF file as they are stored, docs/sources.md); `AMXBF16`, `AMXINT8`, `MOE_INT8`,
+            `AMXINT4`, `MOE_INT4`, `LLAMAFILE` are other names for them.
         int4_group_size: 32, 64 or 128 weights share a scale in `INT4`; sizes need not be multiples of it. In `RAWINT4`
             it must be the checkpoint's.
         expert_activations: `bf16` multiplies bf16 activations with the weights; `bfp16` does the same, but few rows
             per expert (decoding) in block floating point, which is faster; `int8` quantises them row by row. The last
-            two need `INT8` or `INT4` and give straight-through gradients. `auto` is bf16 in training and wherever
-            gradients are recorded, else int8 if the CPU has int8 dot instructions, or bfp16 (docs/numerics.md: errors).
+            two need integer weights and give straight-through gradients; `int8` is not for `GGUF`. `auto` is bf16 in
+            training and wherever gradients are recorded, else int8 if the CPU has int8 dot instructions, or bfp16
+            (docs/numerics.md: errors).
         threads: kernel threads of this process; None: physical cores that the process may use, divided by the
             processes on this machine.
         threadpool_count: groups of threads, one per NUMA node; None: the number of NUMA nodes.
@@ -95,7 +99,7 @@ class KTConfig:
 
     @property
     def weight_format(self) -> str:
-        """The method as the kernels call it: `bf16`, `int8`, `int4` or `rawint4`."""
+        """As the kernels call it: `bf16`, `int8`, `int4`, `rawint4`; `gguf`: each tensor has a type of its own."""
         return self.method.lower()
 
     def _faults(self) -> Iterator[str]:
@@ -104,6 +108,8 @@ class KTConfig:
         elif self.expert_activations in ("bfp16", "int8") and METHODS[self.method.upper()] == "BF16":
             found = f"expert_activations: {self.expert_activations} needs method INT8 or INT4, found BF16"
             yield f"{found}; set one of them, or leave it auto"
+        elif self.expert_activations == "int8" and METHODS[self.method.upper()] == "GGUF":
+            yield "expert_activations: int8 has no kernels for the types of GGUF files; set auto, bfp16 or bf16"
         if type(self.int4_group_size) is not int or self.int4_group_size not in INT4_GROUP_SIZES:
             yield f"int4_group_size: expected one of 32, 64, 128, found {self.int4_group_size!r}"
         for name, known in _CHOICES.items():
@@ -117,8 +123,9 @@ class KTConfig:
                 yield f"{name}: expected a whole number >= 1{' or nothing' if optional else ''}, found {value!r}"
         if self.expert_lora is not None and not isinstance(self.expert_lora, bool):
             yield f"expert_lora: expected true, false or nothing, found {self.expert_lora!r}"
-        if isinstance(self.method, str) and self.method.upper() == "RAWINT4" and self.weight_cache is not None:
-            yield "weight_cache: containers hold bf16, int8 or int4, found method RAWINT4; leave one of them out"
+        method = METHODS.get(self.method.upper()) if isinstance(self.method, str) else None
+        if method in ("RAWINT4", "GGUF") and self.weight_cache is not None:
+            yield f"weight_cache: containers hold bf16, int8 or int4, found method {method}; leave one of them out"
         for name in ("weight_path", "weight_cache"):
             if getattr(self, name) is not None and not str(getattr(self, name)).strip():
                 yield f"{name}: expected a directory or nothing, found an empty string"

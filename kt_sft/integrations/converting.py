@@ -65,9 +65,10 @@ def convert_checkpoint(
     Raises:
         KTError: see `open_source`, `kt_sft.convert.run.convert` and `kt_sft.convert.verify.verify`.
     """
-    if config.method == "RAWINT4":
+    if config.method in ("RAWINT4", "GGUF"):
+        found = config.method.lower()
         raise ConfigError(
-            "quant-method: expected bf16, int8 or int4, found rawint4; load such a checkpoint without a container"
+            f"quant-method: expected bf16, int8 or int4, found {found}; load such a checkpoint without a container"
         )
     prepare_native(config)
     source, specs, model_type = open_source(input_path, input_type)

@@ -82,11 +82,17 @@ def open_experts(
         config: `weight_path` says where the experts are instead, if not there; see `open_weight_path`.
     Raises:
         ConfigError: a packed container of another weight format, or `weight_load` that this process cannot follow;
-            RAWINT4 without such a checkpoint.
+            RAWINT4 or GGUF without such files.
         FormatError: files missing or damaged; experts missing, twice, of a wrong shape or type.
         UnsupportedModel: the family stores experts in a way that needs more than slicing.
     """
     source = _open(model, specs, own_files, config)
+    if config.method == "GGUF" and not isinstance(source, GgufExperts):
+        found = "a packed container" if isinstance(source, PackedExperts) else "safetensors"
+        raise ConfigError(
+            f"method GGUF: expected the experts in a GGUF file, found {found} in {source.path}; set weight_path to a "
+            "GGUF file, or use BF16, INT8 or INT4"
+        )
     if config.method == "RAWINT4":
         group = getattr(source, "int4_group", None)
         if group != config.int4_group_size:
@@ -96,6 +102,14 @@ def open_experts(
                 f"found {found}; set int4_group_size to the checkpoint's, or use INT4, INT8 or BF16"
             )
     return source
+
+
+def weight_formats(source: ExpertSource, config: KTConfig) -> dict[str, str | tuple[str, str, str]]:
+    """What `RoutedExperts` are to hold, by module: the format of the settings, or the types of a GGUF file."""
+    if config.method == "GGUF":
+        assert isinstance(source, GgufExperts)
+        return {name: source.native_formats(name) for name in source.formats}
+    return dict.fromkeys(source.formats, config.weight_format)
 
 
 def _open(

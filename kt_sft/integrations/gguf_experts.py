@@ -48,17 +48,43 @@ class GgufExperts:
         self._layers = {name: layer_number(name) for name in specs}
         self.path = index.source
         self.formats = {name: self._check(name, spec) for name, spec in specs.items()}
-        found = Counter(kind for kinds in self.formats.values() for kind in kinds)
-        self._summary = ", ".join(f"{count} x {kind}" for kind, count in found.most_common())
+        self._is_said = False
 
     def load(self, experts: RoutedExperts, name: str, expert: int) -> None:
-        """See `ExpertSource`; blocks are dequantised to bf16 and packed in the module's own format."""
-        if self._summary:
-            text = "experts from %s: projections in %s, dequantised to bf16 and packed as %s"
-            logger.info(text, self.path.name, self._summary, experts.weight_format)
-            self._summary = ""
+        """See `ExpertSource`; types that the module has not as they are become bf16, then the module's own format."""
+        if not self._is_said:
+            self._say(experts)
         read = functools.partial(self.read, name, expert)
-        experts.load_expert(expert, *read(), origin=read)
+        kinds, blocks = self.formats[name], self.blocks(name, expert)
+        packed = [
+            part if wanted == kind.lower() and wanted != "bf16" else dequantize(kind, part)
+            for wanted, kind, part in zip(experts.formats, kinds, blocks, strict=True)
+        ]
+        is_stored = experts.formats == self.native_formats(name) and "int8" not in experts.formats
+        experts.load_expert(expert, *packed, origin=read, is_stored=is_stored)
+
+    def native_formats(self, name: str) -> tuple[str, str, str]:
+        """What holds gate, up and down of a module for method GGUF: their own types where kernels have them.
+
+        Others become int8, and the floating point types bf16 (f16 stays).
+        """
+        gate, up, down = (native_format(kind) for kind in self.formats[name])
+        return gate, up, down
+
+    def _say(self, experts: RoutedExperts) -> None:
+        """One line to the user: what is in the file, and what becomes of it."""
+        self._is_said = True
+        found = Counter(kind for kinds in self.formats.values() for kind in kinds)
+        if experts.weight_format != "gguf":
+            types = ", ".join(f"{count} x {kind}" for kind, count in found.most_common())
+            text = "experts from %s: projections in %s, dequantised to bf16 and packed as %s"
+            logger.info(text, self.path.name, types, experts.weight_format)
+            return
+        words = []
+        for kind, count in found.most_common():
+            held = native_format(kind)
+            words.append(f"{count} x {kind} {'as stored' if held == kind.lower() else f'dequantised to {held}'}")
+        logger.info("experts from %s: projections %s", self.path.name, ", ".join(words))
 
     def read(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `ExpertSource`."""
@@ -119,6 +145,14 @@ class GgufExperts:
                 break  # the same tensors hold all experts
         gate, up, down = (self._index.info(part.key).type.name for part in self._parts(name, 0))
         return gate, up, down
+
+
+@functools.cache
+def native_format(kind: str) -> str:
+    """Weight format of a GGUF type under method GGUF: the type itself, bf16 or int8."""
+    if kind.lower() in {"f16", *(known["name"] for known in native().block_types())}:
+        return kind.lower()
+    return "bf16" if kind in ("BF16", "F32", "F64") else "int8"
 
 
 def layer_number(name: str) -> int:

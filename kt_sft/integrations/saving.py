@@ -28,7 +28,7 @@ from kt_sft.nn.packed_linear import has_rounded_linears, saving_packed_weights
 logger = logging.getLogger(__name__)
 
 # Of the weights, rel-L2, for normally distributed ones (docs/numerics.md).
-FORMAT_ERRORS = {"int8": "0.9 %", "int4": "8 to 10 %", "rawint4": "8 to 10 %"}
+FORMAT_ERRORS = {"int8": "0.9 %", "int4": "8 to 10 %", "rawint4": "8 to 10 %", "gguf": "0.2 to 0.9 %"}
 _UNITS = {
     "B": 1,
     "KB": 10**3,

@@ -31,7 +31,13 @@ from kt_sft.errors import ConfigError, UnsupportedHardware, nearest
 from kt_sft.formats.packed import is_container
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.integrations.auto_class import auto_class
-from kt_sft.integrations.expert_sources import ExpertSource, open_experts, open_weight_path, stream_experts
+from kt_sft.integrations.expert_sources import (
+    ExpertSource,
+    open_experts,
+    open_weight_path,
+    stream_experts,
+    weight_formats,
+)
 from kt_sft.integrations.gguf_model import is_gguf_model, model_directory
 from kt_sft.integrations.linears import pack_linears
 from kt_sft.integrations.model_files import (
@@ -55,6 +61,7 @@ __all__ = ["KTExpertsConfig", "check_model", "load_model", "prepare_native", "qu
 logger = logging.getLogger(__name__)
 
 METHOD_NAME = "kt_sft"
+WeightFormats = str | tuple[str, str, str]  # of all projections, or of gate, up and down
 _REFUSED_ARGS = {
     "quantization_config": "kt_sft passes its own; describe the experts with KTConfig",
     "gguf_file": "pass the path of the GGUF file as the model",
@@ -148,12 +155,17 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
         )
     specs = find_experts(model)
     on_cpu = _uses_main_memory(from_pretrained_kwargs.get("device_map"))
-    _check_memory(specs, _rest_bytes(model, specs) if on_cpu else 0, config)
+    formats: dict[str, WeightFormats] = dict.fromkeys(
+        specs, config.weight_format if config.method != "GGUF" else "bf16"
+    )
     if Path(path).is_dir() and not hub_kwargs.get("subfolder"):
         with SafetensorsIndex.from_directory(path) as own:
             files = sorted({str(own.info(name).file) for name in own})
-        open_experts(model, specs, files, config).close()
-    _swap_experts(model, specs, config)
+        source = open_experts(model, specs, files, config)
+        formats = weight_formats(source, config)
+        source.close()
+    _check_memory(specs, _rest_bytes(model, specs) if on_cpu else 0, config, formats)
+    _swap_experts(model, specs, config, formats)
     return model
 
 
@@ -257,8 +269,9 @@ class KTExpertsQuantizer(HfQuantizer):
         if self.quantization_config.replaces_quantization:
             self._dequantizer = Dequantizer(model, specs, files)
         rest_bytes = _rest_bytes(model, specs) if _uses_main_memory(kwargs.get("device_map")) else 0
-        _check_memory(specs, rest_bytes, self.kt_config)
-        _swap_experts(model, specs, self.kt_config)
+        formats = weight_formats(self._source, self.kt_config)
+        _check_memory(specs, rest_bytes, self.kt_config, formats)
+        _swap_experts(model, specs, self.kt_config, formats)
         model._keys_to_ignore_on_load_unexpected = [
             *(model._keys_to_ignore_on_load_unexpected or []),
             *_unread_patterns(model, specs),
@@ -331,21 +344,24 @@ def _uses_main_memory(device_map: dict[str, Any] | str | None) -> bool:
     return any(str(device) == "cpu" for device in device_map.values())
 
 
-def _check_memory(specs: dict[str, ExpertsSpec], rest_bytes: int, config: KTConfig) -> None:
+def _check_memory(
+    specs: dict[str, ExpertsSpec], rest_bytes: int, config: KTConfig, formats: dict[str, WeightFormats]
+) -> None:
     is_mapped = (uses_cache(config) or _is_packed(config)) and not copies(config)
 
-    def needed(weight_format: str) -> memory.MemoryEstimate:
+    def needed(formats: dict[str, WeightFormats]) -> memory.MemoryEstimate:
         packed_bytes = native().MoeLayer.packed_bytes_for
         sizes = [
-            packed_bytes(spec.num_experts, spec.hidden, spec.inter, weight_format, config.int4_group_size)
-            for spec in specs.values()
+            packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], config.int4_group_size)
+            for name, spec in specs.items()
         ]
         return memory.estimate(specs, sizes, rest_bytes, ranks=env.local_world_size(), is_mapped=is_mapped)
 
-    smaller = {method: needed(method.lower()) for method in ("INT8", "INT4") if method != config.method}
-    available = memory.available_memory()
-    memory.check(needed(config.weight_format), available, smaller)
-    if warning := memory.mapped_shortage(needed(config.weight_format), available):
+    methods = [method for method in ("INT8", "INT4") if method != config.method]
+    smaller = {method: needed(dict.fromkeys(specs, method.lower())) for method in methods}
+    available, wanted = memory.available_memory(), needed(formats)
+    memory.check(wanted, available, smaller)
+    if warning := memory.mapped_shortage(wanted, available):
         logger.warning(warning)
 
 
@@ -353,7 +369,9 @@ def _is_packed(config: KTConfig) -> bool:
     return config.weight_path is not None and is_container(config.weight_path)
 
 
-def _swap_experts(model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig) -> None:
+def _swap_experts(
+    model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig, formats: dict[str, WeightFormats]
+) -> None:
     dtype = model.dtype
     for name, spec in specs.items():
         parent, _, attribute = name.rpartition(".")
@@ -361,7 +379,7 @@ def _swap_experts(model: PreTrainedModel, specs: dict[str, ExpertsSpec], config:
         with torch.device("cpu"):
             experts = RoutedExperts(
                 spec,
-                weight_format=config.weight_format,
+                weight_format=formats[name],
                 group_size=config.int4_group_size,
                 expert_activations=config.expert_activations,
                 chunk_size=config.chunk_size,

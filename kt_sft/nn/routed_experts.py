@@ -23,8 +23,9 @@ class RoutedExperts(nn.Module):
 
     Args:
         spec: sizes and activation.
-        weight_format: `bf16`, `int8` or `int4`: what is loaded is rounded to it; `rawint4`: the integers and scales
-            that `load_expert_int4` is given.
+        weight_format: of all projections, or of gate, up and down. `bf16`, `int8` or `int4`: what is loaded is rounded
+            to it; `rawint4`: the integers and scales that `load_expert_int4` is given; `f16` or a block type of GGUF
+            files: the rows of a file.
         group_size: weights that share a scale in `int4` and `rawint4`.
         expert_activations: `bf16`, `bfp16` (block floating point for few rows), `int8` (quantised row by row) or
             `auto`, see `rows`.
@@ -41,7 +42,7 @@ class RoutedExperts(nn.Module):
         self,
         spec: ExpertsSpec,
         *,
-        weight_format: str = "bf16",
+        weight_format: str | tuple[str, str, str] = "bf16",
         group_size: int = 32,
         expert_activations: str = "auto",
         chunk_size: int = 1024,
@@ -53,7 +54,8 @@ class RoutedExperts(nn.Module):
         self.hidden_dim = spec.hidden
         self.intermediate_dim = spec.inter
         self.spec = spec
-        self.weight_format = weight_format
+        self.weight_format = weight_format if isinstance(weight_format, str) else "gguf"
+        self.formats = (weight_format,) * 3 if isinstance(weight_format, str) else weight_format
         self.group_size = group_size
         self.expert_activations = expert_activations
         self.chunk_size = chunk_size
@@ -70,17 +72,26 @@ class RoutedExperts(nn.Module):
         self._biases: tuple[tuple, Matrices] | None = None
 
     def load_expert(
-        self, index: int, gate: Tensor, up: Tensor, down: Tensor, *, origin: Callable[[], Matrices] | None = None
+        self,
+        index: int,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *,
+        origin: Callable[[], Matrices] | None = None,
+        is_stored: bool = False,
     ) -> None:
-        """Packs gate, up `[inter, hidden]` and down `[hidden, inter]`, bf16; the tensors are free afterwards.
+        """Packs gate, up `[inter, hidden]` and down `[hidden, inter]`; the tensors are free afterwards.
 
         Args:
-            origin: gives the same three again at any later time; kept only where packing rounds.
+            gate, up, down: bf16; for `f16` and the block types of GGUF files uint8 `[rows, bytes of a row]`.
+            origin: gives the same three in bf16 again at any later time; kept only where packing rounds.
+            is_stored: nothing of what the checkpoint holds is lost, so `unpack_expert` is an origin.
         """
         self.layer.load_expert(index, gate, up, down)
-        self._stored.discard(index)
+        (self._stored.add if is_stored else self._stored.discard)(index)
         self._origins.pop(index, None)
-        if origin is not None and not self.is_exact:
+        if origin is not None and not self.is_exact and not is_stored:
             self._origins[index] = origin
 
     def load_expert_int4(
@@ -135,7 +146,7 @@ class RoutedExperts(nn.Module):
     @property
     def is_exact(self) -> bool:
         """Whether the packed weights are those that were loaded."""
-        return self.weight_format == "bf16"
+        return set(self.formats) == {"bf16"}
 
     def rows(self) -> str:
         """Activations of a forward pass that starts now: `bf16`, `bfp16` or `int8`.
@@ -145,11 +156,13 @@ class RoutedExperts(nn.Module):
         it is the first one of a checkpointed layer, or a reference for the policy in training, and must compute what
         the pass with gradients computes.
         """
-        if self.expert_activations != "auto":
+        if self.expert_activations != "auto" and self.weight_format != "gguf":
             return self.expert_activations
-        if self.is_exact or self.training or torch.is_grad_enabled():
+        in_training = self.expert_activations == "auto" and (self.training or torch.is_grad_enabled())
+        if self.is_exact or in_training or self.expert_activations == "bf16":
             return "bf16"
-        return native().default_rows(self.weight_format)
+        best = {native().default_rows(weight_format) for weight_format in self.formats}
+        return best.pop() if len(best) == 1 else "bfp16"  # what projections of several formats have in common
 
     @property
     def packed_bytes(self) -> int:
@@ -219,7 +232,8 @@ class RoutedExperts(nn.Module):
         sizes = f"num_experts={self.num_experts}, hidden={self.hidden_dim}, inter={self.intermediate_dim}"
         group = f" in groups of {self.group_size}" if "int4" in self.weight_format else ""
         rows = "" if self.is_exact else f", activations={self.expert_activations}"
-        return f"{sizes}, {self.spec.activation}, {self.weight_format}{group}{rows}"
+        name = "/".join(dict.fromkeys(self.formats))
+        return f"{sizes}, {self.spec.activation}, {name}{group}{rows}"
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import kt_sft
 from kt_sft import KTConfig
-from kt_sft.errors import FormatError, UnsupportedModel
+from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
 from kt_sft.models.spec import iter_routed_experts
 from tests.helpers import gguf_files, tiny_models
 
@@ -140,3 +140,82 @@ def test_file_that_changes_after_loading(plain, tmp_path):
     path.unlink()
     with pytest.raises(FormatError, match="expected as it was when the model was loaded, found missing"):
         experts.origin(0)()
+
+
+NATIVE = {"gate": "Q4_K", "up": "Q6_K", "down": "Q4_0", "gate2": "F16", "up2": "BF16", "down2": "Q8_0"}
+
+
+@pytest.mark.parametrize("method", ["GGUF", "llamafile"])
+def test_types_of_the_file_as_they_are_stored(plain, tmp_path, method, caplog):
+    tensors = expert_tensors(plain, NATIVE)
+    path = gguf_files.write(tmp_path / "m.gguf", {}, tensors)
+    with caplog.at_level(logging.INFO, logger="kt_sft"):
+        model = kt_sft.load_model(plain, KTConfig(method=method, weight_path=str(path)), dtype=torch.float32)
+    (said,) = [r.message for r in caplog.records if "experts from" in r.message]
+    assert "1 x Q4_K as stored" in said and "1 x F16 as stored" in said and "dequantised" not in said
+    layers = dict(zip(LAYERS, (experts for _, experts in iter_routed_experts(model)), strict=True))
+    assert layers[1].formats == ("q4_k", "q6_k", "q4_0") and layers[2].formats == ("f16", "bf16", "q8_0")
+    for layer, experts in layers.items():
+        names = [f"blk.{layer}.ffn_{projection}_exps.weight" for projection in ("gate", "up", "down")]
+        for index in range(EXPERTS):
+            for mine, name in zip(experts.unpack_expert(index), names, strict=True):
+                assert torch.equal(mine, numbers(tensors[name])[index])
+    like = kt_sft.load_model(twin(plain, tensors, tmp_path / "twin"), dtype=torch.float32)
+    ids = tiny_models.token_ids()
+    ours, theirs = model(ids).logits.double(), like(ids).logits.double()  # whose weights are rounded to bf16
+    assert (ours - theirs).norm() <= 2**-7 * theirs.norm()
+    model.eval()
+    with torch.no_grad():
+        assert (model(ids).logits.double() - ours).norm() <= 1e-3 * ours.norm()  # block floating point
+    path.unlink()
+    model.save_pretrained(tmp_path / "saved")  # nothing but the packed weights is needed
+    saved = load_file(next((tmp_path / "saved").glob("model*.safetensors")))
+    assert saved
+
+
+def test_types_without_kernels_become_int8(plain, tmp_path, caplog):
+    tensors = expert_tensors(plain, {"gate": "Q4_K", "up": "Q4_K", "down": "Q8_0"})
+    for layer in LAYERS:
+        kind, shape, data = gguf_files.random_blocks("Q3_K", (EXPERTS, 96, 256))
+        data.reshape(-1, 110)[:, 108:] = np.array([0.01], dtype=np.float16).view(np.uint8)  # its scale
+        tensors[f"blk.{layer}.ffn_up_exps.weight"] = kind, shape, data
+    path = gguf_files.write(tmp_path / "m.gguf", {}, tensors)
+    with caplog.at_level(logging.INFO, logger="kt_sft"):
+        model = kt_sft.load_model(plain, KTConfig(method="GGUF", weight_path=str(path)))
+    assert any("2 x Q3_K dequantised to int8" in r.message for r in caplog.records)
+    _, experts = next(iter(iter_routed_experts(model)))
+    assert experts.formats == ("q4_k", "int8", "q8_0")
+    want = numbers(tensors["blk.1.ffn_up_exps.weight"])[2]
+    up = experts.unpack_expert(2)[1]
+    assert (up.double() - want.double()).norm() <= 2e-2 * want.double().norm()
+    assert torch.equal(experts.origin(2)()[1], want)
+
+
+def test_method_gguf_needs_a_gguf_file(plain):
+    with pytest.raises(ConfigError, match="method GGUF: expected the experts in a GGUF file, found safetensors"):
+        kt_sft.load_model(plain, KTConfig(method="GGUF"))
+    with pytest.raises(ConfigError, match="int8 has no kernels for the types of GGUF files"):
+        KTConfig(method="GGUF", expert_activations="int8")
+    with pytest.raises(ConfigError, match="found method GGUF"):
+        KTConfig(method="LLAMAFILE", weight_cache="somewhere")
+
+
+def test_lora_trains_on_block_types(plain, tmp_path):
+    path = gguf_files.write(tmp_path / "m.gguf", {}, expert_tensors(plain, NATIVE))
+    model = kt_sft.load_model(plain, KTConfig(method="GGUF", weight_path=str(path)))
+    from peft import LoraConfig
+
+    model = kt_sft.get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.train()
+    ids = tiny_models.token_ids()
+    losses = []
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(4):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    expert_grads = [p.grad for n, p in model.named_parameters() if "experts" in n and p.requires_grad]
+    assert expert_grads and all(g is not None and g.abs().sum() > 0 for g in expert_grads)
+    assert losses[-1] < losses[0]

@@ -12,7 +12,10 @@ from kt_sft.errors import ConfigError, nearest
 
 # Key -> (type, help). Keys that LLaMA-Factory already has keep their own field. Default None: "as KTConfig has it".
 KEYS: dict[str, tuple[type, str]] = {
-    "kt_method": (str, "Weight format of the routed experts in memory: BF16, INT8, INT4, RAWINT4 (also AMXBF16, ...)."),
+    "kt_method": (
+        str,
+        "Weight format of the routed experts in memory: BF16, INT8, INT4, RAWINT4, GGUF (also AMXBF16, ...).",
+    ),
     "kt_int4_group_size": (int, "Weights that share a scale with kt_method INT4: 32 (default), 64 or 128."),
     "kt_expert_activations": (str, "Activations of the experts: auto (default), bf16, bfp16 or int8."),
     "kt_cpu_linear": (str, "Kernels for frozen linear layers on the CPU: auto (default), off, bf16 or int8."),
