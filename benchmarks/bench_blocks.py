@@ -1,0 +1,161 @@
+"""Block types of GGUF files against ggml: `python -m benchmarks.bench_blocks --ggml FOLDER`.
+
+One expert-sized product per type and number of rows, ours and ggml's in turn on the same blocks and activations; copies
+of the weights are used in turn, so that few rows read memory. FOLDER: the libraries of `pip download --no-deps
+libggml-python==0.20.2`, unpacked (libggml/lib64); default: the variable GGML_LIBRARIES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.table import Table
+
+from benchmarks import session
+from benchmarks.moe_layer import worst_error
+from tests.helpers.blocks import BLOCKS, random_rows
+
+WORKER = Path(__file__).with_name("ggml_worker.py")
+VARIABLE = "GGML_LIBRARIES"
+N, K = 1408, 2048  # gate of DeepSeek-V2-Lite
+ROWS = (1, 4, 16, 64, 512)
+COPIES = 24
+ROUNDS = 15
+MAX_ERROR = 4e-3
+
+
+@dataclass
+class BlockCase:
+    """One type with m rows: medians of rounds in which both ran."""
+
+    type: str
+    n: int
+    k: int
+    m: int
+    threads: int
+    dram_fraction: float
+    fma_fraction: float
+    error: float
+    ggml_ratio: float | None  # time of ggml / ours
+    ggml_error: float | None
+
+
+class GgmlWorker:
+    """ggml in a process of its own."""
+
+    def __init__(self, folder: Path):
+        command = [sys.executable, str(WORKER), str(folder)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **request: object) -> dict:
+        """The answer to one request.
+
+        Raises:
+            RuntimeError: the worker is gone.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"ggml: the worker ended with status {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class BlockBench:
+    """All row counts of one type."""
+
+    def __init__(self, running: session.Session, ggml: GgmlWorker | None, folder: Path, name: str):
+        self.running, self.ggml, self.folder, self.name = running, ggml, folder, name
+        generator = torch.Generator().manual_seed(0)
+        self.blocks = random_rows(name, N, K, generator, size=K**-0.5)
+        (folder / "w").write_bytes(self.blocks.numpy().tobytes())
+        self.copies = [running.library.PackedLinear(N, K, name) for _ in range(COPIES)]
+        for copy in self.copies:
+            copy.load_blocks(self.blocks)
+        self.stored = torch.empty(N, K)
+        self.copies[0].unpack(self.stored, "f32")
+
+    def run(self, m: int, rows: str) -> BlockCase:
+        """Times m rows, of the kind that inference takes."""
+        a, out = torch.randn(m, K).bfloat16(), torch.empty(m, N)
+        passes, threads = (COPIES if m <= 16 else 2), self.running.threads
+        truth = a.double() @ self.stored.double().T
+        ggml_error = self._load_ggml(a, m, passes, truth)
+        ours, dram, fma, ratios = [], [], [], []
+        for _ in range(ROUNDS):
+            limits = self.running.roofline.probe(threads, "")
+            start = time.perf_counter()
+            for copy in self.copies[:passes]:
+                copy.forward(a, out, "f32", rows=rows)
+            seconds = (time.perf_counter() - start) / passes
+            ours.append(seconds)
+            dram.append(self.blocks.numel() / seconds / limits.dram_bytes)
+            fma.append(2.0 * m * N * K / seconds / limits.fma_flops)
+            if self.ggml is not None:
+                ratios.append(self.ggml.ask(run=passes)["seconds"] / passes / seconds)
+        error = worst_error([out], [truth.float()])
+        if not error <= MAX_ERROR:
+            raise RuntimeError(f"{self.name}: relative error {error:.3g} with {m} rows; mend it first")
+        ratio = median(ratios) if ratios else None
+        return BlockCase(self.name, N, K, m, threads, median(dram), median(fma), error, ratio, ggml_error)
+
+    def _load_ggml(self, a: torch.Tensor, m: int, copies: int, truth: torch.Tensor) -> float | None:
+        if self.ggml is None:
+            return None
+        (self.folder / "x").write_bytes(a.float().numpy().tobytes())
+        files = {"file": "w", "rows": "x", "result": "y"}
+        paths = {key: str(self.folder / name) for key, name in files.items()}
+        self.ggml.ask(load=self.name, n=N, k=K, m=m, copies=copies, threads=self.running.threads, **paths)
+        y = torch.frombuffer(bytearray((self.folder / "y").read_bytes()), dtype=torch.float32).reshape(m, N)
+        return worst_error([y], [truth.float()])
+
+
+def table_of(cases: list[BlockCase]) -> Table:
+    """One line per type and rows."""
+    table = Table("type", "rows", "of DRAM", "of FMA", "error", "ggml's time / ours", "ggml's error")
+    for one in cases:
+        ratio = "-" if one.ggml_ratio is None else f"{one.ggml_ratio:.2f} x"
+        other = "-" if one.ggml_error is None else f"{one.ggml_error:.1e}"
+        fractions = f"{one.dram_fraction:.0%}", f"{one.fma_fraction:.0%}"
+        table.add_row(one.type, str(one.m), *fractions, f"{one.error:.1e}", ratio, other)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ggml", default=os.environ.get(VARIABLE, ""), metavar="FOLDER", help="ggml's libraries")
+    parser.add_argument("--types", nargs="+", default=list(BLOCKS), choices=list(BLOCKS), metavar="TYPE")
+    session.add_options(parser)
+    options = parser.parse_args(arguments)
+    running = session.open_session(options, "bench_blocks", "full")
+    ggml = GgmlWorker(Path(options.ggml)) if options.ggml else None
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.types:
+            bench = BlockBench(running, ggml, Path(folder), name)
+            rows = running.library.default_rows(name)
+            cases += [bench.run(m, rows) for m in ROWS]
+    if ggml is not None:
+        ggml.close()
+    running.console.print(table_of(cases))
+    running.save(cases)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
