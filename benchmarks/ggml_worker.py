@@ -1,8 +1,8 @@
 """Matrix products by ggml through its C interface, in a process of its own: `python ggml_worker.py FOLDER`.
 
-FOLDER holds libggml-base.so and libggml-cpu.so. Reads one JSON request a line and answers each with a line of JSON:
-{"load": type, "n", "k", "m", "copies", "threads", "file", "rows", "result"}: files with the blocks of W, with x, and for
-the first y; then {"run": number of products}.
+FOLDER holds libggml-base.so and libggml-cpu.so. Reads one JSON request a line, answers each with a line of JSON. A load
+has "load": type, "n", "k", "m", "copies", "threads" and files: "file" with the blocks of W, "rows" with x, "result" for
+the first y. A run has "run": number of products.
 """
 
 from __future__ import annotations

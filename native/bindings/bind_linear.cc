@@ -56,8 +56,8 @@ void forward(const PackedLinear& layer, const py::object& a_, const py::object& 
   if (!bias_.is_none()) bias.emplace(bias_, "bias", "f32", 1).expect_shape({layer.n()});
   const Rows kind = rows_from_name(rows);
   if (!takes_rows(layer.format().kind, kind))
-    throw py::value_error("rows: " + rows + " needs int8 or int4 weights, this layer has " + format_name(layer.format()) +
-                          " weights");
+    throw py::value_error("rows: " + rows + " needs int8 or int4 weights, this layer has " +
+                          format_name(layer.format()) + " weights");
   const GilRelease release;
   layer.forward(a.bf16(), a.stride(0), a.size(0), kind, bias ? bias->f32() : nullptr, kernel.c_str(),
                 output_of(out, out_dtype));

@@ -225,9 +225,8 @@ void PackedLinear::load_blocks(const uint8_t* w, int64_t row_bytes) {
   const PackedMatrix packed = weight();
   std::lock_guard<std::mutex> lock(runtime().mutex);
   loaded_ = false;
-  runtime().pool->parallel_for(packed.n_panels(), [&](int64_t panel, int) {
-    pack_block_panels(w, row_bytes, packed, panel, panel + 1);
-  });
+  runtime().pool->parallel_for(packed.n_panels(),
+                               [&](int64_t panel, int) { pack_block_panels(w, row_bytes, packed, panel, panel + 1); });
   loaded_ = true;
 }
 
