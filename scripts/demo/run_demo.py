@@ -1,6 +1,6 @@
 """The demo: a sparse MoE model learns who it is, on the CPU, through stock LLaMA-Factory.
 
-    python scripts/demo/run_demo.py [--family qwen3_moe] [--method int8]
+    python scripts/demo/run_demo.py [--family qwen3_moe] [--method int8] [--weights a container or GGUF file]
 
 Builds the model if it is missing, asks held-out questions, trains with
 `USE_KT=1 llamafactory-cli train examples/train_lora/tiny_moe.yaml`, asks again, and shows both answers side by side.
@@ -48,6 +48,7 @@ class Method(StrEnum):
     bf16 = "bf16"
     int8 = "int8"
     int4 = "int4"
+    gguf = "gguf"
 
 
 class DemoError(RuntimeError):
@@ -63,23 +64,27 @@ class Run:
     model: Path
     output: Path
     system: str
+    weights: Path | None = None  # where the experts are read from, if not from the model
 
     @classmethod
-    def from_yaml(cls, family: str, method: str = Method.bf16) -> Run:
+    def from_yaml(cls, family: str, method: str = Method.bf16, weights: Path | None = None) -> Run:
         keys = yaml.safe_load((ROOT / TRAIN_YAML).read_text(encoding="utf-8"))
         suffix = "" if family == FamilyName.mixtral.value else f"_{family}"
+        held = ("" if method == Method.bf16 else f"_{method}") + ("" if weights is None else f"_{weights.stem}")
         return cls(
             family=family,
             method=method,
             model=Path(keys["model_name_or_path"] + suffix),
-            output=Path(keys["output_dir"] + suffix + ("" if method == Method.bf16 else f"_{method}")),
+            output=Path(keys["output_dir"] + suffix + held),
             system=keys["default_system"],
+            weights=weights,
         )
 
     def overrides(self) -> list[str]:
         """Keys that differ from the YAML and say which model and format."""
         words = [] if self.family == FamilyName.mixtral.value else [f"model_name_or_path={self.model}"]
-        return words if self.method == Method.bf16 else [*words, f"kt_method={self.method.upper()}"]
+        words += [] if self.method == Method.bf16 else [f"kt_method={self.method.upper()}"]
+        return words if self.weights is None else [*words, f"kt_weight_path={self.weights}"]
 
     def command(self) -> list[str]:
         """The training command; overrides appear only where the run deviates from the YAML."""
@@ -135,7 +140,7 @@ def load(run: Run) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    config = kt_sft.KTConfig(method=run.method)
+    config = kt_sft.KTConfig(method=run.method, weight_path=None if run.weights is None else str(ROOT / run.weights))
     model = kt_sft.load_model(str(ROOT / run.model), config, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(ROOT / run.model)
 
@@ -253,13 +258,14 @@ def run_all(run: Run, console: Console) -> Outcome:
 def main(
     family: Annotated[FamilyName, typer.Option(help="Format of the demo model.")] = FamilyName.mixtral,
     method: Annotated[Method, typer.Option(help="Weight format of the experts in memory.")] = Method.bf16,
+    weights: Annotated[Path | None, typer.Option(help="Read the experts from here; method gguf needs it.")] = None,
 ) -> None:
     """Build a small MoE, fine-tune it through LLaMA-Factory, show its answers before and after."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the training is ended too
     errors = Console(stderr=True)
     try:
         width = None if sys.stdout.isatty() else 120  # in a pipe rich would take 80
-        faults = run_all(Run.from_yaml(family.value, method.value), Console(width=width)).faults()
+        faults = run_all(Run.from_yaml(family.value, method.value, weights), Console(width=width)).faults()
     except (DemoError, SourceError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from None
