@@ -244,7 +244,7 @@ def test_gradient_of_a_transposed_output_gradient():
     ("call", "words"),
     [
         (lambda: native().PackedLinear(0, 4), "positive"),
-        (lambda: native().PackedLinear(4, 4, "int3"), "bf16, int8 or int4"),
+        (lambda: native().PackedLinear(4, 4, "int3"), "bf16, int8, int4 or rawint4"),
         (lambda: native().PackedLinear(4, 4, "int4", 48), "group_size"),
         (lambda: forward(native().PackedLinear(4, 4), rows_of(1, 4)), "no weights yet"),
         (lambda: native().PackedLinear(4, 4).load(torch.zeros(4, 4)), "dtype bf16"),

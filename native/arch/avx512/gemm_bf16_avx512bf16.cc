@@ -203,8 +203,8 @@ KTS_INLINE void add_pairs(__m512 (&sums)[R], const bf16_t* a, __m512i pairs) {
   for (int i = 0; i < R; ++i) dot(sums[i], broadcast_pair(a + i * kGemvStride), pairs);
 }
 
-// One tile half: 32 k x 16 n of tile column `half`; a at its first k.
-template <Format kFormat, int R>
+// One tile half: 32 k x 16 n of tile column `half`; a at its first k. kRounds: WeightFormat::any_scale.
+template <Format kFormat, bool kRounds, int R>
 KTS_INLINE void add_tile(const PackedMatrix& w, int64_t panel, int64_t k_tile, int half, const bf16_t* a,
                          __m512 (&even)[R], __m512 (&odd)[R]) {
   if constexpr (kFormat == Format::kBf16) {
@@ -233,9 +233,10 @@ KTS_INLINE void add_tile(const PackedMatrix& w, int64_t panel, int64_t k_tile, i
       if constexpr (kFormat == Format::kInt8) {
         avx512::pairs_of_int8(from, &low, &high);
       } else {
-        avx512::with_int4_half(w, k_tile, [&]<bool kHigh, bool kRounds>() {
-          avx512::pairs_of_int4<kHigh, kRounds>(from, scale, &low, &high);
-        });
+        if (k_tile % 2 == 0)
+          avx512::pairs_of_int4<false, kRounds>(from, scale, &low, &high);
+        else
+          avx512::pairs_of_int4<true, kRounds>(from, scale, &low, &high);
       }
       add_pairs(even, a, low);
       add_pairs(odd, a + 2, high);
@@ -243,7 +244,7 @@ KTS_INLINE void add_tile(const PackedMatrix& w, int64_t panel, int64_t k_tile, i
   }
 }
 
-template <Format kFormat, int R>
+template <Format kFormat, bool kRounds, int R>
 void gemv_rows(const GemmTask& task) {
   const PackedMatrix& w = *task.w;
   const int64_t k_tiles = w.k_panels();
@@ -256,8 +257,8 @@ void gemv_rows(const GemmTask& task) {
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) sums.even[0][i] = sums.even[1][i] = sums.odd[0][i] = sums.odd[1][i] = Vec::zero();
       for (int64_t t = 0; t < steps; ++t) {
-        add_tile<kFormat, R>(w, panel, t0 + t, 0, a + t * kTileK, sums.even[0], sums.odd[0]);
-        add_tile<kFormat, R>(w, panel, t0 + t, 1, a + t * kTileK, sums.even[1], sums.odd[1]);
+        add_tile<kFormat, kRounds, R>(w, panel, t0 + t, 0, a + t * kTileK, sums.even[0], sums.odd[0]);
+        add_tile<kFormat, kRounds, R>(w, panel, t0 + t, 1, a + t * kTileK, sums.even[1], sums.odd[1]);
       }
       float* c = task.c + (panel - task.panel_begin) * kPanel;
 #pragma GCC unroll 4
@@ -274,9 +275,9 @@ void gemv_rows(const GemmTask& task) {
   }
 }
 
-template <Format kFormat>
+template <Format kFormat, bool kRounds = false>
 void gemv(const GemmTask& task) {
-  with_rows<kGemvRows>(task.m, [&]<int R>() { gemv_rows<kFormat, R>(task); });
+  with_rows<kGemvRows>(task.m, [&]<int R>() { gemv_rows<kFormat, kRounds, R>(task); });
 }
 
 }  // namespace
@@ -286,7 +287,9 @@ void gemm_bf16_s8_f32_12x32_avx512bf16(const GemmTask& task) { forward<Format::k
 void gemm_bf16_s4_f32_12x32_avx512bf16(const GemmTask& task) { forward<Format::kInt4>(task); }
 void gemv_bf16_bf16_f32_4x32_avx512bf16(const GemmTask& task) { gemv<Format::kBf16>(task); }
 void gemv_bf16_s8_f32_4x32_avx512bf16(const GemmTask& task) { gemv<Format::kInt8>(task); }
-void gemv_bf16_s4_f32_4x32_avx512bf16(const GemmTask& task) { gemv<Format::kInt4>(task); }
+void gemv_bf16_s4_f32_4x32_avx512bf16(const GemmTask& task) {
+  task.w->format.any_scale ? gemv<Format::kInt4, true>(task) : gemv<Format::kInt4>(task);
+}
 void dgrad_bf16_bf16_f32_12x32_avx512bf16(const GemmTask& task) { input_grad<Format::kBf16>(task); }
 void dgrad_bf16_s8_f32_12x32_avx512bf16(const GemmTask& task) { input_grad<Format::kInt8>(task); }
 void dgrad_bf16_s4_f32_12x32_avx512bf16(const GemmTask& task) { input_grad<Format::kInt4>(task); }
