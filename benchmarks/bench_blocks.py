@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--types", nargs="+", default=list(BLOCKS), choices=list(BLOCKS), metavar="TYPE")
     session.add_options(parser)
     options = parser.parse_args(arguments)
-    running = session.open_session(options, "bench_blocks", "full")
+    running = session.open_session(options, "blocks", "full")
     ggml = GgmlWorker(Path(options.ggml)) if options.ggml else None
     cases = []
     with tempfile.TemporaryDirectory() as folder:

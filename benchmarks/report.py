@@ -22,6 +22,7 @@ COMMANDS = {
     "moe_layer": "python -m benchmarks.bench_moe_layer",
     "decode": "python -m benchmarks.bench_decode",
     "gemm": "python -m benchmarks.bench_gemm",
+    "blocks": "python -m benchmarks.bench_blocks",
 }
 RECORD = {
     "cpu": "CPU",
@@ -158,11 +159,26 @@ def product_cell(case: Mapping) -> str:
     return f"{case['unit_fraction']:.0%}"
 
 
+def blocks_section(run: Mapping) -> str:
+    rows = []
+    for one in run["cases"]:
+        ratio = "-" if one["ggml_ratio"] is None else f"{one['ggml_ratio']:.2f}"
+        other = "-" if one["ggml_error"] is None else f"{one['ggml_error']:.1e}"
+        fractions = percent(one["dram_fraction"]), percent(one["fma_fraction"])
+        rows.append([one["type"], one["m"], *fractions, f"{one['error']:.1e}", ratio, other])
+    first = run["cases"][0]
+    headings = ["type", "rows", "of DRAM", "of FMA", "error", "ggml's time / ours", "ggml's error"]
+    threads = f"{first['threads']} thread" + ("s" if first["threads"] > 1 else "")
+    intro = f"One matrix of {first['n']} x {first['k']}, {threads}; errors against float64 on the stored weights.\n\n"
+    return intro + table(headings, rows)
+
+
 SECTIONS = {
     "targets": ("Targets", targets_section),
     "moe_layer": ("MoE layer", layer_section),
     "decode": ("Decoding", decode_section),
     "gemm": ("Single products", gemm_section),
+    "blocks": ("Block types of GGUF files", blocks_section),
 }
 
 

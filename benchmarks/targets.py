@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.trials_left = sum(len(wanted_trials(options, key)) for key in options.models)
     for key in options.models:
         model = MODELS[key]
-        run.figures[key] = {target_lines.K_QUANT: Figure(None, "no k-quant format in this build")}
+        run.figures[key] = {target_lines.K_QUANT: Figure(None, "not timed by this command")}
         run_memory(run, key, model)
         run_gradients(run, key)
         run_layer(run, key, model)
