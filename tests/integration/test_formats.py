@@ -240,6 +240,6 @@ def test_memory_message_names_the_formats_that_fit(monkeypatch):
         "kt_sft.memory.available_memory", lambda: kt_sft.memory.AvailableMemory(gib // 2, "the machine")
     )
     with pytest.raises(MemoryError, match=r"INT4 needs 0\.3 GiB") as caught:
-        _check_memory({"a": spec}, 0, kt_sft.KTConfig())
+        _check_memory({"a": spec}, 0, kt_sft.KTConfig(), {"a": "bf16"})
     assert "INT8 needs" not in str(caught.value)
-    _check_memory({"a": spec}, 0, kt_sft.KTConfig(method="INT4"))
+    _check_memory({"a": spec}, 0, kt_sft.KTConfig(method="INT4"), {"a": "int4"})
