@@ -1,7 +1,8 @@
 """Block types of GGUF files against ggml: `python -m benchmarks.bench_blocks --ggml FOLDER`.
 
 One expert-sized product per type and number of rows, ours and ggml's in turn on the same blocks and activations; copies
-of the weights are used in turn, so that few rows read memory. FOLDER: the libraries of `pip download --no-deps
+of the weights are used in turn, so that few rows read memory. Compare with --threads 1: without a thread pool of the
+caller's ggml starts its threads anew for each product. FOLDER: the libraries of `pip download --no-deps
 libggml-python==0.20.2`, unpacked (libggml/lib64); default: the variable GGML_LIBRARIES.
 """
 

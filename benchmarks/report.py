@@ -22,7 +22,7 @@ COMMANDS = {
     "moe_layer": "python -m benchmarks.bench_moe_layer",
     "decode": "python -m benchmarks.bench_decode",
     "gemm": "python -m benchmarks.bench_gemm",
-    "blocks": "python -m benchmarks.bench_blocks",
+    "blocks": "python -m benchmarks.bench_blocks --threads 1",
 }
 RECORD = {
     "cpu": "CPU",
