@@ -1,5 +1,4 @@
 // Rows of a GGUF file -> tiles and records of scales (formulas in kts/packed.h), and single weights back.
-#include <bit>
 #include <cstring>
 
 #include "kts/packed.h"
@@ -14,8 +13,6 @@ T* writable(const void* memory) {
 }
 
 bool is_finite_f16(uint16_t bits) { return (bits & 0x7c00u) != 0x7c00u; }
-
-float e8m0_half(uint8_t e) { return std::bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1u) << 23); }
 
 // The tile of 16 n x 64 k that holds W[n, k].
 const uint8_t* tile_of(const PackedMatrix& w, int64_t n, int64_t k) {
@@ -134,12 +131,14 @@ void pack_block_panels(const uint8_t* w, int64_t row_bytes, const PackedMatrix& 
 int packed_code(const PackedMatrix& w, int64_t n, int64_t k) {
   const BlockTypeInfo& type = block_type_info(w.format.type);
   const uint8_t* tile = tile_of(w, n, k) + n % kTileN * 4 + k % 4;
-  if (type.bits == 8) return static_cast<int8_t>(tile[k % kTileKQ / 4 * 64]);
-  const int low = tile[k % 32 / 4 * 64] >> (k % kTileKQ < 32 ? 0 : 4) & 15;
-  if (type.bits == 4) return type.table[low];
-  const int64_t line = type.bits == 5 ? k % kTileKQ / 32 : k % kTileKQ / 16;
-  const int64_t shift = type.bits == 5 ? k % 32 / 4 : 2 * (k % 16 / 4);
-  return (low | (tile[512 + line * 64] >> shift & ((1 << (type.bits - 4)) - 1)) << 4) - type.bias;
+  if (type.bits == 8) return code_value(type, tile[k % kTileKQ / 4 * 64]);
+  int stored = tile[k % 32 / 4 * 64] >> (k % kTileKQ < 32 ? 0 : 4) & 15;
+  if (const int wide = type.bits - 4; wide > 0) {
+    const int64_t line = type.bits == 5 ? k % kTileKQ / 32 : k % kTileKQ / 16;
+    const int64_t shift = type.bits == 5 ? k % 32 / 4 : 2 * (k % 16 / 4);
+    stored |= (tile[512 + line * 64] >> shift & ((1 << wide) - 1)) << 4;
+  }
+  return code_value(type, static_cast<uint8_t>(stored));
 }
 
 BlockScale packed_block_scale(const PackedMatrix& w, int64_t n, int64_t k) {
@@ -147,16 +146,14 @@ BlockScale packed_block_scale(const PackedMatrix& w, int64_t n, int64_t k) {
   const ScaleRecord at(type);
   const uint8_t* record = w.scale_record(n / kPanel, k);
   const int64_t lane = n % kPanel, group = k % type.block / type.group * kPanel + lane;
-  const auto f16_at = [&](int64_t offset) {
-    f16_t bits;
-    std::memcpy(&bits, record + offset + lane * 2, 2);
-    return f16_to_f32(bits);
+  uint16_t d = record[lane], dmin = 0;
+  if (!type.is_e8m0) std::memcpy(&d, record + lane * 2, 2);
+  if (type.has_offset) std::memcpy(&dmin, record + at.dmin + lane * 2, 2);
+  const auto level = [&](bool has, int64_t offset) {
+    return has ? static_cast<int8_t>(record[offset + group]) : int8_t{0};
   };
-  BlockScale scale{type.is_e8m0 ? e8m0_half(record[lane]) : f16_at(0), type.has_offset ? f16_at(at.dmin) : 0.0f};
-  if (!type.two_levels) return scale;
-  scale.factor *= static_cast<float>(static_cast<int8_t>(record[at.scale + group]));
-  if (type.has_offset) scale.offset *= -static_cast<float>(static_cast<int8_t>(record[at.min + group]));
-  return scale;
+  return block_scale(type, d, dmin, level(type.two_levels, at.scale),
+                     level(type.two_levels && type.has_offset, at.min));
 }
 
 float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k) {

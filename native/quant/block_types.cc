@@ -1,7 +1,10 @@
 // Blocks of GGUF files -> codes and scales. Byte layouts are those of ggml's block_* structs.
 #include "kts/block_types.h"
 
+#include <bit>
 #include <cstring>
+
+#include "kts/types.h"
 
 namespace kts {
 
@@ -43,7 +46,8 @@ void decode_32(BlockType type, const uint8_t* p, DecodedBlock* block) {
   const bool has_fifth = block_type_info(type).bits == 5;
   const uint32_t fifth = has_fifth ? load_u32(p) : 0;
   split_nibbles(p + (has_fifth ? 4 : 0), 16, block->stored);
-  for (int i = 0; i < 32; ++i) block->stored[i] = static_cast<uint8_t>(block->stored[i] | (fifth >> i & 1) << 4);
+  for (int i = 0; has_fifth && i < 32; ++i)
+    block->stored[i] = static_cast<uint8_t>(block->stored[i] | (fifth >> i & 1) << 4);
 }
 
 void decode_q6_k(const uint8_t* p, DecodedBlock* block) {
@@ -83,6 +87,9 @@ void decode_k(BlockType type, const uint8_t* p, DecodedBlock* block) {
   }
 }
 
+// e8m0, halved: 2^(e - 128).
+float e8m0_half(uint32_t e) { return std::bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23); }
+
 }  // namespace
 
 BlockType block_type_from_name(const char* name) {
@@ -101,6 +108,14 @@ void decode_block(BlockType type, const uint8_t* bytes, DecodedBlock* block) {
     decode_iq4_xs(bytes, block);
   else
     decode_k(type, bytes, block);
+}
+
+BlockScale block_scale(const BlockTypeInfo& type, uint16_t d, uint16_t dmin, int8_t scale, int8_t min) {
+  BlockScale result{type.is_e8m0 ? e8m0_half(d) : f16_to_f32(d), type.has_offset ? f16_to_f32(dmin) : 0.0f};
+  if (!type.two_levels) return result;
+  result.factor *= static_cast<float>(scale);
+  if (type.has_offset) result.offset *= -static_cast<float>(min);
+  return result;
 }
 
 }  // namespace kts

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "gguf_grids.h"
+#include "kts/block_types.h"
 
 namespace kts {
 
@@ -21,39 +22,19 @@ void f32_block(const uint8_t* b, float* y) { *y = std::bit_cast<float>(u32(b)); 
 void f16_block(const uint8_t* b, float* y) { *y = f16(b); }
 void bf16_block(const uint8_t* b, float* y) { *y = bf16_to_f32(static_cast<bf16_t>(u16(b))); }
 
-// d q4: the low halves of 16 bytes are elements 0 .. 15, the high halves 16 .. 31.
-void q4_0(const uint8_t* b, float* y) {
-  const float d = f16(b);
-  for (int i = 0; i < 32; ++i) y[i] = d * static_cast<float>((b[2 + i % 16] >> (i / 16 * 4) & 15) - 8);
-}
-
-void q4_1(const uint8_t* b, float* y) {
-  const float d = f16(b), min = f16(b + 2);
-  for (int i = 0; i < 32; ++i) y[i] = d * static_cast<float>(b[4 + i % 16] >> (i / 16 * 4) & 15) + min;
-}
-
-// The fifth bits follow the scales, one per element.
-void q5_0(const uint8_t* b, float* y) {
-  const float d = f16(b);
-  const uint32_t high = u32(b + 2);
-  for (int i = 0; i < 32; ++i) {
-    const int q = (b[6 + i % 16] >> (i / 16 * 4) & 15) | static_cast<int>(high >> i & 1) << 4;
-    y[i] = d * static_cast<float>(q - 16);
+// A type that the kernels take as it is.
+template <BlockType kType>
+void kernel_block(const uint8_t* b, float* y) {
+  constexpr const BlockTypeInfo& type = block_type_info(kType);
+  DecodedBlock block;
+  decode_block(kType, b, &block);
+  for (int g = 0; g < type.block / type.group; ++g) {
+    const BlockScale scale = block_scale(type, block.d, block.dmin, block.scales[g], block.mins[g]);
+    for (int i = g * type.group; i < (g + 1) * type.group; ++i) {
+      const float product = scale.factor * static_cast<float>(code_value(type, block.stored[i]));
+      y[i] = type.has_offset ? product + scale.offset : product;
+    }
   }
-}
-
-void q5_1(const uint8_t* b, float* y) {
-  const float d = f16(b), min = f16(b + 2);
-  const uint32_t high = u32(b + 4);
-  for (int i = 0; i < 32; ++i) {
-    const int q = (b[8 + i % 16] >> (i / 16 * 4) & 15) | static_cast<int>(high >> i & 1) << 4;
-    y[i] = d * static_cast<float>(q) + min;
-  }
-}
-
-void q8_0(const uint8_t* b, float* y) {
-  const float d = f16(b);
-  for (int i = 0; i < 32; ++i) y[i] = static_cast<float>(static_cast<int8_t>(b[2 + i])) * d;
 }
 
 // 16 scales (low half) and minima (high half) of 16 elements at 0, 2-bit q at 16, d at 80, dmin at 82.
@@ -80,59 +61,6 @@ void q3_k(const uint8_t* b, float* y) {
     const int shift = g % 8 / 2 * 2;
     for (int i = 0; i < 16; ++i)
       y[g * 16 + i] = scale * static_cast<float>((q[i] >> shift & 3) - 4 + (third[i] >> (g / 2) & 1) * 4);
-  }
-}
-
-// Scale and minimum g of 8, 6 bits each, in 12 bytes: scales 0 .. 3, minima 0 .. 3, then the low halves of the others,
-// whose upper two bits fill the first eight bytes.
-KTS_INLINE void scale_min(const uint8_t* s, int g, int* scale, int* min) {
-  if (g < 4) {
-    *scale = s[g] & 63, *min = s[g + 4] & 63;
-    return;
-  }
-  *scale = (s[g + 4] & 15) | (s[g - 4] >> 2 & 48);
-  *min = s[g + 4] >> 4 | (s[g] >> 2 & 48);
-}
-
-// d, dmin, scales at 4, q at 16: 32 bytes hold group 2 j in their low halves, 2 j + 1 in their high ones.
-void q4_k(const uint8_t* b, float* y) {
-  const float d = f16(b), dmin = f16(b + 2);
-  for (int g = 0; g < 8; ++g) {
-    int scale, min;
-    scale_min(b + 4, g, &scale, &min);
-    const float ds = d * static_cast<float>(scale), dm = dmin * static_cast<float>(min);
-    for (int l = 0; l < 32; ++l) {
-      const int q = b[16 + g / 2 * 32 + l] >> (g % 2 * 4) & 15;
-      y[g * 32 + l] = ds * static_cast<float>(q) - dm;
-    }
-  }
-}
-
-// q4_k with fifth bits at 16 (group g: bit g of byte l) and q at 48.
-void q5_k(const uint8_t* b, float* y) {
-  const float d = f16(b), dmin = f16(b + 2);
-  for (int g = 0; g < 8; ++g) {
-    int scale, min;
-    scale_min(b + 4, g, &scale, &min);
-    const float ds = d * static_cast<float>(scale), dm = dmin * static_cast<float>(min);
-    for (int l = 0; l < 32; ++l) {
-      const int q = (b[48 + g / 2 * 32 + l] >> (g % 2 * 4) & 15) | (b[16 + l] >> g & 1) << 4;
-      y[g * 32 + l] = ds * static_cast<float>(q) - dm;
-    }
-  }
-}
-
-// Low halves at 0 (64 bytes hold 128 elements), upper pairs of bits at 128 (32 bytes hold 128), int8 scales of 16
-// elements at 192, d at 208.
-void q6_k(const uint8_t* b, float* y) {
-  const float d = f16(b + 208);
-  for (int g = 0; g < 16; ++g) {
-    const float scale = d * static_cast<float>(static_cast<int8_t>(b[192 + g]));
-    const uint8_t* low = b + g / 8 * 64 + g % 4 * 16;
-    const uint8_t* high = b + 128 + g / 8 * 32 + g % 2 * 16;
-    const int low_shift = g % 8 / 4 * 4, high_shift = g % 8 / 2 * 2;
-    for (int i = 0; i < 16; ++i)
-      y[g * 16 + i] = scale * static_cast<float>(((low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4) - 32);
   }
 }
 
@@ -267,36 +195,9 @@ void iq1_m(const uint8_t* b, float* y) {
   }
 }
 
-constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-
-void iq4_nl(const uint8_t* b, float* y) {
-  const float d = f16(b);
-  for (int i = 0; i < 32; ++i) y[i] = d * static_cast<float>(kIq4Values[b[2 + i % 16] >> (i / 16 * 4) & 15]);
-}
-
-// Scales of 32 elements: low halves at 4, upper pairs of bits at 2.
-void iq4_xs(const uint8_t* b, float* y) {
-  const float d = f16(b);
-  const uint32_t high = u16(b + 2);
-  for (int g = 0; g < 8; ++g) {
-    const float scale = d * static_cast<float>((nibble(b + 4, g) | static_cast<int>(high >> (2 * g) & 3) << 4) - 32);
-    for (int i = 0; i < 32; ++i)
-      y[g * 32 + i] = scale * static_cast<float>(kIq4Values[b[8 + g * 16 + i % 16] >> (i / 16 * 4) & 15]);
-  }
-}
-
-// Twice the e2m1 numbers of the OCP microscaling formats.
-constexpr int8_t kFp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-
-// Scale e8m0, halved: 2^(e - 128).
-void mxfp4(const uint8_t* b, float* y) {
-  const uint32_t e = b[0];
-  const float d = std::bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23);
-  for (int i = 0; i < 32; ++i) y[i] = d * static_cast<float>(kFp4Values[b[1 + i % 16] >> (i / 16 * 4) & 15]);
-}
-
 // Four groups of 16 with unsigned e4m3 scales, halved; 0x7f stands for zero.
 void nvfp4(const uint8_t* b, float* y) {
+  constexpr const BlockTypeInfo& fp4 = block_type_info(BlockType::kMxfp4);
   for (int g = 0; g < 4; ++g) {
     const int exponent = b[g] >> 3 & 15;
     const auto mantissa = static_cast<float>(b[g] & 7);
@@ -304,7 +205,7 @@ void nvfp4(const uint8_t* b, float* y) {
     const float raw = exponent == 0 ? mantissa * 0x1p-9f : (1.0f + mantissa / 8.0f) * power;
     const float d = b[g] == 0x7f ? 0.0f : raw * 0.5f;
     for (int i = 0; i < 16; ++i)
-      y[g * 16 + i] = d * static_cast<float>(kFp4Values[b[4 + g * 8 + i % 8] >> (i / 8 * 4) & 15]);
+      y[g * 16 + i] = d * static_cast<float>(fp4.table[b[4 + g * 8 + i % 8] >> (i / 8 * 4) & 15]);
   }
 }
 
@@ -315,20 +216,25 @@ constexpr GgmlType ggml_type(const char* name) {
           }};
 }
 
+template <BlockType kType>
+constexpr GgmlType kernel_type(const char* name) {
+  return ggml_type<block_type_info(kType).block, block_type_info(kType).block_bytes, kernel_block<kType>>(name);
+}
+
 constexpr GgmlType kTypes[] = {
     ggml_type<1, 4, f32_block>("F32"),         ggml_type<1, 2, f16_block>("F16"),
-    ggml_type<1, 2, bf16_block>("BF16"),       ggml_type<32, 18, q4_0>("Q4_0"),
-    ggml_type<32, 20, q4_1>("Q4_1"),           ggml_type<32, 22, q5_0>("Q5_0"),
-    ggml_type<32, 24, q5_1>("Q5_1"),           ggml_type<32, 34, q8_0>("Q8_0"),
+    ggml_type<1, 2, bf16_block>("BF16"),       kernel_type<BlockType::kQ4_0>("Q4_0"),
+    kernel_type<BlockType::kQ4_1>("Q4_1"),     kernel_type<BlockType::kQ5_0>("Q5_0"),
+    kernel_type<BlockType::kQ5_1>("Q5_1"),     kernel_type<BlockType::kQ8_0>("Q8_0"),
     ggml_type<kSuper, 84, q2_k>("Q2_K"),       ggml_type<kSuper, 110, q3_k>("Q3_K"),
-    ggml_type<kSuper, 144, q4_k>("Q4_K"),      ggml_type<kSuper, 176, q5_k>("Q5_K"),
-    ggml_type<kSuper, 210, q6_k>("Q6_K"),      ggml_type<kSuper, 54, tq1_0>("TQ1_0"),
+    kernel_type<BlockType::kQ4_K>("Q4_K"),     kernel_type<BlockType::kQ5_K>("Q5_K"),
+    kernel_type<BlockType::kQ6_K>("Q6_K"),     ggml_type<kSuper, 54, tq1_0>("TQ1_0"),
     ggml_type<kSuper, 66, tq2_0>("TQ2_0"),     ggml_type<kSuper, 66, iq2_xxs>("IQ2_XXS"),
     ggml_type<kSuper, 74, iq2_xs>("IQ2_XS"),   ggml_type<kSuper, 82, iq2_s>("IQ2_S"),
     ggml_type<kSuper, 98, iq3_xxs>("IQ3_XXS"), ggml_type<kSuper, 110, iq3_s>("IQ3_S"),
     ggml_type<kSuper, 50, iq1_s>("IQ1_S"),     ggml_type<kSuper, 56, iq1_m>("IQ1_M"),
-    ggml_type<32, 18, iq4_nl>("IQ4_NL"),       ggml_type<kSuper, 136, iq4_xs>("IQ4_XS"),
-    ggml_type<32, 17, mxfp4>("MXFP4"),         ggml_type<64, 36, nvfp4>("NVFP4"),
+    kernel_type<BlockType::kIq4Nl>("IQ4_NL"),  kernel_type<BlockType::kIq4Xs>("IQ4_XS"),
+    kernel_type<BlockType::kMxfp4>("MXFP4"),   ggml_type<64, 36, nvfp4>("NVFP4"),
 };
 
 KTS_INLINE void store(const float* values, int64_t count, float* out) {

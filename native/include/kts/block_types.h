@@ -73,7 +73,9 @@ inline constexpr BlockTypeInfo kBlockTypes[] = {
 };
 inline constexpr int kNumBlockTypes = sizeof(kBlockTypes) / sizeof(kBlockTypes[0]);
 
-inline constexpr const BlockTypeInfo& block_type_info(BlockType type) { return kBlockTypes[static_cast<int>(type)]; }
+KTS_INLINE constexpr const BlockTypeInfo& block_type_info(BlockType type) {
+  return kBlockTypes[static_cast<int>(type)];
+}
 
 // kNone for an unknown name.
 BlockType block_type_from_name(const char* name);
@@ -88,5 +90,18 @@ struct DecodedBlock {
 
 // bytes: one block of the type.
 void decode_block(BlockType type, const uint8_t* bytes, DecodedBlock* block);
+
+// The code: looked up, or with its bias subtracted.
+KTS_INLINE constexpr int code_value(const BlockTypeInfo& type, uint8_t stored) {
+  if (type.bits == 4) return type.table[stored];
+  return type.bits == 8 ? static_cast<int8_t>(stored) : stored - type.bias;
+}
+
+// Factor and offset of the codes of a group.
+struct BlockScale {
+  float factor, offset;
+};
+// d, dmin as in DecodedBlock; scale and min are read for types of two levels.
+BlockScale block_scale(const BlockTypeInfo& type, uint16_t d, uint16_t dmin, int8_t scale, int8_t min);
 
 }  // namespace kts

@@ -169,12 +169,8 @@ KTS_INLINE float packed_scale(const PackedMatrix& w, int64_t n, int64_t k) {
   return bf16_to_f32(w.int4_scales()[(n / kPanel * w.k_groups() + k / w.format.group) * kPanel + n % kPanel]);
 }
 
-// Factor and offset of the code of a weight of a block format.
-struct BlockScale {
-  float factor, offset;
-};
+// Scale and code (code_value) of a weight of a block format.
 BlockScale packed_block_scale(const PackedMatrix& w, int64_t n, int64_t k);
-// The code, looked up and with its bias subtracted.
 int packed_code(const PackedMatrix& w, int64_t n, int64_t k);
 
 // One weight, without the scale of int8.
