@@ -25,7 +25,7 @@ from kt_sft.models.expert_keys import KeyMap
 if TYPE_CHECKING:
     from kt_sft.config import KTConfig
     from kt_sft.models.spec import ExpertsSpec
-    from kt_sft.nn.routed_experts import RoutedExperts
+    from kt_sft.nn.routed_experts import RoutedExperts, WeightFormats
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def open_experts(
     return source
 
 
-def weight_formats(source: ExpertSource, config: KTConfig) -> dict[str, str | tuple[str, str, str]]:
+def weight_formats(source: ExpertSource, config: KTConfig) -> dict[str, WeightFormats]:
     """What `RoutedExperts` are to hold, by module: the format of the settings, or the types of a GGUF file."""
     if config.method == "GGUF":
         assert isinstance(source, GgufExperts)

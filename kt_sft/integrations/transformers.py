@@ -25,10 +25,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kt_sft import env, memory
+from kt_sft import env
 from kt_sft.config import ISAS, KTConfig
 from kt_sft.errors import ConfigError, UnsupportedHardware, nearest
-from kt_sft.formats.packed import is_container
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.integrations.auto_class import auto_class
 from kt_sft.integrations.expert_sources import (
@@ -40,6 +39,7 @@ from kt_sft.integrations.expert_sources import (
 )
 from kt_sft.integrations.gguf_model import is_gguf_model, model_directory
 from kt_sft.integrations.linears import pack_linears
+from kt_sft.integrations.memory_check import bytes_outside_experts, check_memory, uses_main_memory
 from kt_sft.integrations.model_files import (
     HUB_ARGS,
     check_config_file,
@@ -47,21 +47,19 @@ from kt_sft.integrations.model_files import (
     find_config_file,
     load_config,
 )
-from kt_sft.integrations.packed_experts import copies
 from kt_sft.integrations.quantized_weights import UNREAD, Dequantizer
 from kt_sft.integrations.saving import save_full_model
-from kt_sft.integrations.weight_cache import through_cache, uses_cache
+from kt_sft.integrations.weight_cache import through_cache
 from kt_sft.models.families import adapt_block
 from kt_sft.models.spec import ExpertsSpec, find_experts
 from kt_sft.native import native
-from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts
+from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts, WeightFormats
 
 __all__ = ["KTExpertsConfig", "check_model", "load_model", "prepare_native", "quantization_config", "save_full_model"]
 
 logger = logging.getLogger(__name__)
 
 METHOD_NAME = "kt_sft"
-WeightFormats = str | tuple[str, str, str]  # of all projections, or of gate, up and down
 _REFUSED_ARGS = {
     "quantization_config": "kt_sft passes its own; describe the experts with KTConfig",
     "gguf_file": "pass the path of the GGUF file as the model",
@@ -154,7 +152,7 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
             model_config, trust_remote_code=from_pretrained_kwargs.get("trust_remote_code")
         )
     specs = find_experts(model)
-    on_cpu = _uses_main_memory(from_pretrained_kwargs.get("device_map"))
+    on_cpu = uses_main_memory(from_pretrained_kwargs.get("device_map"))
     formats: dict[str, WeightFormats] = dict.fromkeys(
         specs, config.weight_format if config.method != "GGUF" else "bf16"
     )
@@ -164,7 +162,7 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
         source = open_experts(model, specs, files, config)
         formats = weight_formats(source, config)
         source.close()
-    _check_memory(specs, _rest_bytes(model, specs) if on_cpu else 0, config, formats)
+    check_memory(specs, bytes_outside_experts(model, specs) if on_cpu else 0, config, formats)
     _swap_experts(model, specs, config, formats)
     return model
 
@@ -268,9 +266,9 @@ class KTExpertsQuantizer(HfQuantizer):
         self._source = open_experts(model, specs, files, self.kt_config)
         if self.quantization_config.replaces_quantization:
             self._dequantizer = Dequantizer(model, specs, files)
-        rest_bytes = _rest_bytes(model, specs) if _uses_main_memory(kwargs.get("device_map")) else 0
+        rest_bytes = bytes_outside_experts(model, specs) if uses_main_memory(kwargs.get("device_map")) else 0
         formats = weight_formats(self._source, self.kt_config)
-        _check_memory(specs, rest_bytes, self.kt_config, formats)
+        check_memory(specs, rest_bytes, self.kt_config, formats)
         _swap_experts(model, specs, self.kt_config, formats)
         model._keys_to_ignore_on_load_unexpected = [
             *(model._keys_to_ignore_on_load_unexpected or []),
@@ -329,46 +327,6 @@ def _register() -> None:
 _register()
 
 
-def _rest_bytes(model: PreTrainedModel, specs: dict[str, ExpertsSpec]) -> int:
-    """Bytes of all parameters and buffers outside the experts."""
-    outside = (
-        t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.rpartition(".")[0] not in specs
-    )
-    return sum(tensor.numel() * tensor.element_size() for tensor in outside)
-
-
-def _uses_main_memory(device_map: dict[str, Any] | str | None) -> bool:
-    """Whether weights outside the experts stay in main memory under this device map."""
-    if not isinstance(device_map, dict):
-        return device_map in (None, "cpu")
-    return any(str(device) == "cpu" for device in device_map.values())
-
-
-def _check_memory(
-    specs: dict[str, ExpertsSpec], rest_bytes: int, config: KTConfig, formats: dict[str, WeightFormats]
-) -> None:
-    is_mapped = (uses_cache(config) or _is_packed(config)) and not copies(config)
-
-    def needed(formats: dict[str, WeightFormats]) -> memory.MemoryEstimate:
-        packed_bytes = native().MoeLayer.packed_bytes_for
-        sizes = [
-            packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], config.int4_group_size)
-            for name, spec in specs.items()
-        ]
-        return memory.estimate(specs, sizes, rest_bytes, ranks=env.local_world_size(), is_mapped=is_mapped)
-
-    methods = [method for method in ("INT8", "INT4") if method != config.method]
-    smaller = {method: needed(dict.fromkeys(specs, method.lower())) for method in methods}
-    available, wanted = memory.available_memory(), needed(formats)
-    memory.check(wanted, available, smaller)
-    if warning := memory.mapped_shortage(wanted, available):
-        logger.warning(warning)
-
-
-def _is_packed(config: KTConfig) -> bool:
-    return config.weight_path is not None and is_container(config.weight_path)
-
-
 def _swap_experts(
     model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig, formats: dict[str, WeightFormats]
 ) -> None:
@@ -386,8 +344,8 @@ def _swap_experts(
                 cpu_activation=config.cpu_activation,
                 dtype=dtype,
             )
-        for name in PLACEHOLDERS:
-            getattr(experts, name)._is_hf_initialized = True
+        for placeholder in PLACEHOLDERS:
+            getattr(experts, placeholder)._is_hf_initialized = True
         block = model.get_submodule(parent)
         adapt_block(block, getattr(block, attribute))
         setattr(block, attribute, experts)

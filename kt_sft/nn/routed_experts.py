@@ -14,6 +14,7 @@ from kt_sft.nn.expert_lora import ExpertLora
 from kt_sft.ops.moe import NO_LORA, MoeCall, moe
 
 PLACEHOLDERS = ("gate_up_proj", "down_proj")
+WeightFormats = str | tuple[str, str, str]  # of all projections, or of gate, up and down
 Buffer = memoryview | bytearray  # anything of bytes that the buffer protocol gives
 Matrices = tuple[Tensor, Tensor, Tensor]  # gate, up [inter, hidden], down [hidden, inter] of one expert
 
@@ -42,7 +43,7 @@ class RoutedExperts(nn.Module):
         self,
         spec: ExpertsSpec,
         *,
-        weight_format: str | tuple[str, str, str] = "bf16",
+        weight_format: WeightFormats = "bf16",
         group_size: int = 32,
         expert_activations: str = "auto",
         chunk_size: int = 1024,

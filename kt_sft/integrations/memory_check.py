@@ -1,0 +1,71 @@
+"""Whether a model fits into main memory, asked while its weights are still in the files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kt_sft import env, memory
+from kt_sft.formats.packed import is_container
+from kt_sft.integrations.packed_experts import copies
+from kt_sft.integrations.weight_cache import uses_cache
+from kt_sft.native import native
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kt_sft.config import KTConfig
+    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.nn.routed_experts import WeightFormats
+
+logger = logging.getLogger(__name__)
+
+
+def check_memory(
+    specs: Mapping[str, ExpertsSpec], rest_bytes: int, config: KTConfig, formats: Mapping[str, WeightFormats]
+) -> None:
+    """Raise unless the experts fit beside the rest; warn where mapped experts will be read again and again.
+
+    Args:
+        specs: routed experts by module name.
+        rest_bytes: everything else that stays in main memory.
+        formats: what each module will hold.
+    Raises:
+        NotEnoughMemory: needed and available bytes, and the formats that would fit.
+    """
+    is_mapped = (uses_cache(config) or _is_packed(config)) and not copies(config)
+
+    def needed(formats: Mapping[str, WeightFormats]) -> memory.MemoryEstimate:
+        packed_bytes = native().MoeLayer.packed_bytes_for
+        sizes = [
+            packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], config.int4_group_size)
+            for name, spec in specs.items()
+        ]
+        return memory.estimate(specs, sizes, rest_bytes, ranks=env.local_world_size(), is_mapped=is_mapped)
+
+    methods = [method for method in ("INT8", "INT4") if method != config.method]
+    smaller = {method: needed(dict.fromkeys(specs, method.lower())) for method in methods}
+    available, wanted = memory.available_memory(), needed(formats)
+    memory.check(wanted, available, smaller)
+    if warning := memory.mapped_shortage(wanted, available):
+        logger.warning(warning)
+
+
+def bytes_outside_experts(model: PreTrainedModel, specs: Mapping[str, ExpertsSpec]) -> int:
+    """Bytes of all parameters and buffers outside the experts."""
+    outside = (
+        t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.rpartition(".")[0] not in specs
+    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in outside)
+
+
+def uses_main_memory(device_map: dict[str, Any] | str | None) -> bool:
+    """Whether weights outside the experts stay in main memory under this device map."""
+    if not isinstance(device_map, dict):
+        return device_map in (None, "cpu")
+    return any(str(device) == "cpu" for device in device_map.values())
+
+
+def _is_packed(config: KTConfig) -> bool:
+    return config.weight_path is not None and is_container(config.weight_path)
