@@ -70,7 +70,7 @@ class ExpertSource(Protocol):
 
 
 def open_experts(
-    model: nn.Module, specs: Mapping[str, ExpertsSpec], own_files: Iterable[str | Path], config: KTConfig
+    model: nn.Module, specs: Mapping[str, ExpertsSpec], own_files: Iterable[str | Path] | None, config: KTConfig
 ) -> ExpertSource:
     """Find every expert, from the headers; also checks the shapes of the model's other tensors.
 
@@ -78,7 +78,7 @@ def open_experts(
 
     Args:
         model: as transformers builds it (meta device is enough), its experts modules still in place.
-        own_files: weight files of the model directory.
+        own_files: weight files of the model directory; None: not looked at, the experts lie at `weight_path`.
         config: `weight_path` says where the experts are instead, if not there; see `open_weight_path`.
     Raises:
         ConfigError: a packed container of another weight format, or `weight_load` that this process cannot follow;
@@ -113,11 +113,24 @@ def weight_formats(source: ExpertSource, config: KTConfig) -> dict[str, WeightFo
 
 
 def _open(
-    model: nn.Module, specs: Mapping[str, ExpertsSpec], own_files: Iterable[str | Path], config: KTConfig
+    model: nn.Module, specs: Mapping[str, ExpertsSpec], own_files: Iterable[str | Path] | None, config: KTConfig
 ) -> ExpertSource:
     key_map = KeyMap(model, specs)
-    own_files = [Path(file) for file in own_files]
-    foreign = [file for file in own_files if file.suffix != ".safetensors"]
+    own = None if own_files is None else _own_checkpoint(key_map, [Path(file) for file in own_files])
+    path = config.weight_path
+    if path is not None and is_container(path):
+        open_own = None if own is None else partial(_checkpoint_experts, own, key_map)
+        return PackedExperts(path, specs, config, open_original=open_own)
+    index = own if path is None else open_weight_path(path)
+    assert index is not None
+    if isinstance(index, GgufIndex):
+        return GgufExperts(index, specs)
+    return _checkpoint_experts(index, key_map)
+
+
+def _own_checkpoint(key_map: KeyMap, files: list[Path]) -> QuantizedIndex:
+    """The model's own files, with the shapes that the model needs and the biases of the experts, which lie there."""
+    foreign = [file for file in files if file.suffix != ".safetensors"]
     if foreign:
         raise FormatError(
             foreign[0],
@@ -126,7 +139,7 @@ def _open(
             found=foreign[0].suffix,
             remedy="convert with save_pretrained",
         )
-    own = open_checkpoint(own_files)
+    own = open_checkpoint(files)
     for key in own:
         shape = key_map.plain_shape(key)
         if shape is not None:
@@ -140,14 +153,7 @@ def _open(
             found="no such tensor",
             remedy="the checkpoint is incomplete or belongs to another model; download it again",
         )
-    path = config.weight_path
-    if path is not None and is_container(path):
-        open_own = partial(_checkpoint_experts, own, key_map)
-        return PackedExperts(path, specs, config, open_original=open_own)
-    index = own if path is None else open_weight_path(path)
-    if isinstance(index, GgufIndex):
-        return GgufExperts(index, specs)
-    return _checkpoint_experts(index, key_map)
+    return own
 
 
 def _checkpoint_experts(index: QuantizedIndex, key_map: KeyMap) -> SafetensorsExperts:

@@ -141,7 +141,7 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
         The model without weights (meta device) and with our experts modules, for further checks.
 
     Raises:
-        As `load_model`; of a model on the hub the tensors are not looked at.
+        As `load_model`; of a model on the hub only tensors at `weight_path` are looked at.
     """
     hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
     quantization_config(config, path, **hub_kwargs)
@@ -153,15 +153,20 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
         )
     specs = find_experts(model)
     on_cpu = uses_main_memory(from_pretrained_kwargs.get("device_map"))
-    formats: dict[str, WeightFormats] = dict.fromkeys(
-        specs, config.weight_format if config.method != "GGUF" else "bf16"
-    )
+    own_files = None  # of a model on the hub
     if Path(path).is_dir() and not hub_kwargs.get("subfolder"):
         with SafetensorsIndex.from_directory(path) as own:
-            files = sorted({str(own.info(name).file) for name in own})
-        source = open_experts(model, specs, files, config)
+            own_files = sorted({str(own.info(name).file) for name in own})
+    formats: dict[str, WeightFormats] = dict.fromkeys(specs, config.weight_format)
+    if own_files is not None or config.weight_path is not None:
+        source = open_experts(model, specs, own_files, config)
         formats = weight_formats(source, config)
         source.close()
+    elif config.method == "GGUF":
+        raise ConfigError(
+            f"method GGUF: expected weight_path, the GGUF file with the experts of {path}, found nothing; set it, or "
+            "use BF16, INT8 or INT4"
+        )
     check_memory(specs, bytes_outside_experts(model, specs) if on_cpu else 0, config, formats)
     _swap_experts(model, specs, config, formats)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 
 import kt_sft
 from kt_sft import KTConfig
-from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
+from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, UnsupportedModel
+from kt_sft.integrations.transformers import check_model
 from kt_sft.models.spec import iter_routed_experts
+from kt_sft.native import native
 from tests.helpers import gguf_files, tiny_models
 
 # Rows must be whole blocks: of 32 (Q8_0), of 256 (Q4_K, Q6_K) only along hidden.
@@ -219,3 +222,35 @@ def test_lora_trains_on_block_types(plain, tmp_path):
     expert_grads = [p.grad for n, p in model.named_parameters() if "experts" in n and p.requires_grad]
     assert expert_grads and all(g is not None and g.abs().sum() > 0 for g in expert_grads)
     assert losses[-1] < losses[0]
+
+
+@pytest.fixture
+def hub(plain, tmp_path):
+    """Arguments of a model on the hub of which only config.json is here."""
+    snapshot = tmp_path / "models--kt-sft-tests--tiny" / "snapshots" / "0123456789abcdef"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    shutil.copy(plain / "config.json", snapshot)
+    return {"path": "kt-sft-tests/tiny", "cache_dir": tmp_path, "local_files_only": True, "device_map": {"": "cuda"}}
+
+
+def test_check_of_a_model_on_the_hub_takes_types_and_sizes_from_the_gguf_file(plain, tmp_path, hub, monkeypatch):
+    tensors = expert_tensors(plain, {})
+    path = gguf_files.write(tmp_path / "m.gguf", {}, tensors)
+    sizes = (EXPERTS, SIZES["hidden_size"], SIZES["moe_intermediate_size"])
+    bf16_bytes = len(LAYERS) * native().MoeLayer.packed_bytes_for(*sizes, "bf16")
+    machine = kt_sft.memory.AvailableMemory(bf16_bytes, "the machine")
+    monkeypatch.setattr("kt_sft.memory.available_memory", lambda: machine)
+    with pytest.raises(NotEnoughMemory):
+        check_model(config=KTConfig(weight_path=str(path)), **hub)
+    model = check_model(config=KTConfig(method="GGUF", weight_path=str(path)), **hub)
+    assert [experts.formats for _, experts in iter_routed_experts(model)] == [("q8_0",) * 3] * len(LAYERS)
+    gguf_files.write(path, {}, {k: v for k, v in tensors.items() if "blk.2.ffn_up" not in k})
+    with pytest.raises(FormatError, match=r"m.gguf: tensor blk.2.ffn_up_exps.weight: expected present, found missing"):
+        check_model(config=KTConfig(method="GGUF", weight_path=str(path)), **hub)
+
+
+def test_method_gguf_for_a_model_on_the_hub_needs_a_file(hub):
+    with pytest.raises(ConfigError, match="method GGUF: expected weight_path, .* of kt-sft-tests/tiny, found nothing"):
+        check_model(config=KTConfig(method="GGUF"), **hub)
