@@ -76,6 +76,22 @@ class OutputError(KTError, OSError):
         super().__init__(_sentence(f"{path}: {what}", expected, found, remedy))
 
 
+def unpackable(path: object, module: str, expert: int, reason: ValueError, *, instead: str) -> FormatError:
+    """What the native layer said when it was given an expert, as an error of the file.
+
+    Args:
+        reason: what it raised.
+        instead: another remedy than a new download.
+    """
+    return FormatError(
+        path,
+        f"expert {expert} of {module}",
+        expected="weights that can be packed",
+        found=str(reason),
+        remedy=f"download the checkpoint again, or {instead}",
+    )
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """Hint for a misspelt name: `did you mean 'x'?`, or the known names when none is close."""
     known = list(known)

@@ -21,7 +21,7 @@ import numpy as np
 
 from kt_sft.convert.plan import LOCK_NAME, ConvertPlan, Experts, check_space, finished_manifest, name_of
 from kt_sft.convert.slot import ExpertSlot
-from kt_sft.errors import ConfigError, FormatError, OutputError
+from kt_sft.errors import ConfigError, FormatError, OutputError, unpackable
 from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, layer_header
 from kt_sft.formats.packed_manifest import Blob, Manifest, PackedLayer, parse_layer
 
@@ -120,13 +120,7 @@ def _write_layer(
             try:
                 slot.load_expert(0, *matrices)
             except ValueError as error:
-                raise FormatError(
-                    source.path,
-                    f"expert {expert} of {name}",
-                    expected="weights that can be packed",
-                    found=str(error),
-                    remedy="download the checkpoint again, or convert to bf16",
-                ) from None
+                raise unpackable(source.path, name, expert, error, instead="convert to bf16") from None
             experts.append(_write_expert(stream, slot.export(), slot.errors(matrices)))
             progress(expert + 1)
         stream.flush()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
 from kt_sft import env
-from kt_sft.errors import GIB, ConfigError, FormatError
+from kt_sft.errors import GIB, ConfigError, FormatError, unpackable
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.quantized_index import QuantizedIndex
@@ -196,13 +196,7 @@ def stream_experts(model: nn.Module, source: ExpertSource) -> None:
                 except FormatError:
                     raise
                 except ValueError as error:
-                    raise FormatError(
-                        source.path,
-                        f"expert {expert} of {name}",
-                        expected="weights that can be packed",
-                        found=str(error),
-                        remedy="download the checkpoint again, or use method BF16",
-                    ) from None
+                    raise unpackable(source.path, name, expert, error, instead="use method BF16") from None
                 bar.update()
     source.close()
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in counts)
