@@ -21,6 +21,7 @@ import numpy as np
 
 from kt_sft.errors import FormatError
 from kt_sft.formats.ggml_types import GGML_TYPE_BY_NUMBER, GgmlType
+from kt_sft.formats.tensor_errors import check_shape, missing_tensor, repeated_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,8 +96,7 @@ class GgufIndex:
                 _check_split(file, part.metadata, number, len(files))
             for name, tensor in part.tensors.items():
                 if name in tensors:
-                    found = f"also in {tensors[name].file.name}"
-                    raise FormatError(file, f"tensor {name}", expected="one file holds it", found=found)
+                    raise repeated_tensor(file, name, tensors[name].file)
                 tensors[name] = tensor
             metadata = {**part.metadata, **metadata}
         total = metadata.get("split.tensors.count")
@@ -123,13 +123,7 @@ class GgufIndex:
         try:
             return self._tensors[name]
         except KeyError:
-            raise FormatError(
-                self.source,
-                f"tensor {name}",
-                expected="present",
-                found="missing",
-                remedy="the file is incomplete or belongs to another model; download it again",
-            ) from None
+            raise missing_tensor(self.source, name) from None
 
     def expect(self, name: str, shape: Sequence[int]) -> GgufTensor:
         """Check a tensor against the shape that the model needs.
@@ -138,14 +132,7 @@ class GgufIndex:
             FormatError: missing or of another shape.
         """
         info = self.info(name)
-        if info.shape != tuple(shape):
-            raise FormatError(
-                info.file,
-                f"tensor {name}",
-                expected=f"shape {list(shape)}",
-                found=list(info.shape),
-                remedy="the GGUF file and config.json must come from the same model",
-            )
+        check_shape(info.file, name, shape, info.shape)
         return info
 
     def blocks(self, name: str, index: tuple[int, ...] = ()) -> Tensor:

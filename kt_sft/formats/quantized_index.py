@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.safetensors_index import SafetensorsIndex, TensorInfo
+from kt_sft.formats.tensor_errors import SAME_MODEL
 from kt_sft.native import native
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class QuantizedIndex:
                 f"tensor {scale_key}",
                 expected=f"{' or '.join(FLOAT_DTYPES)} {list(expected)}, for blocks of {block_rows} x {block_cols}",
                 found=f"{scale.dtype} {list(scale.shape)}",
-                remedy="config.json and weights must come from the same model",
+                remedy=SAME_MODEL,
             )
         self._tensors[name] = TensorInfo(info.file, self._quantization.dtype, shape)
         self._scales[name] = scale_key

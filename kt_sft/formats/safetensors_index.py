@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import FormatError
+from kt_sft.formats.tensor_errors import check_shape, missing_tensor, repeated_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,14 +45,7 @@ class TensorInfo:
         Raises:
             FormatError: another shape or dtype.
         """
-        if self.shape != tuple(shape):
-            raise FormatError(
-                self.file,
-                f"tensor {name}",
-                expected=f"shape {list(shape)}",
-                found=list(self.shape),
-                remedy="config.json and weights must come from the same model",
-            )
+        check_shape(self.file, name, shape, self.shape)
         if dtypes and self.dtype not in dtypes:
             raise FormatError(
                 self.file,
@@ -128,12 +122,7 @@ class SafetensorsIndex:
         for file in files:
             for name, info in _read_header(file):
                 if name in tensors:
-                    raise FormatError(
-                        file,
-                        f"tensor {name}",
-                        expected="one shard holds it",
-                        found=f"also in {tensors[name].file.name}",
-                    )
+                    raise repeated_tensor(file, name, tensors[name].file)
                 tensors[name] = info
         return cls(tensors, Path(source) if source is not None else files[0].parent)
 
@@ -156,13 +145,7 @@ class SafetensorsIndex:
         try:
             return self._tensors[name]
         except KeyError:
-            raise FormatError(
-                self.source,
-                f"tensor {name}",
-                expected="present",
-                found="missing",
-                remedy="the checkpoint is incomplete or belongs to another model; download it again",
-            ) from None
+            raise missing_tensor(self.source, name) from None
 
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[str] = ()) -> TensorInfo:
         """Check a tensor's header against the shape (and storage dtypes) that the model needs.

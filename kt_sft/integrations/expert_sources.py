@@ -16,6 +16,7 @@ from kt_sft.errors import GIB, ConfigError, FormatError, unpackable
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.quantized_index import QuantizedIndex
+from kt_sft.formats.tensor_errors import INCOMPLETE
 from kt_sft.integrations.expert_files import SafetensorsExperts
 from kt_sft.integrations.gguf_experts import GgufExperts
 from kt_sft.integrations.model_files import open_checkpoint
@@ -151,7 +152,7 @@ def _own_checkpoint(key_map: KeyMap, files: list[Path]) -> QuantizedIndex:
             "biases of the experts",
             expected=missing[0],
             found="no such tensor",
-            remedy="the checkpoint is incomplete or belongs to another model; download it again",
+            remedy=INCOMPLETE,
         )
     return own
 

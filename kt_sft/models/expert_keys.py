@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import FormatError, UnsupportedModel
+from kt_sft.formats.tensor_errors import INCOMPLETE, SAME_MODEL
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -104,7 +105,7 @@ class LayerSource:
                     f"experts of {self.name}",
                     expected=f"{self.spec.num_experts} experts",
                     found=f"expert {extra[0]}",
-                    remedy="config.json and weights must come from the same model",
+                    remedy=SAME_MODEL,
                 )
             missing = [
                 f"expert {index} {projection}"
@@ -116,7 +117,7 @@ class LayerSource:
                 f"experts of {self.name}",
                 expected=f"gate, up and down of {self.spec.num_experts} experts",
                 found=f"{len(missing)} missing, first {missing[0]}",
-                remedy="the checkpoint is incomplete or belongs to another model; download it again",
+                remedy=INCOMPLETE,
             )
 
 
