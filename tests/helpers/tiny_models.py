@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from kt_sft.integrations.auto_class import auto_class
 from tests.helpers import families
-from tests.helpers.families import COMMON, VOCAB
+from tests.helpers.family_parts import COMMON, VOCAB, composite
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3")  # of the tests that go deep; families.py has all
 
@@ -26,7 +26,7 @@ def config(family: str, **overrides: Any) -> Any:
 
     entry = families.FAMILIES[family]
     values = {**entry.values, **overrides}
-    values = families.composite(values) if "text_config" in values else {**COMMON, **values}
+    values = composite(values) if "text_config" in values else {**COMMON, **values}
     return getattr(transformers, entry.config_class)(**values)
 
 
