@@ -152,7 +152,7 @@ def native_format(kind: str) -> str:
     """Weight format of a GGUF type under method GGUF: the type itself, bf16 or int8."""
     if kind.lower() in {"f16", *(known["name"] for known in native().block_types())}:
         return kind.lower()
-    return "bf16" if kind in ("BF16", "F32", "F64") else "int8"
+    return "bf16" if kind in ("BF16", "F32") else "int8"
 
 
 def layer_number(name: str) -> int:

@@ -68,10 +68,6 @@ class ExpertsSpec:
         """Where up lies among the 2 * inter outputs."""
         return slice(1, None, 2) if self.is_interleaved else slice(self.inter, 2 * self.inter)
 
-    def gate_first(self, outputs: Tensor) -> Tensor:
-        """Reorders `[..., 2 * inter]` so that all of gate comes before all of up."""
-        return outputs.unflatten(-1, (self.inter, 2)).mT.flatten(-2) if self.is_interleaved else outputs
-
     def join_gate_up(self, gate: Tensor, up: Tensor) -> Tensor:
         """The rows `[2 * inter, hidden]` in the module's order, from gate and up `[inter, hidden]`."""
         joined = gate.new_empty(2 * self.inter, self.hidden)

@@ -3,7 +3,6 @@
 
 #include "bindings.h"
 #include "gil.h"
-#include "kts/elementwise.h"
 #include "kts/gemm.h"
 #include "kts/isa.h"
 #include "kts/thread_pool.h"
@@ -84,10 +83,6 @@ void bind_runtime(py::module_& m) {
       [](uintptr_t address, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       py::arg("address"), py::arg("bytes"), "For memory that nobody has written yet.");
   m.def("workspace_growths", &pass_arena_growths);
-  m.def("supports_activation", [](const std::string& name) {
-    Activation activation;
-    return activation_from_name(name.c_str(), &activation);
-  });
 }
 
 }  // namespace kts

@@ -177,7 +177,9 @@ class NoisyExperts(nn.Module):
         self.weights = [torch.cat([gate_up[:, spec.gate_rows], gate_up[:, spec.up_rows]], dim=1), down]
         self.biases = [torch.zeros(spec.num_experts, 1, dtype=torch.float64)] * 2
         if spec.has_bias:
-            self.biases = [spec.gate_first(stock.gate_up_proj_bias.detach()), stock.down_proj_bias.detach()]
+            bias = stock.gate_up_proj_bias.detach()
+            bias = torch.cat([bias[:, spec.gate_rows], bias[:, spec.up_rows]], dim=1)
+            self.biases = [bias, stock.down_proj_bias.detach()]
         for name, shape in (("gate_up_proj", spec.gate_up_shape), ("down_proj", spec.down_shape)):
             placeholder = torch.zeros(1, dtype=torch.float64).expand(shape)
             self.register_parameter(name, nn.Parameter(placeholder, requires_grad=False))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.targets import PROJECTIONS, expert_targets
 from kt_sft.models.spec import iter_routed_experts
-from kt_sft.nn.expert_lora import ExpertLora, LoraFactor, LoraPair
+from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
 from kt_sft.nn.packed_linear import PackedLinear
 
 # Up to 0.18 ParamWrapper read a parameter [experts, out, in] as if it were [experts, in, out]: lora_A then has the
@@ -194,8 +194,8 @@ def _pair(wrapper: ParamWrapper, adapter: str) -> LoraPair:
     swaps = PEFT_SWAPS_FACTORS and not spec.is_transposed
     swapped = swaps if in_width == out_width else widths == (out_width, in_width)
     mixed = spec.is_interleaved and wrapper.parameter_name == "gate_up_proj"  # along the output
-    of_lora_a = LoraFactor(lora_a, "expert_major", num_experts, is_interleaved=mixed and swapped)
-    of_lora_b = LoraFactor(lora_b, "expert_minor", num_experts, is_interleaved=mixed and not swapped)
+    of_lora_a = LoraFactor(lora_a, EXPERT_MAJOR, num_experts, is_interleaved=mixed and swapped)
+    of_lora_b = LoraFactor(lora_b, EXPERT_MINOR, num_experts, is_interleaved=mixed and not swapped)
     a, b = (of_lora_b, of_lora_a) if swapped else (of_lora_a, of_lora_b)
     return LoraPair(a=a, b=b, scaling=_Scaling(wrapper, adapter))
 
