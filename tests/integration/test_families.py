@@ -1,6 +1,6 @@
 """Every mixture-of-experts family: a tiny model from disk, its logits and all gradients against stock code in float64.
 
-`docs/models.md` is written from the results (`python -m scripts.models_page`).
+`docs/models.md` is written from the results (`python -m tests.helpers.models_page`).
 """
 
 from __future__ import annotations
