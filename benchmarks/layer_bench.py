@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks import harness, moe_layer
+from benchmarks.block_layer import block_layers
 from benchmarks.harness import CaseResult, Contender, Sample, Work
 from benchmarks.moe_layer import Batch, Computes, Layer, LayerShape
 from benchmarks.our_layer import OurLayer
@@ -193,6 +194,12 @@ class LayerBench:
             twin = packed["bf16"].sharing(layer)
             self.contestants[rank_name(rank)] = Contestant(twin, layer, FORMATS[OURS][2], twin.weight_bytes)
 
+    def add_blocks(self, names: Iterable[str]) -> None:
+        """Ours from block types of GGUF files, as `block_layer.DOWN` names them; each has weights of its own."""
+        for name, blocks in block_layers(self.layer, names):
+            ours = OurLayer(blocks.layer, weight_format=blocks.formats, experts=blocks.experts())
+            self.contestants[name] = Contestant(ours, blocks.layer, FORMATS[OURS][2], ours.weight_bytes)
+
     def add_torch(self, names: Iterable[str]) -> None:
         for name, opponent in moe_layer.torch_contenders(self.layer, names).items():
             label = name.rsplit(" ", 1)[1]
@@ -216,7 +223,7 @@ class LayerBench:
             fp32 = self.contestants.get(REFERENCE)
             if flops <= EXACT_REFERENCE_FLOPS:
                 reference: Computes = moe_layer.exact_layer(layer)
-            elif fp32 is not None:
+            elif fp32 is not None and layer.gate_up is self.layer.gate_up:
                 reference = fp32.computes.sharing(layer)
             else:
                 reference = moe_layer.torch_contenders(layer, [REFERENCE])[REFERENCE]

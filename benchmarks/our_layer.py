@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from benchmarks.moe_layer import LORA_SCALE, Batch, Layer
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.expert_lora import ExpertLora, LoraFactor, LoraPair
-from kt_sft.nn.routed_experts import RoutedExperts
+from kt_sft.nn.routed_experts import Matrices, RoutedExperts
 
 # PEFT keeps one factor as [experts * rank, dim] and the other as [dim, rank * experts].
 LAYOUTS = ("expert_minor", "expert_major", "expert_minor", "expert_major")
@@ -16,13 +18,20 @@ GROUP_SIZE = 32  # of int4
 
 
 class OurLayer:
-    """Routed experts with LoRA in the layout of stock PEFT's `target_parameters`; `rows` int8: W8A8 or W4A8."""
+    """Routed experts with LoRA in the layout of stock PEFT's `target_parameters`.
+
+    Args:
+        rows: activations; int8: W8A8 or W4A8.
+        experts: gate, up and down of every expert in the types of `weight_format`, block types of GGUF files; without
+            them those of the layer.
+    """
 
     def __init__(
         self,
         layer: Layer,
         *,
-        weight_format: str = "bf16",
+        weight_format: str | tuple[str, str, str] = "bf16",
+        experts: Iterable[Matrices] | None = None,
         rows: str = "bf16",
         chunk_size: int = 1024,
         cpu_activation: str = "retain",
@@ -36,9 +45,9 @@ class OurLayer:
         }
         spec = ExpertsSpec(shape.num_experts, shape.hidden, shape.inter, "silu")
         self.experts = RoutedExperts(spec, expert_activations=rows, **self._settings)
-        for index in range(shape.num_experts):
-            gate, up = layer.gate_up[index].chunk(2)
-            self.experts.load_expert(index, gate, up, layer.down[index])
+        own = ((*gate_up.chunk(2), down) for gate_up, down in zip(layer.gate_up, layer.down, strict=True))
+        for index, matrices in enumerate(own if experts is None else experts):
+            self.experts.load_expert(index, *matrices)
         self._bind_lora(layer)
 
     def sharing(self, layer: Layer, *, rows: str | None = None) -> OurLayer:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from rich.table import Table
 
+from benchmarks.block_layer import DOWN, INSTEAD
 from benchmarks.layer_bench import BASE_ONLY, MODELS, OURS, REFERENCE, rank_name
 
 V2, QWEN, V3 = MODELS
@@ -34,7 +35,6 @@ def gradient_key(weight_format: str, band: tuple[int, ...]) -> str:
 
 
 AVX2_FMA, AVX2_KT = "avx2 kernels, 512 rows: part of fma", "avx2 kernels, T = 512: kt-kernel avx2 bf16 / ours"
-K_QUANT = "forward + backward, k-quant base / bf16"
 MEMORY = {one: f"packed bytes of {one} / own bytes" for one in ("bf16", "int8", "int4")}
 LOAD_PEAK = {one: f"load peak of {one} / (packed + one expert)" for one in MEMORY}
 BANDS = {(64, 128, 512): 0.85, (8, 16, 32): 0.70, (1, 2, 4): 0.90}
@@ -152,8 +152,10 @@ def _step_lines() -> list[Demand]:
         Demand(t16, ">= 2 x grouped_mm", times(STEP, 16, GROUPED, OURS), every(2.0)),
         _part(base, "int8 >= 80 % of bf16's speed", times(STEP, 2048, OURS, "kt_sft int8"), every(0.80)),
         _part(base, "int4 >= 80 % of bf16's speed", times(STEP, 2048, OURS, "kt_sft int4"), every(0.80)),
-        _part(base, "k-quants >= 80 % of bf16's speed", K_QUANT, every(0.80)),
     ]
+    for name, kind in DOWN.items():
+        text = f"Q4_K_M, {kind} down (V2 {INSTEAD[kind]}) >= 80 % of bf16's speed"
+        demands.append(_part(base, text, times(STEP, 2048, OURS, name), every(0.80)))
     for mode, rank, limit in ((FORWARD, 8, 0.08), (STEP, 8, 0.12), (FORWARD, 64, 0.25), (STEP, 64, 0.25)):
         name = OURS if rank == 8 else rank_name(rank)
         key = times(mode, 512, name, BASE_ONLY)

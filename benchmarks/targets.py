@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 
 from benchmarks import gemm_bench, kt_kernel_opponent, layer_bench, memory, moe_layer, session, target_lines
+from benchmarks.block_layer import DOWN
 from benchmarks.gemm_bench import Kernel, MatrixShape, PackedMatrices, Product
 from benchmarks.harness import time_ratio
 from benchmarks.layer_bench import BASE_ONLY, MODELS, OURS, REFERENCE, LayerBench, Model, Trial, rank_name
@@ -28,7 +29,7 @@ TRIALS = (
     (2048, False, (OURS, BASE_ONLY, REFERENCE, KT["bf16"])),
     (16, True, (OURS, REFERENCE, GROUPED)),
     (512, True, (OURS, BASE_ONLY, R64, REFERENCE, GROUPED)),
-    (2048, True, (OURS, "kt_sft int8", "kt_sft int4")),
+    (2048, True, (OURS, "kt_sft int8", "kt_sft int4", *DOWN)),
 )
 QUICK_SECONDS, MIN_TRIAL_SECONDS, MAX_TRIAL_SECONDS, FULL_TRIAL_SECONDS = 270.0, 0.3, 4.0, 40.0
 QUICK_ROWS = (1, 4, 8, 32, 64, 512)  # per expert, of the input gradient's bands
@@ -100,6 +101,7 @@ def run_layer(run: Run, key: str, model: Model) -> None:
     aliases = inference_names(running.library)
     names = {aliases.get(one, one) for *_, some in wanted for one in some}
     bench.add_ours([one for one in layer_bench.FORMATS if one in names or one == OURS], ranks=(0, 64))
+    bench.add_blocks([one for one in DOWN if one in names])
     bench.add_torch([one for one in moe_layer.OPPONENTS if one in names])
     notes = {W8A8: rows_note(running)}
     tokens_of = {t: _tokens(options, model, key, t) for t, *_ in wanted}
@@ -251,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.trials_left = sum(len(wanted_trials(options, key)) for key in options.models)
     for key in options.models:
         model = MODELS[key]
-        run.figures[key] = {target_lines.K_QUANT: Figure(None, "not timed by this command")}
+        run.figures[key] = {}
         run_memory(run, key, model)
         run_gradients(run, key)
         run_layer(run, key, model)
