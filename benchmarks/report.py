@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from benchmarks import bench_loading
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.target_lines import HEADINGS, MISS, PASS, UNKNOWN, rows_of
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "decode": "python -m benchmarks.bench_decode",
     "gemm": "python -m benchmarks.bench_gemm",
     "blocks": "python -m benchmarks.bench_blocks --threads 1",
+    "loading": "python -m benchmarks.bench_loading",
 }
 RECORD = {
     "cpu": "CPU",
@@ -173,12 +175,24 @@ def blocks_section(run: Mapping) -> str:
     return intro + table(headings, rows)
 
 
+def loading_section(run: Mapping) -> str:
+    intro = (
+        "Seconds and bytes of one run, with a warm page cache. Packing the linear layers outside the experts "
+        "(`cpu_linear`) takes as much new memory as they have bytes; `fresh memory` is how long this machine takes to "
+        "hand that out, filled with one value.\n\n"
+    )
+    cases = run["cases"]
+    text_table = table(bench_loading.HEADINGS, bench_loading.rows_of(cases))
+    return f"{bench_loading.title_of(cases)}.\n\n{intro}{text_table}"
+
+
 SECTIONS = {
     "targets": ("Targets", targets_section),
     "moe_layer": ("MoE layer", layer_section),
     "decode": ("Decoding", decode_section),
     "gemm": ("Single products", gemm_section),
     "blocks": ("Block types of GGUF files", blocks_section),
+    "loading": ("Converting and loading", loading_section),
 }
 
 
