@@ -106,7 +106,8 @@ class KTConfig:
         if not isinstance(self.method, str) or self.method.upper() not in METHODS:
             yield _unknown("method", self.method, METHODS)
         elif self.expert_activations in ("bfp16", "int8") and METHODS[self.method.upper()] == "BF16":
-            found = f"expert_activations: {self.expert_activations} needs method INT8 or INT4, found BF16"
+            methods = "INT8, INT4 or RAWINT4" if self.expert_activations == "int8" else "INT8, INT4, RAWINT4 or GGUF"
+            found = f"expert_activations: {self.expert_activations} needs method {methods}, found BF16"
             yield f"{found}; set one of them, or leave it auto"
         elif self.expert_activations == "int8" and METHODS[self.method.upper()] == "GGUF":
             yield "expert_activations: int8 has no kernels for the types of GGUF files; set auto, bfp16 or bf16"

@@ -34,9 +34,9 @@ def test_group_size_is_one_of_three(size):
 
 
 def test_int8_activations_need_quantised_weights():
-    with pytest.raises(ConfigError, match="expert_activations: int8 needs method INT8 or INT4, found BF16"):
+    with pytest.raises(ConfigError, match="expert_activations: int8 needs method INT8, INT4 or RAWINT4, found BF16"):
         KTConfig(method="AMXBF16", expert_activations="int8")
-    with pytest.raises(ConfigError, match="expert_activations: bfp16 needs method INT8 or INT4, found BF16"):
+    with pytest.raises(ConfigError, match="expert_activations: bfp16 needs method INT8, INT4, RAWINT4 or GGUF, found"):
         KTConfig(expert_activations="bfp16")
     assert KTConfig(method="INT4", expert_activations="int8").expert_activations == "int8"
 
