@@ -1,11 +1,13 @@
 """Safetensors checkpoints whose weights may be quantised: the tensors as they would be named and shaped in bf16.
 
-Two public formats are read beside plain floating point, both described by `quantization_config` in config.json:
+Three public formats are read beside plain floating point, described by `quantization_config` in config.json:
 
 * `fp8` (DeepSeek-V3): `x.weight` e4m3 `[..., n, k]` times `x.weight_scale_inv` `[..., ceil(n / bn), ceil(k / bk)]`,
   blocks `[bn, bk]` from `weight_block_size`; a scale of one element is that of the whole tensor.
 * `compressed-tensors`, format `pack-quantized`, 4 bits, symmetric, in groups (Kimi-K2-Thinking): `x.weight_packed`
   int32 `[n, k / 8]`, element j in bits 4 (j % 8) of word j / 8 as q + 8, times `x.weight_scale` `[n, k / group]`.
+* `mxfp4` (gpt-oss, whose bf16 form is `x` `[experts, k, n]`): `x_blocks` uint8 `[experts, n, k / 32, 16]`, e2m1 numbers
+  with the first in the low half of a byte, times 2^(`x_scales` - 127), uint8 `[experts, n, k / 32]`.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.safetensors_index import SafetensorsIndex, TensorInfo
-from kt_sft.formats.tensor_errors import SAME_MODEL
+from kt_sft.formats.tensor_errors import INCOMPLETE, SAME_MODEL
 from kt_sft.native import native
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
-FP8, INT4 = "F8_E4M3", "I4"
+FP8, INT4, MXFP4 = "F8_E4M3", "I4", "MXFP4"
 _SCALE_INV, _PACKED, _SCALE, _SHAPE = "_scale_inv", "_packed", "_scale", "_shape"
-_READ = "weights in bf16, fp16 or fp32, fp8 with block scales, or compressed-tensors int4 in groups"
+_BLOCKS, _SCALES = "_blocks", "_scales"
+_MXFP4_GROUP = 32
+_READ = "weights in bf16, fp16 or fp32, fp8 with block scales, compressed-tensors int4 in groups, or mxfp4"
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Quantization:
     """How a checkpoint's quantised tensors are to be read.
 
     Args:
-        dtype: `F8_E4M3` or `I4`.
-        block: rows and columns that share a scale; (1, group) for `I4`. None: one scale for the tensor.
+        dtype: `F8_E4M3`, `I4` or `MXFP4`.
+        block: rows and columns that share a scale; (1, group) for `I4` and `MXFP4`. None: one scale for the tensor.
     """
 
     dtype: str
@@ -65,6 +69,8 @@ def read_quantization(values: Any, source: object) -> Quantization | None:
         if values.get("format") == "pack-quantized" and (group := _int4_group(values.get("config_groups"))):
             return Quantization(INT4, (1, group))
         found += f" in format {values.get('format')!r}, or not as symmetric 4-bit integers in groups"
+    elif method == "mxfp4":
+        return Quantization(MXFP4, (1, _MXFP4_GROUP))
     raise UnsupportedModel(
         f"{source}: quantization_config",
         expected=_READ,
@@ -112,6 +118,9 @@ class QuantizedIndex:
             elif quantization.dtype == INT4 and key.endswith(_PACKED):
                 name = key.removesuffix(_PACKED)
                 hidden.update((key, name + _SHAPE, *self._add(name, key, name + _SCALE)))
+            elif quantization.dtype == MXFP4 and key.endswith(_BLOCKS):
+                name = key.removesuffix(_BLOCKS)
+                hidden.update((key, *self._add_mxfp4(name, key, name + _SCALES)))
         for key in index:
             if key not in hidden:
                 self._tensors.setdefault(key, index.info(key))
@@ -119,12 +128,8 @@ class QuantizedIndex:
     def _add(self, name: str, key: str, scale_key: str) -> tuple[str]:
         """Register a quantised tensor; returns the keys that are its parts under other names."""
         assert self._quantization is not None
-        info = self._index.info(key)
-        if scale_key not in self._index:
-            found = "no such tensor"
-            raise FormatError(info.file, f"tensor {key}", expected=f"its scales in {scale_key}", found=found)
+        info, scale = self._index.info(key), self._scale_info(key, scale_key)
         shape = info.shape if self._quantization.dtype == FP8 else (*info.shape[:-1], 8 * info.shape[-1])
-        scale = self._index.info(scale_key)
         rows, cols = shape[-2:] if len(shape) >= 2 else (0, 0)
         block_rows, block_cols = self._quantization.block or (max(rows, 1), max(cols, 1))
         expected = (*shape[:-2], -(-rows // block_rows), -(-cols // block_cols))
@@ -140,6 +145,25 @@ class QuantizedIndex:
         self._tensors[name] = TensorInfo(info.file, self._quantization.dtype, shape)
         self._scales[name] = scale_key
         return (scale_key,)
+
+    def _add_mxfp4(self, name: str, key: str, scale_key: str) -> tuple[str]:
+        """The same of experts in MXFP4."""
+        info, scale = self._index.info(key), self._scale_info(key, scale_key)
+        what = [len(info.shape), info.shape[-1:], info.dtype]
+        if what != [4, (_MXFP4_GROUP // 2,), "U8"]:
+            expected, found = "U8 [experts, outputs, groups, 16]", f"{info.dtype} {list(info.shape)}"
+            raise FormatError(info.file, f"tensor {key}", expected=expected, found=found, remedy=SAME_MODEL)
+        scale.expect(scale_key, info.shape[:-1], ("U8",))
+        experts, outputs, groups, _ = info.shape
+        self._tensors[name] = TensorInfo(info.file, MXFP4, (experts, groups * _MXFP4_GROUP, outputs))
+        self._scales[name] = scale_key
+        return (scale_key,)
+
+    def _scale_info(self, key: str, scale_key: str) -> TensorInfo:
+        if scale_key not in self._index:
+            file, expected = self._index.info(key).file, f"its scales in {scale_key}"
+            raise FormatError(file, f"tensor {key}", expected=expected, found="no such tensor", remedy=INCOMPLETE)
+        return self._index.info(scale_key)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -200,18 +224,22 @@ class QuantizedIndex:
         """
         if name not in self._scales:
             return self._index.read(name, rows)
-        info, scale = self.info(name), self._index.read(self._scales[name]).float()
+        info, scale = self.info(name), self._index.read(self._scales[name])
+        if info.dtype != MXFP4:
+            scale = scale.float()
         if scale.dim() < 2:
             scale = scale.reshape((1,) * len(info.shape)).expand(*info.shape[:-2], 1, 1)
         if len(info.shape) == 2:
             return self._matrix(name, (), scale, rows[0] if rows else slice(None))
+        matrix = self._mxfp4 if info.dtype == MXFP4 else self._matrix
         experts = range(info.shape[0])[rows[0]] if rows else range(info.shape[0])
+        part = rows[1] if len(rows) > 1 else slice(None)
         if isinstance(experts, int):
-            return self._matrix(name, (experts,), scale[experts], rows[1] if len(rows) > 1 else slice(None))
+            value = matrix(name, (experts,), scale[experts], part)
+            return value[..., rows[2]] if len(rows) > 2 else value
         import torch
 
-        part = rows[1] if len(rows) > 1 else slice(None)
-        return torch.stack([self._matrix(name, (expert,), scale[expert], part) for expert in experts])
+        return torch.stack([matrix(name, (expert,), scale[expert], part) for expert in experts])
 
     def close(self) -> None:
         """Drop the file mappings; tensors already returned stay valid."""
@@ -245,3 +273,22 @@ class QuantizedIndex:
         else:
             native().dequantize_int4(raw, scale, block_cols, out)
         return out[wanted.start - begin :: wanted.step]
+
+    def _mxfp4(self, name: str, at: tuple[int, ...], scale: Tensor, part: int | slice) -> Tensor:
+        """Rows `part` of one expert's `[k, n]`, a view with the strides of `[n, k]`."""
+        import torch
+
+        inputs, outputs = self.info(name).shape[-2:]
+        out = torch.empty(outputs, inputs, dtype=torch.bfloat16)
+        native().dequantize_mxfp4(self._index.read(name + _BLOCKS, at).flatten(1), scale.contiguous(), out)
+        return out.mT[part]
+        return out
+
+    def _mxfp4(self, name: str, at: tuple[int, ...], scale: Tensor, part: int | slice) -> Tensor:
+        """Rows `part` of one expert's `[k, n]`, a view with the strides of `[n, k]`."""
+        import torch
+
+        inputs, outputs = self.info(name).shape[-2:]
+        out = torch.empty(outputs, inputs, dtype=torch.bfloat16)
+        native().dequantize_mxfp4(self._index.read(name + _BLOCKS, at).flatten(1), scale.contiguous(), out)
+        return out.mT[part]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kt_sft.errors import FormatError
-from kt_sft.formats.quantized_index import FLOAT_DTYPES, FP8, INT4, QuantizedIndex
+from kt_sft.formats.quantized_index import FLOAT_DTYPES, FP8, INT4, MXFP4, QuantizedIndex
 from kt_sft.models.expert_keys import LayerSource, WeightSlice
 
 if TYPE_CHECKING:
     from kt_sft.nn.routed_experts import RoutedExperts
 
-READABLE = (*FLOAT_DTYPES, FP8, INT4)
+READABLE = (*FLOAT_DTYPES, FP8, INT4, MXFP4)
 
 
 class UnchangedFiles:

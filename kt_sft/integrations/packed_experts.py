@@ -131,7 +131,6 @@ def check_format(container: PackedContainer, config: KTConfig) -> None:
         remedy = f"set method: {manifest.weight_format.upper()}"
         if manifest.weight_format == "int4":
             remedy += f" and int4_group_size: {manifest.group}"
-        raise ConfigError(
-            f"method: {wanted} is asked for, but the container {container.path} holds {held}; {remedy}, or convert the "
-            f"checkpoint to {config.weight_format}"
-        )
+        if config.method in ("BF16", "INT8", "INT4"):
+            remedy += f", or convert the checkpoint to {config.weight_format}"
+        raise ConfigError(f"method: {wanted} is asked for, but the container {container.path} holds {held}; {remedy}")

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
 
 # What a checkpoint holds beside the weights themselves; transformers must not report it as unexpected.
-UNREAD = (r"_scale_inv$", r"\.weight_(scale|shape|zero_point)$", r"\.(input|activation)_scale$")
+UNREAD = (
+    r"_scale_inv$",
+    r"\.weight_(scale|shape|zero_point)$",
+    r"\.(input|activation)_scale$",
+    r"experts\.\w+_(blocks|scales)$",
+)
 
 
 class Dequantizer:

@@ -71,6 +71,18 @@ void int4(const py::object& w_, const py::object& scales_, int64_t group, const 
   });
 }
 
+void mxfp4(const py::object& w_, const py::object& scales_, const py::object& out_) {
+  const TensorArg w(w_, "w", "u8", 2), scales(scales_, "scales", "u8", 2), out = out_arg(out_);
+  if (w.size(1) % 16 != 0) w.refuse("rows of whole groups of 16 bytes");
+  scales.expect_shape({w.size(0), w.size(1) / 16});
+  out.expect_shape({w.size(0), 2 * w.size(1)});
+  over_rows(w.size(0), out.size(1), [&](int64_t row, int64_t rows) {
+    const Mxfp4Groups from{w.u8() + row * w.stride(0), w.stride(0), scales.u8() + row * scales.stride(0),
+                           scales.stride(0)};
+    dequantize_mxfp4(from, rows, out.size(1), from_row(out, row));
+  });
+}
+
 void dequantize(const std::string& name, const py::object& blocks_, const py::object& out_) {
   const GgmlType& type = type_of(name);
   const TensorArg blocks(blocks_, "blocks", "u8", 2), out = out_arg(out_);
@@ -95,6 +107,7 @@ void bind_quant(py::module_& m) {
   m.def("dequantize_fp8", &fp8, py::arg("w"), py::arg("scales"), py::arg("block_rows"), py::arg("block_cols"),
         py::arg("out"));
   m.def("dequantize_int4", &int4, py::arg("w"), py::arg("scales"), py::arg("group"), py::arg("out"));
+  m.def("dequantize_mxfp4", &mxfp4, py::arg("w"), py::arg("scales"), py::arg("out"));
   m.def("can_dequantize_gguf", [](const std::string& name) { return find_ggml_type(name.c_str()) != nullptr; });
 }
 

@@ -2,6 +2,8 @@
 
 #include <array>
 
+#include "kts/block_types.h"
+
 namespace kts {
 
 namespace {
@@ -54,6 +56,20 @@ void dequantize_int4(const Int4Groups& from, int64_t rows, int64_t cols, const N
       }
     }
   }
+}
+
+void dequantize_mxfp4(const Mxfp4Groups& from, int64_t rows, int64_t cols, const NumbersOut& out) {
+  constexpr const BlockTypeInfo& type = block_type_info(BlockType::kMxfp4);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t begin = 0; begin < cols; begin += type.group) {
+      const uint8_t e = from.scales[row * from.scale_stride + begin / type.group];
+      const float factor = e == 255 ? __builtin_nanf("") : block_scale(type, e, 0, 0, 0).factor;
+      const uint8_t* w = from.w + row * from.stride + begin / 2;
+      for (int i = 0; i < type.group; ++i) {
+        const auto stored = static_cast<uint8_t>(w[i / 2] >> (i % 2 * 4) & 15);
+        store(static_cast<float>(code_value(type, stored)) * factor, out, row * out.stride + begin + i);
+      }
+    }
 }
 
 }  // namespace kts

@@ -2,6 +2,7 @@
 
 FP8: config.json and tensors as DeepSeek-V3 publishes them (e4m3 `weight`, f32 `weight_scale_inv` per block).
 INT4: as Kimi-K2-Thinking publishes them (compressed-tensors, pack-quantized, symmetric groups, experts only).
+MXFP4: as gpt-oss publishes them (blocks of 32 e2m1 numbers along the inputs, e8m0 scales, experts only).
 """
 
 from __future__ import annotations
@@ -61,6 +62,24 @@ def int4_checkpoint(source: Path, target: Path, group: int = 32) -> tuple[Path, 
         "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
     }
     return _convert(source, target, config, quantize)
+
+
+def mxfp4_checkpoint(source: Path, target: Path) -> tuple[Path, Path]:
+    """The routed experts of gpt-oss, `[experts, in, out]`, in MXFP4; returns (mxfp4 directory, bf16 twin)."""
+    numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    numbers = torch.cat([numbers, -numbers])
+
+    def quantize(key: str, w: Tensor) -> tuple[Tensors, Tensor] | None:
+        if not re.search(r"experts\.\w+_proj$", key):
+            return None
+        groups = w.mT.float().unflatten(-1, (-1, 32))
+        exponent = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30).log2().floor() - 2
+        codes = (groups[..., None] / exponent.exp2()[..., None] - numbers).abs().argmin(-1)
+        parts = {"blocks": (codes[..., ::2] | codes[..., 1::2] << 4).byte(), "scales": (exponent[..., 0] + 127).byte()}
+        value = (numbers[codes] * exponent.exp2()).flatten(-2).mT.contiguous().bfloat16()
+        return {f"{key}_{name}": part.contiguous() for name, part in parts.items()}, value
+
+    return _convert(source, target, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, quantize)
 
 
 def block_max(w: Tensor, block: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""FP8 and INT4 checkpoints load as their bf16 twins do: the same numbers in every weight, experts and all others."""
+"""FP8, INT4 and MXFP4 checkpoints load as their bf16 twins do: the same numbers in every weight."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kt_sft import KTConfig
 from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
 from kt_sft.integrations.converting import convert_checkpoint
 from kt_sft.models.spec import iter_routed_experts
+from kt_sft.native import native
 from tests.helpers import quantized_checkpoints, tiny_models
 
 # Sizes of which int32 words of eight make sense.
@@ -28,7 +29,10 @@ def checkpoints(tmp_path_factory):
     def make(kind):
         family, _, form = kind.partition(" ")
         if not (root / kind).exists():
-            if form == "int4":
+            if form == "mxfp4":
+                plain = tiny_models.build(family, root / "plain" / kind, hidden_size=64, intermediate_size=96)
+                quantized_checkpoints.mxfp4_checkpoint(plain, root / kind)
+            elif form == "int4":
                 plain = tiny_models.build(family, root / "plain" / kind, sharded=True, **EVEN)
                 quantized_checkpoints.int4_checkpoint(plain, root / kind)
             else:
@@ -40,7 +44,7 @@ def checkpoints(tmp_path_factory):
     return make
 
 
-KINDS = ["deepseek_v3 fp8", "deepseek_v3 fp8 128", "qwen3_moe fp8", "mixtral fp8", "deepseek_v3 int4"]
+KINDS = ["deepseek_v3 fp8", "deepseek_v3 fp8 128", "qwen3_moe fp8", "mixtral fp8", "deepseek_v3 int4", "gpt_oss mxfp4"]
 
 
 @pytest.mark.parametrize("method", ["BF16", "INT8"])
@@ -133,6 +137,40 @@ def test_faults_of_quantised_checkpoints(checkpoints, tmp_path):
     ]:
         (folder / "config.json").write_text(json.dumps(values | {"quantization_config": quantization}))
         refused(folder, rf"quantization_config: expected .* found .*{found}", UnsupportedModel)
+
+
+def test_faults_of_mxfp4(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints("gpt_oss mxfp4")[0], tmp_path / "m")
+    good = load_file(folder / "model.safetensors")
+    key = "model.layers.1.mlp.experts.down_proj"
+    blocks, scales = good[f"{key}_blocks"], good[f"{key}_scales"]
+    for name, value, match in [
+        ("scales", None, f"tensor {key}_blocks: expected its scales in {key}_scales, found no such tensor"),
+        ("scales", scales[..., :2], rf"{key}_scales: expected shape \[5, 64, 3\], found \[5, 64, 2\]"),
+        ("scales", scales.float(), rf"{key}_scales: expected .*U8.* found F32"),
+        (
+            "blocks",
+            blocks.flatten(2),
+            rf"{key}_blocks: expected U8 \[experts, outputs, groups, 16\], found U8 \[.*, 48\]",
+        ),
+        ("blocks", blocks[:, :32], rf"{key}_scales: expected shape \[5, 32, 3\]"),
+        ("blocks", None, "experts of model.layers.1.mlp.experts: expected .* found 1 missing, first down_proj"),
+    ]:
+        tensors = good | {f"{key}_{name}": value.contiguous() if value is not None else None}
+        tiny_models.rewrite(folder, lambda _, t=tensors: {k: v for k, v in t.items() if v is not None})
+        refused(folder, match)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mxfp4_numbers_are_those_of_transformers(dtype):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (1, 37, 5, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(60, 190, (1, 37, 5), generator=generator, dtype=torch.uint8)
+    out = torch.empty(37, 160, dtype=dtype)
+    native().dequantize_mxfp4(blocks[0].flatten(1), scales[0], out)
+    assert torch.equal(out.mT, convert_moe_packed_tensors(blocks, scales, dtype=dtype)[0])
 
 
 def test_scale_of_the_whole_tensor(tmp_path):

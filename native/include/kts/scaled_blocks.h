@@ -37,4 +37,14 @@ struct Int4Groups {
 };
 void dequantize_int4(const Int4Groups& from, int64_t rows, int64_t cols, const NumbersOut& out);
 
+// MXFP4 of the OCP microscaling formats as gpt-oss stores it: e2m1 numbers, two a byte, the first in the low half, and a
+// scale 2^(e - 127) of 32 of them (e = 255: NaN). w [rows, cols / 2], scales [rows, cols / 32].
+struct Mxfp4Groups {
+  const uint8_t* w;
+  int64_t stride;
+  const uint8_t* scales;
+  int64_t scale_stride;
+};
+void dequantize_mxfp4(const Mxfp4Groups& from, int64_t rows, int64_t cols, const NumbersOut& out);
+
 }  // namespace kts
