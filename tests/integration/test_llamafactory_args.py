@@ -187,7 +187,7 @@ def test_use_kt_variable_alone_is_stock(parsed):
     ("quantization", ["quantization_bit", "kt_method"]),
     ("zero3", ["deepspeed", "ZeRO-3", "ZeRO-2"]),
     ("rule", ["kt_optimize_rule", "remove"]),
-    ("rows", ["kt_expert_activations", "INT8 or INT4"]),
+    ("rows", ["kt_expert_activations", "INT8, INT4 or RAWINT4"]),
     ("rank", ["lora_rank", "256", "300"]),
     ("rm", ["stage", "'rm'", "sft"]),
     ("vllm", ["infer_backend", "vllm", "huggingface"]),
