@@ -67,6 +67,17 @@ KTS_TEST(rows_of_stored_int4_meet_the_bound) {
   }
 }
 
+// The same of the types that GGUF files hold.
+KTS_TEST(rows_of_block_types_meet_the_bound) {
+  for (const KernelRow& row : kernel_table()) {
+    if (!runs_here(row) || row.format < Format::kF16) continue;
+    for (const WeightFormat format : formats_of(row.format))
+      for (const Shape& shape : {Shape{1, 33, 64}, {4, 40, 257}, {19, 66, 200}})
+        if (row.max_m == 0 || shape.m <= row.max_m)
+          check_row(row, format, fitting(shape, format), Values::kReals, may_accumulate(row));
+  }
+}
+
 KTS_TEST(rows_of_int8_equal_the_scalar_bits) {
   for_rows([](const KernelRow& row, WeightFormat format, const Shape& shape) {
     if (row.rows != Rows::kInt8) return;
