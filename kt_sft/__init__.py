@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "KTConfig": "kt_sft.config",
+    "KTMoEWrapper": "kt_sft.operator.moe",
     "load_model": "kt_sft.integrations.transformers",
     "get_peft_model": "kt_sft.integrations.peft",
     "load_adapter": "kt_sft.integrations.peft",
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from kt_sft.config import KTConfig
     from kt_sft.integrations.peft import get_peft_model, load_adapter
     from kt_sft.integrations.transformers import load_model
+    from kt_sft.operator.moe import KTMoEWrapper
 
-__all__ = ["KTConfig", "__version__", "get_peft_model", "load_adapter", "load_model"]
+__all__ = ["KTConfig", "KTMoEWrapper", "__version__", "get_peft_model", "load_adapter", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

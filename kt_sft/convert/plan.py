@@ -41,6 +41,22 @@ class Experts(Protocol):
     def close(self) -> None: ...
 
 
+class LayerPlan(Protocol):
+    """What writing one layer asks of a plan."""
+
+    output: Path
+    weight_format: str
+    group: int
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def file_names(self) -> Mapping[str, str]: ...
+
+    def layer_bytes(self, name: str) -> int: ...
+
+
 @dataclass(frozen=True)
 class ConvertPlan:
     """One conversion. `specs` by module name, in the order of the model; `group` is 0 but for int4."""
@@ -73,15 +89,43 @@ class ConvertPlan:
 
     def layer_bytes(self, name: str) -> int:
         """Length of a layer's blob file."""
-        spec = self.specs[name]
-        return HEADER_BYTES + spec.num_experts * sum(
-            blob_sizes(self.weight_format, self.group, spec.hidden, spec.inter)
-        )
+        return file_bytes(self.specs[name], self.weight_format, self.group)
 
     @property
     def blob_bytes(self) -> int:
         """Of all blob files."""
         return sum(map(self.layer_bytes, self.specs))
+
+
+@dataclass(frozen=True)
+class AppendPlan:
+    """One more layer of a container whose experts come from tensors; `group` is 0 but for int4."""
+
+    output: Path
+    weight_format: str
+    group: int
+    name: str
+    spec: ExpertsSpec
+    number: int
+
+    @property
+    def identity(self) -> str:
+        """That of all such containers of one format."""
+        return hashlib.sha256(json.dumps([LAYOUT_ID, self.weight_format, self.group, "tensors"]).encode()).hexdigest()
+
+    @property
+    def file_names(self) -> dict[str, str]:
+        """Blob file of the layer."""
+        return {self.name: f"layer-{self.number:05d}.bin"}
+
+    def layer_bytes(self, name: str) -> int:
+        """Length of the blob file."""
+        return file_bytes(self.spec, self.weight_format, self.group)
+
+
+def file_bytes(spec: ExpertsSpec, weight_format: str, group: int) -> int:
+    """Length of a layer's blob file."""
+    return HEADER_BYTES + spec.num_experts * sum(blob_sizes(weight_format, group, spec.hidden, spec.inter))
 
 
 def plan_conversion(

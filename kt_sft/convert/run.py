@@ -19,10 +19,19 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from kt_sft.convert.plan import LOCK_NAME, ConvertPlan, Experts, check_space, finished_manifest, name_of
+from kt_sft.convert.plan import (
+    LOCK_NAME,
+    AppendPlan,
+    ConvertPlan,
+    Experts,
+    LayerPlan,
+    check_space,
+    finished_manifest,
+    name_of,
+)
 from kt_sft.convert.slot import ExpertSlot
 from kt_sft.errors import ConfigError, FormatError, OutputError, unpackable
-from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, layer_header
+from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, layer_header, read_manifest
 from kt_sft.formats.packed_manifest import Blob, Manifest, PackedLayer, parse_layer
 
 if TYPE_CHECKING:
@@ -74,6 +83,56 @@ def convert(
         raise _not_written(folder, error) from error
 
 
+def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
+    """Write one layer and put it into the manifest, in place of one of the same name; makes the container if need be.
+
+    At any moment the folder holds a container of the layers before, or of those and this one.
+
+    Raises:
+        ConfigError: the folder holds a container of another format, or one that was converted from a checkpoint.
+        OutputError: other files, or a folder that cannot be written.
+        FormatError: a damaged manifest; weights that cannot be packed.
+    """
+    folder = plan.output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, wait=True):
+            layers = _appendable_layers(plan)
+            layers[plan.name] = _write_layer(source, plan, plan.name, plan.spec, lambda done: None)
+            ordered = dict(sorted(layers.items(), key=lambda item: item[1].file))
+            manifest = Manifest(plan.identity, plan.weight_format, plan.group, "", ("tensors",), (), ordered)
+            _publish(folder, manifest)
+            return manifest
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise _not_written(folder, error) from error
+
+
+def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
+    names = set(os.listdir(plan.output)) - {LOCK_NAME}
+    if MANIFEST_NAME not in names:
+        strangers = sorted(name for name in names if not name.startswith("layer-"))  # of a first layer that was cut off
+        if strangers:
+            raise OutputError(
+                plan.output,
+                "output",
+                expected="a container, or a new or empty directory",
+                found=f"{len(strangers)} files, {strangers[0]} among them",
+                remedy="choose another",
+            )
+        return {}
+    manifest = read_manifest(plan.output)
+    if manifest.identity != plan.identity:
+        held = name_of(manifest.weight_format, manifest.group)
+        raise ConfigError(
+            f"{plan.output}: expected a container of layers from tensors in "
+            f"{name_of(plan.weight_format, plan.group)}, found {held} with {len(manifest.layers)} layers "
+            f"{'from tensors' if not manifest.source_files else 'from a checkpoint'}; choose another"
+        )
+    return dict(manifest.layers)
+
+
 def _write(source: Experts, plan: ConvertPlan, progress: Progress) -> Manifest:
     folder = plan.output
     layers = _finished_layers(plan)
@@ -106,7 +165,7 @@ def _count(progress: Progress, before: int, total: int, layer: str, more: int) -
 
 
 def _write_layer(
-    source: Experts, plan: ConvertPlan, name: str, spec: ExpertsSpec, progress: Callable[[int], None]
+    source: Experts, plan: LayerPlan, name: str, spec: ExpertsSpec, progress: Callable[[int], None]
 ) -> PackedLayer:
     path = plan.output / plan.file_names[name]
     part = path.with_suffix(".bin.part")

@@ -69,13 +69,14 @@ class SafetensorsExperts:
                 index.expect(key, shape, READABLE if key in index.quantized else FLOAT_DTYPES)
         self.formats = {name: self._formats(layer) for name, layer in self._layers.items()}
 
-    def load(self, experts: RoutedExperts, name: str, expert: int) -> None:
+    def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`; an expert whose packed form rounds remembers where it came from."""
+        slot = expert if slot is None else slot
         if experts.weight_format == "rawint4":
-            experts.load_expert_int4(expert, *(self._index.int4(part.key) for part in self._open(name, expert)))
+            experts.load_expert_int4(slot, *(self._index.int4(part.key) for part in self._open(name, expert)))
             return
         read = functools.partial(self.read, name, expert)
-        experts.load_expert(expert, *read(), origin=read)
+        experts.load_expert(slot, *read(), origin=read)
 
     def read(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `ExpertSource`."""

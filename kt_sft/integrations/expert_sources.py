@@ -48,9 +48,11 @@ class ExpertSource(Protocol):
         """How gate, up and down are stored, by module: the names of the file format (`BF16`, `F8_E4M3`, `Q4_K`)."""
         ...
 
-    def load(self, experts: RoutedExperts, name: str, expert: int) -> None:
+    def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
         """Put one expert into its module, packing where the file is not packed the module's way.
 
+        Args:
+            slot: number that it gets there; None: the same.
         Raises:
             FormatError: a file is gone or no longer the one that was opened.
             ValueError: weights that cannot be packed.
@@ -88,6 +90,16 @@ def open_experts(
         UnsupportedModel: the family stores experts in a way that needs more than slicing.
     """
     source = _open(model, specs, own_files, config)
+    check_method(source, config)
+    return source
+
+
+def check_method(source: ExpertSource, config: KTConfig) -> None:
+    """Raise unless the files have what the method takes from them.
+
+    Raises:
+        ConfigError: RAWINT4 or GGUF without such files.
+    """
     if config.method == "GGUF" and not isinstance(source, GgufExperts):
         found = "a packed container" if isinstance(source, PackedExperts) else "safetensors"
         raise ConfigError(
@@ -102,7 +114,6 @@ def open_experts(
                 f"method RAWINT4: expected a compressed-tensors INT4 checkpoint in groups of {config.int4_group_size}, "
                 f"found {found}; set int4_group_size to the checkpoint's, or use INT4, INT8 or BF16"
             )
-    return source
 
 
 def weight_formats(source: ExpertSource, config: KTConfig) -> dict[str, WeightFormats]:

@@ -50,7 +50,7 @@ class GgufExperts:
         self.formats = {name: self._check(name, spec) for name, spec in specs.items()}
         self._is_said = False
 
-    def load(self, experts: RoutedExperts, name: str, expert: int) -> None:
+    def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`; types that the module has not as they are become bf16, then the module's own format."""
         if not self._is_said:
             self._say(experts)
@@ -61,7 +61,7 @@ class GgufExperts:
             for wanted, kind, part in zip(experts.formats, kinds, blocks, strict=True)
         ]
         is_stored = experts.formats == self.native_formats(name) and "int8" not in experts.formats
-        experts.load_expert(expert, *packed, origin=read, is_stored=is_stored)
+        experts.load_expert(expert if slot is None else slot, *packed, origin=read, is_stored=is_stored)
 
     def native_formats(self, name: str) -> tuple[str, str, str]:
         """What holds gate, up and down of a module for method GGUF: their own types where kernels have them.

@@ -56,10 +56,11 @@ class PackedExperts:
         self._copies = copies(config)
         self.formats = {name: (f"packed {manifest.weight_format}",) * 3 for name in specs}
 
-    def load(self, experts: RoutedExperts, name: str, expert: int) -> None:
+    def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`."""
         origin = functools.partial(self._original_of, name, expert)
-        experts.load_packed(expert, self._container.blobs(name, expert), copy=self._copies, origin=origin)
+        slot = expert if slot is None else slot
+        experts.load_packed(slot, self._container.blobs(name, expert), copy=self._copies, origin=origin)
 
     def read(self, name: str, expert: int) -> Matrices:
         """See `ExpertSource`; what is packed."""

@@ -140,6 +140,22 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
+def moe_into(out: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: MoeCall) -> None:
+    """`moe` without gradients into memory of the caller; may run in any thread.
+
+    Args:
+        out: bf16 or f32 `[tokens, hidden]`, on the CPU, contiguous; overwritten.
+        x: bf16 `[tokens, hidden]`, on the CPU, contiguous.
+        topk_ids: int64 `[tokens, k]`, likewise; an id >= num_experts skips its slot.
+        topk_weights: f32 `[tokens, k]`, likewise.
+        call: its `projections` are the LoRA, if any.
+    """
+    call.layer.forward(
+        x, topk_ids, topk_weights, lora=call.native_lora(NO_LORA), g=None, u=None, xa=None, out=out,
+        out_dtype="bf16" if out.dtype is torch.bfloat16 else "f32", **call.options(),
+    )  # fmt: skip
+
+
 def _run_forward(inputs: tuple, lora: LoraTensors, call: MoeCall, *, tape: tuple, like: Tensor) -> Tensor:
     x, ids, weights = inputs
     out, out_dtype = _result(x, like)

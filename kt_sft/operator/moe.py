@@ -1,0 +1,305 @@
+"""`KTMoEWrapper`: the routed experts of one layer, for programs that have a model of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kt_sft.config import KTConfig
+from kt_sft.errors import ConfigError
+from kt_sft.nn.routed_experts import RoutedExperts
+from kt_sft.operator.chains import join_chain
+from kt_sft.operator.placement import Placement
+from kt_sft.operator.routes import Route, route_of
+from kt_sft.operator.saving import save_layer
+from kt_sft.operator.staging import Inputs, Key, Staging
+from kt_sft.operator.threads import join_pool
+from kt_sft.operator.weights import LayerSizes, TensorExperts, load_from_path, load_from_tensors
+from kt_sft.ops.moe import MoeCall, moe_into
+from kt_sft.schedule import task_queue
+from kt_sft.schedule.deferred import Deferral
+
+_staging = Staging()
+
+
+@dataclass
+class _Submitted:
+    future: Future[Tensor]
+    route: Route
+    shape: torch.Size
+
+
+class KTMoEWrapper:
+    """The routed experts of one MoE layer, in the CPU kernels: inference, without LoRA. One thread at a time uses it.
+
+    Args:
+        layer_idx: number of the layer in the model and in the files.
+        num_experts: physical experts, to which the ids refer.
+        num_experts_per_tok: ids per token.
+        num_gpu_experts: so many of the first experts are computed elsewhere, and are not loaded.
+        gpu_experts_mask: bool `[num_experts]`, the same by expert; instead of `num_gpu_experts`.
+        cpuinfer_threads: kernel threads of the process; None: those that run, or the physical cores.
+        threadpool_count: groups of threads, one per NUMA node; None likewise.
+        weight_path: a checkpoint directory with config.json, a GGUF file or a packed container; None with
+            `load_weights_from_tensors`.
+        chunked_prefill_size: tokens per native pass; bounds the memory of activations.
+        method: `AMXBF16`, `AMXINT8`, `AMXINT4`, `RAWINT4`, `LLAMAFILE`, or `BF16`, `INT8`, `INT4`, `GGUF`.
+        cpu_save: `load_weights_from_tensors` adds the packed layer to the container at `weight_path`.
+        max_deferred_experts_per_token: of a token's experts here so many, those with the lowest weights, are computed
+            while the model goes on; their output is added to that of the next layer. The last layer of a model defers
+            nothing. 0 is exact.
+
+    Layers of one model are created in their order: with one `weight_path` and hidden size, an index that is not above
+    the one before begins another model.
+
+    Raises:
+        ConfigError: lists every wrong argument; other threads than the operators that are there.
+        UnsupportedHardware: the CPU lacks AVX2.
+    """
+
+    def __init__(
+        self,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        *,
+        num_gpu_experts: int = 0,
+        gpu_experts_mask: Tensor | None = None,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        weight_path: str | None = None,
+        chunked_prefill_size: int = 1024,
+        method: str = "AMXBF16",
+        cpu_save: bool = False,
+        max_deferred_experts_per_token: int | None = 0,
+    ):
+        numbers = {
+            "layer_idx": (layer_idx, 0),
+            "num_experts": (num_experts, 1),
+            "num_experts_per_tok": (num_experts_per_tok, 1),
+            "hidden_size": (hidden_size, 1),
+            "moe_intermediate_size": (moe_intermediate_size, 1),
+            "max_deferred_experts_per_token": (max_deferred_experts_per_token or 0, 0),
+        }
+        faults = list(_wrong_numbers(numbers))
+        config = None
+        try:
+            config = KTConfig(
+                method=method,
+                threads=cpuinfer_threads,
+                threadpool_count=threadpool_count,
+                chunk_size=chunked_prefill_size,
+                weight_path=weight_path,
+            )
+        except ConfigError as error:
+            faults += map(_in_our_words, error.faults)
+        if not faults:
+            try:
+                self._placement = Placement(num_experts, num_gpu_experts, gpu_experts_mask)
+            except ConfigError as error:
+                faults += error.faults
+        if cpu_save and weight_path is None:
+            faults.append("cpu_save: expected weight_path, the container to add the layer to; set it")
+        if faults or config is None:
+            raise ConfigError(faults)
+        self._config = config
+        self._sizes = LayerSizes(layer_idx, num_experts, hidden_size, moe_intermediate_size)
+        self.layer_idx = layer_idx
+        self.num_experts_per_tok = num_experts_per_tok
+        self.cpu_save = cpu_save
+        self.max_deferred_experts_per_token = max_deferred_experts_per_token or 0
+        self._experts: RoutedExperts | None = None
+        self._call: MoeCall | None = None
+        self._is_loaded = False
+        self._submitted: _Submitted | None = None
+        join_pool(self, cpuinfer_threads, threadpool_count)
+        chain = join_chain(self, layer_idx, (weight_path, hidden_size))
+        self._deferral = Deferral(chain, self.max_deferred_experts_per_token)
+
+    def load_weights(self, physical_to_logical_map: Tensor | None = None) -> None:
+        """Load this layer from `weight_path`; experts on a GPU are left out.
+
+        Args:
+            physical_to_logical_map: the checkpoint's expert of each physical one, integers `[num_experts]`; None: the
+                same.
+        Raises:
+            ConfigError: no `weight_path`, `cpu_save`, or files without what the method needs.
+            FormatError: files missing or damaged, no such layer, other sizes.
+            UnsupportedModel: experts that need more than this operator has.
+            ValueError: a map that does not fit.
+        """
+        if self._config.weight_path is None:
+            raise ConfigError("weight_path: expected where the experts are; set it, or use load_weights_from_tensors")
+        if self.cpu_save:
+            raise ConfigError(
+                "cpu_save: load_weights reads weight_path and does not write there; pack a checkpoint with `kt-sft "
+                "convert`, or leave cpu_save out"
+            )
+        self._take(
+            load_from_path(
+                self._config.weight_path, self._sizes, self._placement, self._config, physical_to_logical_map
+            )
+        )
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        physical_to_logical_map: Tensor | None = None,
+    ) -> None:
+        """Pack this layer from tensors, which may go afterwards.
+
+        Args:
+            gate_proj, up_proj: `[experts, moe_intermediate_size, hidden_size]`, of any floating point type and device.
+            down_proj: `[experts, hidden_size, moe_intermediate_size]`.
+            physical_to_logical_map: see `load_weights`; of the tensors' experts.
+        Raises:
+            ConfigError: a method whose weights only files have; a container of another format (`cpu_save`).
+            ValueError: a shape or type, or a map that does not fit; weights that cannot be packed.
+            OutputError: the container cannot be written.
+        """
+        source = TensorExperts(gate_proj, up_proj, down_proj, self._sizes)
+        experts = load_from_tensors(source, self._sizes, self._placement, self._config, physical_to_logical_map)
+        if self.cpu_save:
+            save_layer(source, self._sizes, self._config)
+        self._take(experts)
+
+    def _take(self, experts: RoutedExperts | None) -> None:
+        self._experts, self._is_loaded = experts, True
+        if experts is not None:
+            with torch.no_grad():
+                rows = experts.rows()
+            self._call = MoeCall(experts.layer, rows=rows, chunk_size=self._config.chunk_size)
+
+    def submit_forward(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: int = 0
+    ) -> None:
+        """Begin a forward pass of the layer; the tensors may be overwritten as soon as this returns.
+
+        Args:
+            hidden_states: `[..., hidden_size]`, bf16, f16 or f32; rounded to bf16.
+            topk_ids: integers `[tokens, num_experts_per_tok]`; -1 and experts on a GPU are skipped.
+            topk_weights: `[tokens, num_experts_per_tok]`.
+            cuda_stream: handle of the stream in whose order tensors on a GPU are read; 0: the default one.
+        Raises:
+            RuntimeError: no weights yet, or the pass before was not fetched; that one is dropped.
+            ValueError: a shape or type that does not fit.
+        """
+        self._submit(hidden_states, topk_ids, topk_weights, cuda_stream, task_queue.submit)
+
+    def sync_forward(self, hidden_states: Tensor, cuda_stream: int = 0) -> Tensor:
+        """The output of the submitted pass.
+
+        Args:
+            hidden_states: those of submit, for their shape.
+            cuda_stream: as for submit, whose stream it is in any case.
+        Returns:
+            The hidden states' shape, dtype and device; a new tensor. Of tensors on a GPU the copy there is ordered in
+            the stream.
+        Raises:
+            RuntimeError: nothing was submitted.
+            ValueError: an id that is no expert; hidden states of another shape than those of submit.
+            Exception: what else went wrong in the pass, or in that of the layer before with its deferred experts.
+        """
+        submitted, self._submitted = self._submitted, None
+        if submitted is None:
+            raise RuntimeError(f"sync_forward: layer {self.layer_idx} has nothing submitted; call submit_forward first")
+        out = submitted.future.result()
+        if hidden_states.shape != submitted.shape:
+            raise ValueError(
+                f"hidden_states: expected {list(submitted.shape)}, as submitted, found {list(hidden_states.shape)}"
+            )
+        return submitted.route.deliver(out).view(submitted.shape)
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: int = 0) -> Tensor:
+        """`submit_forward` and `sync_forward` in one; arguments, result and errors as there."""
+        submit = task_queue.submit if hidden_states.is_cuda else task_queue.run_now
+        self._submit(hidden_states, topk_ids, topk_weights, cuda_stream, submit)
+        return self.sync_forward(hidden_states, cuda_stream)
+
+    def _submit(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: int, submit) -> None:
+        if self._submitted is not None:
+            self._submitted = None
+            raise RuntimeError(
+                f"submit_forward: layer {self.layer_idx} has a pass that nobody fetched, which is dropped now; call "
+                "sync_forward after each submit_forward"
+            )
+        if not self._is_loaded:
+            raise RuntimeError(f"layer {self.layer_idx} has no weights yet; call load_weights first")
+        x = self._checked(hidden_states, topk_ids, topk_weights)
+        route = route_of(x, cuda_stream, _staging)
+        tokens, hidden = x.shape
+        out = route.output(tokens, hidden, x.dtype)
+        inputs: Inputs = _staging.take(Inputs, Key(tokens, hidden, topk_ids.shape[1], is_pinned=route.is_pinned))
+        wait = route.bring(inputs, x, topk_ids, topk_weights)
+        placement, call = self._placement, self._call
+
+        def prepare() -> tuple[Tensor, Tensor, int]:
+            wait()
+            return placement.slots(inputs.topk_ids), inputs.topk_weights, placement.skip
+
+        def compute(ids: Tensor, result: Tensor) -> None:
+            if call is None:
+                result.zero_()
+            else:
+                moe_into(result, inputs.x, ids, inputs.topk_weights, call)
+
+        future = self._deferral.start(
+            self, prepare, compute, out, submit=submit, finish=lambda: _staging.release(inputs)
+        )
+        self._submitted = _Submitted(future, route, hidden_states.shape)
+
+    def _checked(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Hidden states as `[tokens, hidden]`, once everything has been looked at."""
+        if hidden_states.dim() < 1 or hidden_states.shape[-1] != self._sizes.hidden:
+            raise ValueError(
+                f"hidden_states: expected [tokens, {self._sizes.hidden}], found {list(hidden_states.shape)}"
+            )
+        if not hidden_states.is_floating_point():
+            raise ValueError(f"hidden_states: expected bf16, f16 or f32, found {hidden_states.dtype}")
+        x = hidden_states.detach().reshape(-1, self._sizes.hidden)
+        expected = (x.shape[0], self.num_experts_per_tok)
+        for name, tensor, is_float in (("topk_ids", topk_ids, False), ("topk_weights", topk_weights, True)):
+            if tuple(tensor.shape) != expected or tensor.is_floating_point() != is_float:
+                kind = "floating point" if is_float else "integers"
+                raise ValueError(f"{name}: expected {kind} {list(expected)}, found {tensor.dtype} {list(tensor.shape)}")
+        return x
+
+    @staticmethod
+    def set_capture_batch_sizes(batch_sizes: list[int]) -> None:
+        """Numbers of tokens whose staging memory (pinned for tensors on a GPU) is kept between calls, in all layers.
+
+        Raises:
+            ValueError: not whole numbers above zero.
+        """
+        _staging.keep(batch_sizes)
+
+    @staticmethod
+    def get_capture_batch_sizes() -> list[int]:
+        """What `set_capture_batch_sizes` set; empty at first."""
+        return list(_staging.batch_sizes)
+
+    @staticmethod
+    def clear_buffer_cache() -> None:
+        """Free the staging memory that no call uses."""
+        _staging.clear()
+
+
+def _wrong_numbers(numbers: dict[str, tuple[object, int]]) -> Iterator[str]:
+    for name, (value, least) in numbers.items():
+        if type(value) is not int or value < least:
+            yield f"{name}: expected a whole number >= {least}, found {value!r}"
+
+
+def _in_our_words(fault: str) -> str:
+    """A fault of `KTConfig` under the name of our argument."""
+    names = {"threads": "cpuinfer_threads", "chunk_size": "chunked_prefill_size"}
+    name, colon, rest = fault.partition(":")
+    return f"{names.get(name, name)}{colon}{rest}"

@@ -1,0 +1,25 @@
+"""`cpu_save`: layers that were packed from tensors become a container that `load_weights` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kt_sft.config import KTConfig
+from kt_sft.convert.plan import AppendPlan
+from kt_sft.convert.run import append_layer
+from kt_sft.models.spec import ExpertsSpec
+from kt_sft.operator.weights import LayerSizes, TensorExperts
+
+
+def save_layer(source: TensorExperts, sizes: LayerSizes, config: KTConfig) -> None:
+    """Add the layer, all experts in the order of the tensors, to the container at `config.weight_path`.
+
+    Raises:
+        ConfigError: a container of another format, or one of a checkpoint, is there.
+        OutputError: it cannot be written.
+    """
+    spec = ExpertsSpec(source.num_experts, sizes.hidden, sizes.inter)
+    group = config.int4_group_size if config.weight_format == "int4" else 0
+    name = f"model.layers.{sizes.layer_idx}.mlp.experts"
+    plan = AppendPlan(Path(config.weight_path or ""), config.weight_format, group, name, spec, sizes.layer_idx)
+    append_layer(source, plan)

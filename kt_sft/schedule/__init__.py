@@ -1,0 +1,1 @@
+"""Expert work that runs beside the model: an ordered queue, and experts that are deferred to the next layer."""

@@ -1,0 +1,41 @@
+"""Tasks of the expert kernels, one after another in the order in which they were submitted.
+
+One thread serves the process: the kernels have one pool of threads, which one pass takes as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_executor: ThreadPoolExecutor | None = None
+
+
+def submit(work: Callable[[], T]) -> Future[T]:
+    """Have the worker thread run `work`; the future's `result()` waits for it and rethrows what it raised."""
+    global _executor
+    if _executor is None:
+        _executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kt-experts")
+    return _executor.submit(work)
+
+
+def run_now(work: Callable[[], T]) -> Future[T]:
+    """The same in the calling thread, which is free to run ahead of the queue."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+    return future
+
+
+def _forget() -> None:
+    global _executor
+    _executor = None
+
+
+os.register_at_fork(after_in_child=_forget)  # threads do not survive a fork
