@@ -57,6 +57,9 @@ class KTConfig:
             processes on this machine.
         threadpool_count: groups of threads, one per NUMA node; None: the number of NUMA nodes.
         chunk_size: tokens per native pass; bounds the activation memory.
+        max_deferred_experts_per_token: inference only: of a token's experts so many, those with the lowest weights, are
+            computed while the model goes on, and added to the output of the next MoE layer; approximate unless 0
+            (docs/operator.md: errors).
         expert_lora: LoRA on the routed experts; None: yes when the LoRA target is `all` or names experts.
         cpu_activation: `retain` keeps the expert activations for backward, `recompute` computes them again.
         weight_path: where the experts are read from: a checkpoint directory, a GGUF file (any file of a split one, or
@@ -80,6 +83,7 @@ class KTConfig:
     threads: int | None = None
     threadpool_count: int | None = None
     chunk_size: int = 1024
+    max_deferred_experts_per_token: int = 0
     expert_lora: bool | None = None
     cpu_activation: str = "retain"
     weight_path: str | None = None
@@ -116,12 +120,13 @@ class KTConfig:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 yield _unknown(name, getattr(self, name), known)
-        for name, optional in (("threads", True), ("threadpool_count", True), ("chunk_size", False)):
+        numbers = (("threads", 1, True), ("threadpool_count", 1, True), ("chunk_size", 1, False))
+        for name, least, optional in (*numbers, ("max_deferred_experts_per_token", 0, False)):
             value = getattr(self, name)
             if value is None and optional:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                yield f"{name}: expected a whole number >= 1{' or nothing' if optional else ''}, found {value!r}"
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                yield f"{name}: expected a whole number >= {least}{' or nothing' if optional else ''}, found {value!r}"
         if self.expert_lora is not None and not isinstance(self.expert_lora, bool):
             yield f"expert_lora: expected true, false or nothing, found {self.expert_lora!r}"
         method = METHODS.get(self.method.upper()) if isinstance(self.method, str) else None

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "operator": {"operator", "integrations", "convert", "schedule", "nn", "ops"} | LEAVES,
     "convert": {"convert", "nn", "ops"} | LEAVES,
     "schedule": {"schedule"} | LEAVES,
-    "nn": {"nn", "ops"} | LEAVES,
+    "nn": {"nn", "ops", "schedule"} | LEAVES,
     "ops": {"ops", "native", "errors", "config"},
     "native": {"errors", "config", "env"},
     "memory": {"errors", "config", "env", "formats", "models"},

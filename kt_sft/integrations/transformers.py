@@ -54,6 +54,7 @@ from kt_sft.models.families import adapt_block
 from kt_sft.models.spec import ExpertsSpec, find_experts
 from kt_sft.native import native
 from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts, WeightFormats
+from kt_sft.schedule.deferred import Deferral, LayerChain
 
 __all__ = ["KTExpertsConfig", "check_model", "load_model", "prepare_native", "quantization_config", "save_full_model"]
 
@@ -336,6 +337,7 @@ def _swap_experts(
     model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig, formats: dict[str, WeightFormats]
 ) -> None:
     dtype = model.dtype
+    chain = LayerChain()
     for name, spec in specs.items():
         parent, _, attribute = name.rpartition(".")
         # transformers builds the model under a meta-device context that must not reach our placeholders.
@@ -349,6 +351,9 @@ def _swap_experts(
                 cpu_activation=config.cpu_activation,
                 dtype=dtype,
             )
+        if config.max_deferred_experts_per_token:
+            chain.append(experts)
+            experts.deferral = Deferral(chain, config.max_deferred_experts_per_token)
         for placeholder in PLACEHOLDERS:
             getattr(experts, placeholder)._is_hf_initialized = True
         block = model.get_submodule(parent)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.native import native
 from kt_sft.nn.expert_lora import ExpertLora
-from kt_sft.ops.moe import NO_LORA, MoeCall, moe
+from kt_sft.ops.moe import NO_LORA, MoeCall, moe, moe_into
+from kt_sft.schedule import task_queue
+from kt_sft.schedule.deferred import Deferral
 
 PLACEHOLDERS = ("gate_up_proj", "down_proj")
 WeightFormats = str | tuple[str, str, str]  # of all projections, or of gate, up and down
@@ -64,6 +66,7 @@ class RoutedExperts(nn.Module):
         sizes = (spec.num_experts, spec.hidden, spec.inter)
         self.layer = native().MoeLayer(*sizes, weight_format, spec.activation, group_size, spec.alpha, spec.limit)
         self.lora: ExpertLora | None = None
+        self.deferral: Deferral | None = None
         self._origins: dict[int, Callable[[], Matrices]] = {}
         self.gate_up_proj = _placeholder(spec.gate_up_shape, dtype)
         self.down_proj = _placeholder(spec.down_shape, dtype)
@@ -189,8 +192,36 @@ class RoutedExperts(nn.Module):
                 call.dropout = self.lora.dropout
                 # From torch's CPU generator: seeded with the run, and given back by checkpointing for its recompute.
                 call.seed = int(torch.randint(0, 2**62, (), device="cpu").item())
-        out = moe(x, top_k_index, top_k_weights, lora, call)
+        if self.deferral is not None:
+            out = self._forward_deferring(x, top_k_index, top_k_weights, call)
+        else:
+            out = moe(x, top_k_index, top_k_weights, lora, call)
         return out if len(shape) == 2 else out.reshape(shape)
+
+    def _forward_deferring(self, x: Tensor, ids: Tensor, weights: Tensor, call: MoeCall) -> Tensor:
+        """`moe`, with some experts added one layer later.
+
+        Raises:
+            RuntimeError: in training, or where gradients are recorded.
+        """
+        if self.training or torch.is_grad_enabled():
+            raise RuntimeError(
+                "max_deferred_experts_per_token: deferred experts are for inference, under torch.no_grad() and in eval "
+                "mode; load the model without them for training"
+            )
+        # Copies: the model may write over its tensors while the deferred experts read theirs.
+        x_copy = x.to("cpu", torch.bfloat16, copy=True).contiguous()
+        ids = ids.to("cpu", torch.int64, copy=True).contiguous()
+        weights = weights.to("cpu", torch.float32, copy=True).contiguous()
+        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        future = self.deferral.start(
+            self,
+            lambda: (ids, weights, self.num_experts),
+            lambda part, result: moe_into(result, x_copy, part, weights, call),
+            out,
+            submit=task_queue.run_now,
+        )
+        return future.result().to(x.device)
 
     def _bias(self) -> Matrices | None:
         """Biases of gate, up and down in f32 on the CPU; copies are made again when a parameter changed."""

@@ -45,6 +45,7 @@ def test_nothing_set_means_the_defaults_of_ktconfig():
 def test_every_setting_reaches_ktconfig():
     given = Ours(kt_method="AMXINT4", kt_int4_group_size=64, kt_expert_activations="bf16", kt_cpu_linear="off",
                  cpu_infer=3, kt_threadpool_count=1, chunk_size=64, kt_expert_lora=False,
+                 kt_max_deferred_experts_per_token=2,
                  kt_cpu_activation="recompute", kt_expert_checkpoint_path="elsewhere")  # fmt: skip
     expected = KTConfig(
         method="INT4",
@@ -54,6 +55,7 @@ def test_every_setting_reaches_ktconfig():
         threads=3,
         threadpool_count=1,
         chunk_size=64,
+        max_deferred_experts_per_token=2,
         expert_lora=False,
         cpu_activation="recompute",
         weight_path="elsewhere",
@@ -155,6 +157,7 @@ def parsed(tmp_path_factory):
         "rank": train_config(work, "out", lora_rank=300),
         "rows": train_config(work, "out", kt_expert_activations="int8"),
         "rm": train_config(work, "out", stage="rm"),
+        "deferred": train_config(work, "out", kt_max_deferred_experts_per_token=1),
         "vllm": ("chat", infer_config(work, infer_backend="vllm")),
         "two_adapters": ("chat", infer_config(work, adapter_name_or_path="a/b/c,d/e/f")),
         "no_adapter": ("chat", infer_config(work, adapter_name_or_path=str(work / "nowhere"))),
@@ -190,6 +193,7 @@ def test_use_kt_variable_alone_is_stock(parsed):
     ("rows", ["kt_expert_activations", "INT8, INT4 or RAWINT4"]),
     ("rank", ["lora_rank", "256", "300"]),
     ("rm", ["stage", "'rm'", "sft"]),
+    ("deferred", ["kt_max_deferred_experts_per_token", "inference", "do_train"]),
     ("vllm", ["infer_backend", "vllm", "huggingface"]),
     ("two_adapters", ["adapter_name_or_path", "expected one"]),
     ("no_adapter", ["nowhere", "check the path"]),

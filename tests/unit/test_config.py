@@ -54,13 +54,13 @@ def test_all_faults_are_listed_in_one_message():
     with pytest.raises(ConfigError) as caught:
         KTConfig(
             method="X", threads=0, chunk_size=True, expert_lora="yes", cpu_activation="keep", isa="sse", weight_path="",
-            int4_group_size=48, expert_activations="fp8", cpu_linear="on",
+            int4_group_size=48, expert_activations="fp8", cpu_linear="on", max_deferred_experts_per_token=-1,
         )  # fmt: skip
-    assert len(caught.value.faults) == 10
+    assert len(caught.value.faults) == 11
     text = str(caught.value)
     assert "\n" not in text
     names = ("method", "threads", "chunk_size", "expert_lora", "cpu_activation", "isa", "weight_path")
-    for name in (*names, "int4_group_size", "expert_activations", "cpu_linear"):
+    for name in (*names, "int4_group_size", "expert_activations", "cpu_linear", "max_deferred_experts_per_token"):
         assert f"{name}:" in text
 
 

@@ -27,6 +27,10 @@ KEYS: dict[str, tuple[type, str]] = {
     "cpu_infer": (int, "CPU threads of the expert kernels; default: the physical cores it may use."),
     "kt_threadpool_count": (int, "Groups of threads; default: one per NUMA node."),
     "chunk_size": (int, "Tokens per pass of the expert kernels; default 1024."),
+    "kt_max_deferred_experts_per_token": (
+        int,
+        "Inference only, approximate: experts of a token that are added one layer later; default 0.",
+    ),
     "kt_expert_lora": (bool, "LoRA on the routed experts; default: if lora_target is `all` or names experts."),
     "kt_cpu_activation": (str, "Expert activations until backward: retain (default) or recompute."),
     "kt_maxlen": (int, "No effect: cutoff_len and max_new_tokens bound the length."),
@@ -44,6 +48,7 @@ KEY_OF_SETTING = {  # KTConfig field -> key
     "threads": "cpu_infer",
     "threadpool_count": "kt_threadpool_count",
     "chunk_size": "chunk_size",
+    "max_deferred_experts_per_token": "kt_max_deferred_experts_per_token",
     "expert_lora": "kt_expert_lora",
     "cpu_activation": "kt_cpu_activation",
     "weight_path": "kt_weight_path",
@@ -195,6 +200,8 @@ def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
         on_experts = list(_value(groups, "lora_target") or []) == ["all"]
     if on_experts and not 1 <= rank <= MAX_LORA_RANK:
         yield f"lora_rank: expected 1 to {MAX_LORA_RANK}, found {rank}; lower it or set kt_expert_lora: false"
+    if _value(groups, "kt_max_deferred_experts_per_token") and _value(groups, "do_train"):
+        yield "kt_max_deferred_experts_per_token: deferred experts are for inference; remove it, or set do_train: false"
     first, second = _value(groups, "kt_weight_path"), _value(groups, "kt_expert_checkpoint_path")
     if first and second and first != second:
         yield "kt_expert_checkpoint_path: differs from kt_weight_path, which means the same; remove one of them"
