@@ -57,6 +57,7 @@ sanitize: $(STAMPS)/packages  ## native tests under the address, undefined behav
 bench: setup  ## quick speed measurement, minutes: expert layer, decoding, single products; results in benchmarks/results/
 	$(PY) -m benchmarks.bench_moe_layer $(BENCH_ARGS)
 	$(PY) -m benchmarks.bench_decode $(BENCH_ARGS)
+	$(PY) -m benchmarks.bench_overhead
 	$(PY) -m benchmarks.bench_gemm --plot $(BENCH_ARGS)
 	$(PY) -m benchmarks.report
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import bench_loading
+from benchmarks import bench_loading, bench_overhead
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.target_lines import HEADINGS, MISS, PASS, UNKNOWN, rows_of
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "targets": "python -m benchmarks.targets",
     "moe_layer": "python -m benchmarks.bench_moe_layer",
     "decode": "python -m benchmarks.bench_decode",
+    "overhead": "python -m benchmarks.bench_overhead",
     "gemm": "python -m benchmarks.bench_gemm",
     "blocks": "python -m benchmarks.bench_blocks --threads 1",
     "loading": "python -m benchmarks.bench_loading",
@@ -131,6 +132,14 @@ def decode_section(run: Mapping) -> str:
     return "\n".join(parts)
 
 
+def overhead_section(run: Mapping) -> str:
+    intro = (
+        "Microseconds of one token's call of the expert layer with an adapter, part by part, on layers with as many "
+        "experts and slots but narrow sides; the products with experts of true size beside them.\n\n"
+    )
+    return intro + table(bench_overhead.HEADINGS, bench_overhead.rows_of(run["cases"]))
+
+
 def gemm_section(run: Mapping) -> str:
     parts = []
     groups = dict.fromkeys((one["model"], one["projection"], one["threads"]) for one in run["cases"])
@@ -190,6 +199,7 @@ SECTIONS = {
     "targets": ("Targets", targets_section),
     "moe_layer": ("MoE layer", layer_section),
     "decode": ("Decoding", decode_section),
+    "overhead": ("A call beside its products", overhead_section),
     "gemm": ("Single products", gemm_section),
     "blocks": ("Block types of GGUF files", blocks_section),
     "loading": ("Converting and loading", loading_section),

@@ -173,9 +173,17 @@ class RoutedExperts(nn.Module):
         """Bytes of the packed weights."""
         return self.layer.packed_bytes
 
-    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]`."""
+        if torch.compiler.is_compiling():  # the guard costs more than the rest of this method: only where it is needed
+            return self._forward_uncompiled(hidden_states, top_k_index, top_k_weights)
+        return self._forward(hidden_states, top_k_index, top_k_weights)
+
+    @torch.compiler.disable
+    def _forward_uncompiled(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self._forward(hidden_states, top_k_index, top_k_weights)
+
+    def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if "parametrizations" in self._modules:  # PEFT's own wrapper put W + delta over a placeholder: nobody reads it
             raise RuntimeError(
                 "expert LoRA: PEFT wrapped the experts but nothing bound its LoRA to the kernels; "

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    bench_overhead,
     block_layer,
     gemm_bench,
     harness,
@@ -323,7 +324,8 @@ def record_of_everything(folder):
     judged = [one.record() for one in target_lines.judge(figures)]
     machine = harness.machine_record(2, "avx2")
     runs = [("moe_layer", [case], {}), ("decode", [case], {"call_overhead_us": {"tiny": 12.0}})]
-    runs += [("gemm", gemm_cases(), {}), ("targets", judged, {})]
+    overhead = {"layer": "tiny, BF16", **dict.fromkeys(bench_overhead.HEADINGS[1:], 4.2)}
+    runs += [("gemm", gemm_cases(), {}), ("targets", judged, {}), ("overhead", [overhead], {})]
     for bench, cases, more in runs:
         path = harness.save_results(machine, {}, cases, bench=bench, mode="quick", more=more, folder=folder)
     return path
@@ -338,10 +340,28 @@ def test_the_page_is_rendered_the_same_every_time_and_holds_every_part(tmp_path)
     page = pages[0]
     for part in ("### Targets", "### MoE layer", "### Decoding", "### Single products", "## Tried and did not help"):
         assert part in page
+    assert "| tiny, BF16 | 4.2 |" in page
     assert "49 pass, 1 miss, 0 not measurable" in page and "**1%**" in page and "> 9.50" in page
     assert "a call without work takes 12 us" in page
     widths = [line.count(" | ") for line in page.splitlines() if line.startswith("| --- | --- | ---:")]
     assert widths[0] == len(target_lines.HEADINGS) - 1
+
+
+def test_parts_of_a_call_add_up_to_all_of_it_but_the_products():
+    stages = ("model", "experts", "forward", "moe", "native", "native without rows", "native without tokens")
+    times = dict(zip(stages, (100.0, 90.0, 80.0, 50.0, 40.0, 7.0, 3.0), strict=True))
+    parts = bench_overhead.overhead_of(times)
+    assert parts["overhead"] == 100.0 - (40.0 - 7.0)
+    assert sum(parts[name] for name in bench_overhead.PARTS) == pytest.approx(parts["overhead"])
+
+
+def test_every_stage_of_a_call_gives_the_same_result(tmp_path):
+    layer = bench_overhead.Layer("tiny", 4, 2, 64, 32)
+    with torch.no_grad():
+        outer = bench_overhead.adapted_experts(layer, "INT8", tmp_path)
+        calls = bench_overhead.stages(outer, layer)
+        outs = [calls[name]() for name in ("model", "experts", "forward", "moe")]
+    assert all(torch.equal(out, outs[0]) for out in outs) and outs[0].any()
 
 
 def test_a_full_run_is_shown_rather_than_a_later_quick_one(tmp_path):

@@ -34,14 +34,18 @@ class ExpertParamWrapper(ParamWrapper):
     """A ParamWrapper whose LoRA is computed by the experts it wraps. Made from PEFT's by changing its class."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        self._check_forward_args(x, *args, **kwargs)
-        kwargs.pop("adapter_names", None)
+        if "adapter_names" in kwargs:
+            self._check_forward_args(x, *args, **kwargs)
+            kwargs.pop("adapter_names")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        experts = self.get_base_layer()
+        # Submodules from the dictionary: looked up as attributes they cost ten times as much as all else here.
+        inner = experts = self._modules["base_layer"]
+        while "base_layer" in experts._modules:
+            experts = experts._modules["base_layer"]
         if _is_stale(self, experts.lora):
             experts.lora = _expert_lora(self, experts.lora.dropout)
-        return self.base_layer(x, *args, **kwargs)
+        return inner(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the delta to the packed weights, one expert at a time; the sum is rounded to the experts' format once."""
@@ -83,10 +87,10 @@ class _IsActive:
     adapter: str
 
     def __call__(self) -> bool:
-        return all(
-            not wrapper.disable_adapters and not wrapper.merged and self.adapter in wrapper.active_adapters
-            for wrapper in self.wrappers
-        )
+        for wrapper in self.wrappers:
+            if wrapper.disable_adapters or wrapper.merged or self.adapter not in wrapper.active_adapters:
+                return False
+        return True
 
 
 def bind_expert_lora(peft_model: PeftModel, *, dropout: float = 0.0) -> PeftModel:
@@ -203,10 +207,13 @@ def _pair(wrapper: ParamWrapper, adapter: str) -> LoraPair:
 def _is_stale(wrapper: ParamWrapper, lora: ExpertLora) -> bool:
     """Whether PEFT has put other Parameter objects in place since binding (`load_state_dict(assign=True)`)."""
     pair = lora.gate_up if wrapper.parameter_name == "gate_up_proj" else lora.down
-    bound = {id(pair.a.parameter), id(pair.b.parameter)}
-    return any(
-        id(layer.weight) not in bound for factors in (wrapper.lora_A, wrapper.lora_B) for layer in factors.values()
-    )
+    bound = (pair.a.parameter, pair.b.parameter)
+    for factors in ("lora_A", "lora_B"):
+        for layer in wrapper._modules[factors]._modules.values():
+            weight = layer._parameters["weight"]
+            if weight is not bound[0] and weight is not bound[1]:
+                return True
+    return False
 
 
 @torch.no_grad()
