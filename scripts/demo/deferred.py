@@ -95,8 +95,8 @@ def main(
     rows = read_rows(data, AutoTokenizer.from_pretrained(model))
     tokens, answers = sum(len(row.ids) - 1 for row in rows), sum(len(row.ids) - row.prompt_length for row in rows)
     print(f"{len(rows)} rows, {tokens} tokens, {answers} of them in answers\n")
-    for name, folder in (("with the adapter", adapter), ("without", None)):
-        print("| " + " | ".join((HEADINGS[0], *(f"{heading}, {name}" for heading in HEADINGS[1:]))) + " |")
+    for name, folder in (("With the adapter", adapter), ("Without", None)):
+        print(f"{name}:\n\n| " + " | ".join(HEADINGS) + " |")
         print("|" + " ---: |" * len(HEADINGS))
         for line in measure(model, folder, rows, list(range(most + 1))):
             print("| " + " | ".join(line) + " |")

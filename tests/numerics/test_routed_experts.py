@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kt_sft.models.spec import ExpertsSpec
@@ -342,3 +343,43 @@ def test_the_process_ends_quietly_while_a_daemon_thread_computes():
     """`llamafactory-cli chat` generates in such a thread."""
     done = subprocess.run([sys.executable, "-c", EXIT_WHILE_COMPUTING], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the torch operations that run inside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_token_allocates_its_output_and_nothing_else():
+    experts, _ = make_experts()
+    experts.eval()
+    x, ids, weights = torch.randn(1, HIDDEN).bfloat16(), torch.tensor([[0, 3]]), torch.rand(1, 2)
+    with torch.no_grad():
+        experts(x, ids, weights)  # copies of the LoRA factors and the arena are made once
+        growths = native().workspace_growths()
+        with Recorder() as recorder:
+            for _ in range(3):
+                experts(x, ids, weights)
+    assert set(recorder.names) - {"aten::detach"} == {"aten::empty_like"} and len(recorder.names) <= 6
+    assert native().workspace_growths() == growths
+
+
+def test_a_compiled_model_calls_the_experts_uncompiled(inputs):
+    experts, _ = make_experts()
+    experts.eval()
+
+    class Block(nn.Module):
+        def forward(self, x, ids, weights):
+            return experts(x * 2.0, ids, weights) + 1.0
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = Block()(*inputs)
+        assert torch.equal(torch.compile(Block(), backend="eager")(*inputs), want)
