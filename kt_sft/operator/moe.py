@@ -131,6 +131,7 @@ class KTMoEWrapper:
         Raises:
             ConfigError: no `weight_path`, `cpu_save`, or files without what the method needs.
             FormatError: files missing or damaged, no such layer, other sizes.
+            NotEnoughMemory: the layer does not fit.
             UnsupportedModel: experts that need more than this operator has.
             ValueError: a map that does not fit.
         """
@@ -162,6 +163,7 @@ class KTMoEWrapper:
             physical_to_logical_map: see `load_weights`; of the tensors' experts.
         Raises:
             ConfigError: a method whose weights only files have; a container of another format (`cpu_save`).
+            NotEnoughMemory: the layer does not fit.
             ValueError: a shape or type, or a map that does not fit; weights that cannot be packed.
             OutputError: the container cannot be written.
         """

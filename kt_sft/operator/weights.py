@@ -19,6 +19,7 @@ from kt_sft.formats.packed import PackedContainer
 from kt_sft.integrations.converting import open_source
 from kt_sft.integrations.expert_sources import ExpertSource, check_method, open_weight_path, weight_formats
 from kt_sft.integrations.gguf_experts import GgufExperts
+from kt_sft.integrations.memory_check import check_memory
 from kt_sft.integrations.packed_experts import PackedExperts
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import Matrices, RoutedExperts, WeightFormats
@@ -47,6 +48,7 @@ def load_from_path(
     Raises:
         FormatError: files missing or damaged, no such layer, other sizes.
         ConfigError: the files do not have what `config.method` needs.
+        NotEnoughMemory: the layer does not fit.
         UnsupportedModel: experts that the kernels cannot compute without the rest of the model.
         ValueError: a map that does not fit.
     """
@@ -109,6 +111,7 @@ def load_from_tensors(
 
     Raises:
         ConfigError: a method whose weights only files have.
+        NotEnoughMemory: the layer does not fit.
         ValueError: a map that does not fit, or weights that cannot be packed.
     """
     if config.method in ("RAWINT4", "GGUF"):
@@ -117,9 +120,9 @@ def load_from_tensors(
             "method BF16, INT8 or INT4"
         )
     logical = logical_experts(physical_to_logical_map, sizes.num_experts, source.num_experts)
-    experts = _empty(
-        ExpertsSpec(source.num_experts, sizes.hidden, sizes.inter), placement, config, config.weight_format
-    )
+    spec = ExpertsSpec(source.num_experts, sizes.hidden, sizes.inter)
+    config = dataclasses.replace(config, weight_path=None)  # written to, if anything, and not loaded from
+    experts = _empty(spec, placement, config, config.weight_format)
     for slot, expert in enumerate(placement.on_cpu if experts is not None else ()):
         experts.load_expert(slot, *source.read("", logical[expert]))
     return experts
@@ -130,8 +133,10 @@ def _empty(
 ) -> RoutedExperts | None:
     if not placement.on_cpu:
         return None
+    spec = dataclasses.replace(spec, num_experts=len(placement.on_cpu))
+    check_memory({"layer": spec}, 0, config, {"layer": weight_format})
     return RoutedExperts(
-        dataclasses.replace(spec, num_experts=len(placement.on_cpu)),
+        spec,
         weight_format=weight_format,
         group_size=config.int4_group_size,
         expert_activations=config.expert_activations,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import kt_sft
-from kt_sft.errors import ConfigError
+from kt_sft import memory
+from kt_sft.errors import ConfigError, NotEnoughMemory
 from kt_sft.native import native
 from kt_sft.operator import routes
 from kt_sft.operator.staging import Key, Output, Staging
@@ -64,6 +65,14 @@ def test_minus_one_and_experts_of_the_gpu_are_skipped(num_gpu_experts):
 def test_experts_of_the_gpu_are_not_held_in_memory():
     problem = problem_of()
     assert loaded(problem, num_gpu_experts=3)._experts.num_experts == 2
+
+
+def test_a_layer_that_does_not_fit_is_refused_before_it_is_packed(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: memory.AvailableMemory(1000, "the test"))
+    problem = problem_of()
+    wrapper = operator_of(problem)
+    with pytest.raises(NotEnoughMemory, match="limited by the test"):
+        wrapper.load_weights_from_tensors(*weights_of(problem))
 
 
 def test_a_scattered_mask_computes_the_experts_between():
