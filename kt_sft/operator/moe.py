@@ -264,6 +264,10 @@ class KTMoEWrapper:
             raise ValueError(
                 f"hidden_states: expected [tokens, {self._sizes.hidden}], found {list(hidden_states.shape)}"
             )
+        if hidden_states.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"hidden_states: expected a tensor on the CPU or a CUDA device, found {hidden_states.device}"
+            )
         if not hidden_states.is_floating_point():
             raise ValueError(f"hidden_states: expected bf16, f16 or f32, found {hidden_states.dtype}")
         x = hidden_states.detach().reshape(-1, self._sizes.hidden)

@@ -185,6 +185,10 @@ def test_forward_before_load_is_an_error():
     [
         (lambda x, i, w: (x[:, 1:], i, w), "hidden_states: expected"),
         (lambda x, i, w: (x.long(), i, w), "hidden_states: expected bf16"),
+        (
+            lambda x, i, w: (x.to("meta"), i, w),
+            "hidden_states: expected a tensor on the CPU or a CUDA device, found meta",
+        ),
         (lambda x, i, w: (x, i[:, :2], w), "topk_ids: expected integers"),
         (lambda x, i, w: (x, i.float(), w), "topk_ids: expected integers"),
         (lambda x, i, w: (x, i, w[:4]), "topk_weights: expected floating point"),
