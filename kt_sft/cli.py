@@ -16,12 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.table import Column, Table
 
 from kt_sft.errors import GIB
+from kt_sft.serving import cli as serving
 
 if TYPE_CHECKING:
     from kt_sft.doctor import Report
     from kt_sft.formats.packed_manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(serving.serve)
+app.add_typer(serving.bench_app, name="bench")
 MIB = 1 << 20
 FORMAT_ORDER = {
     name: i for i, name in enumerate(("bf16", "int8", "int4", "f16", "block8", "block6", "block5", "block4"))

@@ -23,6 +23,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("KT_SFT_ISA", "narrows the kernels: scalar, avx2, avx512, ..., amx_int8; overrides KTConfig.isa"),
     Variable("KT_SFT_THREADS", "number of kernel threads in this process; overrides KTConfig.threads"),
     Variable("KT_SFT_TRACEBACK", "1 shows the traceback of an error instead of its one-line message"),
+    Variable("KT_SFT_API_KEY", "key of `kt-sft serve`, and of the server that `kt-sft bench serve` measures"),
     Variable("TORCH_DEVICE_BACKEND_AUTOLOAD", "0 keeps torch from loading entry points, and so our hook", "torch"),
     Variable("OMP_WAIT_POLICY", "PASSIVE lets torch's OpenMP threads sleep between operations", "OpenMP"),
     Variable("LOCAL_RANK", "rank of this process on this machine", "torchrun"),
@@ -57,6 +58,11 @@ def passive_openmp() -> bool:
 def traceback() -> bool:
     """Whether the user wants Python's traceback under the one-line message of an error."""
     return (read("KT_SFT_TRACEBACK") or "").lower() in {"1", "true", "y"}
+
+
+def api_key() -> str | None:
+    """Key of the server; None: no key."""
+    return read("KT_SFT_API_KEY")
 
 
 def isa() -> str | None:

@@ -60,10 +60,16 @@ def autoload() -> None:
     try:
         from kt_sft import env
 
-        if env.use_kt() and not any(isinstance(finder, PatchFinder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, PatchFinder())
+        if env.use_kt():
+            install()
     except Exception as error:
         _fail("autoload", error)
+
+
+def install() -> None:
+    """Install the finder, once."""
+    if not any(isinstance(finder, PatchFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, PatchFinder())
 
 
 def failures() -> dict[str, str]:

@@ -1,0 +1,292 @@
+"""Ollama's routes: tags, show, ps, version, generate, chat."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from kt_sft import __version__
+from kt_sft.chat import ModelFacts, Sampling, ToolCall
+from kt_sft.serving.engine import Engine, Generation
+from kt_sft.serving.errors import RequestError, unknown_model
+from kt_sft.serving.http import EventStream, or_disconnect, parse
+from kt_sft.serving.messages import ChatMessage, conversation
+from kt_sft.serving.openai_schema import Seed
+from kt_sft.serving.sampling import room_for_answer, stop_strings, uses_adapter
+
+NDJSON = "application/x-ndjson"
+Shape = Callable[[str, list[ToolCall]], dict[str, Any]]  # text and calls -> the fields that carry them
+
+
+class Options(BaseModel):
+    """Those of Ollama's options that this server follows; like Ollama it passes over names that it does not know."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    num_predict: Annotated[int, Field(ge=-2)] | None = None  # negative: as much as fits
+
+
+class Body(BaseModel):
+    model: str
+    stream: bool | None = True
+    options: Options | None = None
+    format: Any = None
+
+
+class GenerateBody(Body):
+    prompt: str = ""
+    system: str | None = None
+    raw: bool | None = False
+    images: list[Any] | None = None
+    suffix: str | None = None
+    template: str | None = None
+
+
+class ChatBody(Body):
+    messages: list[ChatMessage] = []
+    tools: list[dict[str, Any]] | None = None
+
+
+class ShowBody(BaseModel):
+    model: str | None = None
+    name: str | None = None  # of older clients
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """Ollama's errors are a sentence."""
+    return {"error": error.message}
+
+
+def router(engine: Engine) -> APIRouter:
+    """The routes, answered by this engine."""
+    routes = APIRouter()
+    facts = engine.backend.facts
+
+    @routes.api_route("/", methods=["GET", "HEAD"])
+    async def say_hello() -> Response:
+        return PlainTextResponse("Ollama is running")  # clients look for these words
+
+    @routes.get("/api/version")
+    async def version() -> dict[str, Any]:
+        return {"version": __version__}
+
+    @routes.get("/api/tags")
+    async def tags() -> dict[str, Any]:
+        return {"models": [_card(facts, name) for name in facts.names]}
+
+    @routes.get("/api/ps")
+    async def running() -> dict[str, Any]:
+        more = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0, "context_length": facts.context_length}
+        return {"models": [{**_card(facts, name), **more} for name in facts.names]}
+
+    @routes.post("/api/show")
+    async def show(request: Request) -> dict[str, Any]:
+        body = await parse(request, ShowBody)
+        _local_name(facts, body.model or body.name or "")
+        return _description(facts)
+
+    @routes.post("/api/generate")
+    async def generate(request: Request) -> Response:
+        body = await parse(request, GenerateBody)
+        _refuse(body, "format", "images", "suffix", "template")
+        if not body.prompt:
+            return _loaded(facts, body, {"response": ""})
+        if body.raw:
+            prompt = await asyncio.to_thread(engine.backend.encode_text, body.prompt)
+        else:
+            turns = [{"role": "user", "content": body.prompt}]
+            prompt = await asyncio.to_thread(engine.backend.encode_chat, turns, body.system or None, None)
+        return await _answer(engine, request, body, prompt, lambda text, _calls: {"response": text})
+
+    @routes.post("/api/chat")
+    async def chat(request: Request) -> Response:
+        body = await parse(request, ChatBody)
+        _refuse(body, "format")
+        if not body.messages:
+            return _loaded(facts, body, _message("", []))
+        messages, system = conversation(body.messages)
+        tools = [tool.get("function", tool) for tool in body.tools or []]
+        text = json.dumps(tools, ensure_ascii=False) if tools else None
+        prompt = await asyncio.to_thread(engine.backend.encode_chat, messages, system, text)
+        return await _answer(engine, request, body, prompt, _message, has_tools=bool(tools))
+
+    return routes
+
+
+async def _answer(
+    engine: Engine, request: Request, body: Body, prompt: list[int], shape: Shape, *, has_tools: bool = False
+) -> Response:
+    sampling = _sampling(engine.backend.facts, body, prompt)
+    generation = engine.submit(prompt, sampling)
+    lines = _lines(engine, generation, body.model, shape, has_tools=has_tools)
+    if body.stream is not False:
+        return EventStream(_as_text(lines), NDJSON, close=generation.cancel)
+    return await or_disconnect(
+        request, _whole(engine, generation, body.model, shape, has_tools), close=generation.cancel
+    )
+
+
+async def _lines(
+    engine: Engine, generation: Generation, model: str, shape: Shape, *, has_tools: bool
+) -> AsyncIterator[dict[str, Any]]:
+    """Objects of a stream; an answer that may be a call of tools comes in one."""
+    whole = ""
+    async for piece in generation:
+        if has_tools:
+            whole += piece
+        else:
+            yield {"model": model, "created_at": _now(), **shape(piece, []), "done": False}
+    if whole:
+        yield {"model": model, "created_at": _now(), **_text_or_calls(engine, whole, shape), "done": False}
+    yield {"model": model, "created_at": _now(), **shape("", []), **_summary(generation)}
+
+
+async def _as_text(lines: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    try:
+        async for line in lines:
+            yield json.dumps(line, ensure_ascii=False) + "\n"
+    except RequestError as error:
+        yield json.dumps(error_body(error)) + "\n"
+
+
+async def _whole(engine: Engine, generation: Generation, model: str, shape: Shape, has_tools: bool) -> Response:
+    text = await generation.text()
+    fields = _text_or_calls(engine, text, shape) if has_tools else shape(text, [])
+    return JSONResponse({"model": model, "created_at": _now(), **fields, **_summary(generation)})
+
+
+def _text_or_calls(engine: Engine, text: str, shape: Shape) -> dict[str, Any]:
+    calls = engine.backend.tool_calls(text)
+    return shape("", calls) if calls else shape(text, [])
+
+
+def _message(text: str, calls: list[ToolCall]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if calls:
+        message["tool_calls"] = [
+            {"function": {"name": call.name, "arguments": _arguments(call.arguments)}} for call in calls
+        ]
+    return {"message": message}
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """Ollama's arguments are an object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {"arguments": text}
+    return value if isinstance(value, dict) else {"arguments": value}
+
+
+def _summary(generation: Generation) -> dict[str, Any]:
+    """The last object's counts and nanoseconds."""
+    timing = generation.timing
+    end = timing.ended or timing.arrived
+    start = timing.started or end
+    first = timing.first_token or end
+    return {
+        "done": True,
+        "done_reason": generation.finish_reason,
+        "total_duration": _ns(end - timing.arrived),
+        "load_duration": _ns(start - timing.arrived),  # of this server: the time in the queue
+        "prompt_eval_count": len(generation.prompt_ids),
+        "prompt_eval_duration": _ns(first - start),
+        "eval_count": generation.completion_tokens,
+        "eval_duration": _ns(end - first),
+    }
+
+
+def _sampling(facts: ModelFacts, body: Body, prompt: list[int]) -> Sampling:
+    options = body.options or Options()
+    adapter = uses_adapter(facts, _local_name(facts, body.model))
+    asked = options.num_predict
+    fills = asked is not None and asked < 0
+    return Sampling(
+        max_tokens=room_for_answer(facts, prompt, facts.context_length if fills else asked or None, cuts=True),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k or None,
+        repetition_penalty=options.repeat_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        seed=options.seed,
+        stop=stop_strings(options.stop),
+        adapter=adapter,
+    )
+
+
+def _local_name(facts: ModelFacts, name: str) -> str:
+    """The served name that Ollama's `name` or `name:latest` means."""
+    plain = name if name in facts.names else name.removesuffix(":latest")
+    if plain not in facts.names:
+        raise unknown_model(name, facts.names)
+    return plain
+
+
+def _refuse(body: Body, *fields: str) -> None:
+    for field in fields:
+        if getattr(body, field):
+            raise RequestError(400, f"{field}: not supported by this server; leave it out", param=field)
+
+
+def _loaded(facts: ModelFacts, body: Body, fields: dict[str, Any]) -> Response:
+    """The answer to a request without a prompt, by which clients ask for a model to be loaded."""
+    _local_name(facts, body.model)
+    return JSONResponse({"model": body.model, "created_at": _now(), **fields, "done": True, "done_reason": "load"})
+
+
+def _card(facts: ModelFacts, name: str) -> dict[str, Any]:
+    changed = datetime.fromtimestamp(facts.created, UTC).isoformat()
+    card = {"name": name, "model": name, "modified_at": changed, "size": facts.size_bytes, "digest": facts.digest}
+    return {**card, "details": _details(facts)}
+
+
+def _details(facts: ModelFacts) -> dict[str, Any]:
+    return {
+        "parent_model": facts.base_name or "",
+        "format": "safetensors",
+        "family": facts.family,
+        "families": [facts.family],
+        "parameter_size": _short(facts.num_parameters),
+        "quantization_level": facts.weight_format,
+    }
+
+
+def _description(facts: ModelFacts) -> dict[str, Any]:
+    return {
+        "modified_at": datetime.fromtimestamp(facts.created, UTC).isoformat(),
+        "details": _details(facts),
+        "model_info": {
+            "general.architecture": facts.family,
+            "general.parameter_count": facts.num_parameters,
+            f"{facts.family}.context_length": facts.context_length,
+        },
+        "parameters": f"num_predict {facts.default_max_tokens}",
+        "capabilities": ["completion", "tools"],
+    }
+
+
+def _short(count: int) -> str:
+    """213.9M, 30.5B."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _ns(seconds: float) -> int:
+    return max(0, int(seconds * 1e9))

@@ -1,0 +1,88 @@
+"""Bodies of OpenAI's requests, as far as this server follows them, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kt_sft.serving.errors import RequestError
+from kt_sft.serving.messages import ChatMessage
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+# Field -> values that mean nothing is asked; any other is refused rather than ignored.
+NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "web_search_options": (None,),
+}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Tool(BaseModel):
+    type: Literal["function"] = "function"
+    function: dict[str, Any]
+
+
+class Request(BaseModel):
+    """What chat and completions share. `top_k`, `repetition_penalty` and `ignore_eos` are names of other servers."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+
+    def refuse_unsupported(self) -> None:
+        """Raise for a field that would change the answer and that this server cannot follow."""
+        for name, value in (self.model_extra or {}).items():
+            if name in NOT_SUPPORTED and value not in NOT_SUPPORTED[name]:
+                raise RequestError(400, f"{name}: not supported by this server; leave it out", param=name)
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(Request):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(Request):
+    prompt: str | list[int] | list[str] | list[list[int]]
+
+    @property
+    def limit(self) -> int:
+        return self.max_tokens or 16
