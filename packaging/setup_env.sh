@@ -59,7 +59,7 @@ import tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-wanted = [*project["dependencies"], *(r for name in ("llamafactory", "gguf", "plot", "test", "dev") for r in extras[name])]
+wanted = [*project["dependencies"], *(r for name in ("llamafactory", "gguf", "plot", "serve", "test", "dev") for r in extras[name])]
 print("\n".join(dict.fromkeys(r for r in wanted if not r.startswith("kt_sft["))))
 PYTHON
 )
