@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import logging
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -14,8 +13,6 @@ from kt_sft import __version__
 from kt_sft.serving import ollama_routes, openai_routes
 from kt_sft.serving.engine import Cancelled, Engine
 from kt_sft.serving.errors import RequestError
-
-logger = logging.getLogger(__name__)
 
 
 def create_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
@@ -63,5 +60,5 @@ async def _answer_cancelled(request: Request, _error: Exception) -> JSONResponse
 
 
 async def _answer_fault(request: Request, error: Exception) -> JSONResponse:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    """The server logs it: Starlette raises it again after this."""
     return await _answer_error(request, RequestError(500, f"internal error: {type(error).__name__}"))

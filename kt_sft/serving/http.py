@@ -36,6 +36,8 @@ async def parse(request: Request, model: type[Model]) -> Model:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    if b"\\u" in body and not _is_text(value):
+        raise RequestError(400, "the body is not JSON: half of a surrogate pair is no character", code="invalid_json")
     if not isinstance(value, dict):
         raise RequestError(400, f"the body: expected a JSON object, found {type(value).__name__}")
     try:
@@ -44,6 +46,15 @@ async def parse(request: Request, model: type[Model]) -> Model:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-")) or "the body"
         raise RequestError(400, f"{where}: {first['msg']}", param=where.partition(".")[0]) from None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every string in it can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def or_disconnect(request: Request, work: Awaitable[Any], *, close: Callable[[], None]) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 from pydantic import BaseModel
 
+from kt_sft.chat import ChatBackend
 from kt_sft.serving.errors import RequestError
 
 ROLES = {"user": "user", "assistant": "assistant", "tool": "observation", "function": "observation"}
@@ -67,6 +69,23 @@ def conversation(messages: list[ChatMessage]) -> tuple[list[dict[str, str]], str
     if len(turns) % 2 == 0:
         raise RequestError(400, "messages: expected a last one from user or tool", param="messages")
     return turns, "\n\n".join(system) if system else None
+
+
+async def encode(backend: ChatBackend, messages: list[ChatMessage], tools: list[dict[str, Any]]) -> list[int]:
+    """Prompt of a conversation in which the model may call these functions.
+
+    Raises:
+        RequestError: see `conversation`; or the template wants more of a function than is there.
+    """
+    turns, system = conversation(messages)
+    text = json.dumps(tools, ensure_ascii=False) if tools else None
+    try:
+        return await asyncio.to_thread(backend.encode_chat, turns, system, text)
+    except (KeyError, TypeError, AttributeError) as error:
+        if not tools:
+            raise
+        message = f"tools: expected name, description and parameters of each function, found a fault: {error}"
+        raise RequestError(400, message, param="tools") from None
 
 
 def _text(message: ChatMessage, where: str) -> str:

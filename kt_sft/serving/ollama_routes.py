@@ -17,7 +17,7 @@ from kt_sft.chat import ModelFacts, Sampling, ToolCall
 from kt_sft.serving.engine import Engine, Generation
 from kt_sft.serving.errors import RequestError, unknown_model
 from kt_sft.serving.http import EventStream, or_disconnect, parse
-from kt_sft.serving.messages import ChatMessage, conversation
+from kt_sft.serving.messages import ChatMessage, encode
 from kt_sft.serving.openai_schema import Seed
 from kt_sft.serving.sampling import room_for_answer, stop_strings, uses_adapter
 
@@ -117,10 +117,8 @@ def router(engine: Engine) -> APIRouter:
         _refuse(body, "format")
         if not body.messages:
             return _loaded(facts, body, _message("", []))
-        messages, system = conversation(body.messages)
         tools = [tool.get("function", tool) for tool in body.tools or []]
-        text = json.dumps(tools, ensure_ascii=False) if tools else None
-        prompt = await asyncio.to_thread(engine.backend.encode_chat, messages, system, text)
+        prompt = await encode(engine.backend, body.messages, tools)
         return await _answer(engine, request, body, prompt, _message, has_tools=bool(tools))
 
     return routes

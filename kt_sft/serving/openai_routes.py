@@ -18,7 +18,7 @@ from kt_sft.chat import Sampling, ToolCall
 from kt_sft.serving.engine import Cancelled, Engine, Generation
 from kt_sft.serving.errors import RequestError, unknown_model
 from kt_sft.serving.http import EventStream, or_disconnect, parse
-from kt_sft.serving.messages import conversation
+from kt_sft.serving.messages import encode
 from kt_sft.serving.openai_schema import ChatRequest, CompletionRequest
 from kt_sft.serving.openai_schema import Request as Body
 from kt_sft.serving.sampling import room_for_answer, stop_strings, uses_adapter
@@ -78,10 +78,9 @@ def router(engine: Engine) -> APIRouter:
         body = await parse(request, ChatRequest)
         body.refuse_unsupported()
         adapter = uses_adapter(engine.backend.facts, body.model)
-        messages, system = conversation(body.messages)
-        wants_tools = bool(body.tools) and body.tool_choice != "none"
-        tools = json.dumps([tool.function for tool in body.tools], ensure_ascii=False) if wants_tools else None
-        prompt = await asyncio.to_thread(engine.backend.encode_chat, messages, system, tools)
+        tools = [tool.function for tool in body.tools or []] if body.tool_choice != "none" else []
+        wants_tools = bool(tools)
+        prompt = await encode(engine.backend, body.messages, tools)
         generations = _submit(engine, body, [prompt], adapter)
         close = partial(_cancel, generations)
         if body.stream:

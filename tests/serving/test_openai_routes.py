@@ -12,6 +12,7 @@ from tests.helpers.fake_chat import ANSWER, FACTS, FakeChat, running
 
 HI = [{"role": "user", "content": "hi"}]
 LONG = {"max_tokens": 64}
+LONE_SURROGATE = rb'{"model": "demo", "messages": [{"role": "user", "content": "\ud800"}]}'
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,9 @@ def test_prompt_beyond_the_context_names_the_limit(url):
     assert "context length is 128 tokens" in error["message"] and "10005" in error["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"model": "demo"'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"model": "demo"', LONE_SURROGATE]
+)
 def test_malformed_json_is_a_bad_request(url, body):
     response = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ def answers(config):
 give([answers(config) for config in configs])
 """
 QUESTIONS = [f"add {i} and 1" for i in range(4)]
+CONTEXT = 12_000
 # Longer than one part of a prompt.
 LONG_QUESTION = "add " + " and ".join(str(i) for i in range(60))
 
@@ -40,7 +42,10 @@ def messages(text: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    return workspace(tmp_path_factory.mktemp("serving"))
+    directory = workspace(tmp_path_factory.mktemp("serving"))
+    file = directory / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": CONTEXT}))
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +163,36 @@ def test_seed_repeats_a_sampled_answer_also_beside_others(served):
     assert one == three == single != two
 
 
-def test_prompts_within_and_beyond_the_context(served):
-    def post(text: str) -> httpx.Response:
-        body = {"model": "adapter", "messages": messages(text), "max_tokens": 2}
-        return httpx.post(f"{served}/v1/chat/completions", json=body, timeout=900)
+def complete(url: str, prompt: str, **changes) -> httpx.Response:
+    body = {"model": "adapter", "prompt": prompt, "max_tokens": 1, **changes}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=900)
 
-    fits, too_long = post("x" * 460), post("x" * 10_000)
-    assert fits.status_code == 200 and fits.json()["usage"]["prompt_tokens"] > 460
-    error = too_long.json()["error"]
-    assert too_long.status_code == 400 and "context length is 512 tokens" in error["message"]
+
+def wait_for_active(url: str, number: int) -> None:
+    deadline = time.monotonic() + 600
+    while httpx.get(f"{url}/health", timeout=60).json()["active"] != number:
+        assert time.monotonic() < deadline, f"expected {number} generations with a slot"
+        time.sleep(0.02)
+
+
+def test_prompt_of_ten_thousand_tokens_is_answered_and_lets_others_pass(served):
+    order = []
+
+    def ask(name: str, prompt: str) -> None:
+        order.append((name, complete(served, prompt).json()["usage"]["prompt_tokens"]))
+
+    long = threading.Thread(target=ask, args=("long", "x" * 10_000))
+    long.start()
+    wait_for_active(served, 1)
+    ask("short", "x")
+    long.join(900)
+    assert order == [("short", 1), ("long", 10_000)]
+
+
+def test_prompt_beyond_the_context_names_the_limit(served):
+    response = complete(served, "x" * 20_000)
+    error = response.json()["error"]
+    assert response.status_code == 400 and f"context length is {CONTEXT} tokens" in error["message"]
 
 
 def test_stop_penalties_and_ignored_end(served):
@@ -184,14 +210,16 @@ def test_stop_penalties_and_ignored_end(served):
     assert create(ignore_eos=True, frequency_penalty=2)["choices"][0]["message"]["content"] != text
 
 
-def test_client_that_goes_frees_the_model(served):
-    body = {"model": "adapter", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+@pytest.mark.parametrize("prompt", ["x", "x" * 10_000], ids=["in mid-stream", "in a long prompt"])
+def test_client_that_goes_frees_the_model(served, prompt):
+    body = {"model": "adapter", "prompt": prompt, "max_tokens": 400, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{served}/v1/completions", json=body, timeout=900) as response:
-        next(response.iter_bytes())
-    deadline = time.monotonic() + 300
-    while httpx.get(f"{served}/health", timeout=60).json()["active"]:
-        assert time.monotonic() < deadline, "the generation went on"
-        time.sleep(0.05)
+        if len(prompt) == 1:
+            next(response.iter_bytes())
+        else:
+            wait_for_active(served, 1)
+    wait_for_active(served, 0)
+    assert complete(served, "x").status_code == 200
 
 
 LOAD = """
