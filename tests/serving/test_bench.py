@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.soak_serve import growth
 from kt_sft.cli import app
 from kt_sft.serving.bench_client import Bench, Record, ServerUnusable, Settings
 from kt_sft.serving.bench_report import percentile, summary
@@ -176,3 +177,9 @@ def test_script_understands_underscores():
             env=environment(use_kt=False), timeout=300,
         )  # fmt: skip
     assert done.returncode == 0 and "2 of 2 requests" in " ".join(done.stdout.split()), done.stdout + done.stderr
+
+
+def test_growth_of_memory_is_seen_and_a_warm_up_is_not():
+    settled = [100 + min(i, 30) for i in range(200)]
+    leaking = [100 + 0.1 * i for i in range(200)]
+    assert growth(settled) == 0 and growth(leaking) == pytest.approx(0.1 * 126, rel=0.01)
