@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from kt_sft import cli_adapter
 from kt_sft.errors import GIB
 from kt_sft.serving import cli as serving
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(serving.serve)
 app.add_typer(serving.bench_app, name="bench")
+app.add_typer(cli_adapter.app, name="adapter")
+app.command()(cli_adapter.merge)
 MIB = 1 << 20
 FORMAT_ORDER = {
     name: i for i, name in enumerate(("bf16", "int8", "int4", "f16", "block8", "block6", "block5", "block4"))
@@ -79,7 +82,7 @@ def convert(
     try:
         config = KTConfig(method=quant_method, int4_group_size=int4_group_size, threads=threads)
         options = {"input_type": input_type, "overwrite": overwrite, "check": verify}
-        result = convert_checkpoint(input_path, output, config, **options, bar=partial(_bar, console))
+        result = convert_checkpoint(input_path, output, config, **options, bar=partial(progress_bar, console))
     except KTError as error:
         if env.traceback():
             raise
@@ -96,8 +99,8 @@ def convert(
 
 
 @contextmanager
-def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar over experts; gives the function that moves it."""
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar over experts or tensors; gives the function that moves it."""
     columns = (
         "{task.description}",
         BarColumn(),

@@ -47,6 +47,15 @@ _BLOCK_NAMES = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
+ARCHITECTURES = {
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "kimi_k2": "deepseek2",
+}
+_GGUF_NAMES = {name: source for source, name in (_TOP | _BLOCK_NAMES).items()}
+_GGUF_NAMES["block_sparse_moe.gate.weight"] = "ffn_gate_inp.weight"
 # The two halves of kv_b in newer DeepSeek files.
 _KEY_HALF, _VALUE_HALF = "attn_k_b.weight", "attn_v_b.weight"
 
@@ -95,16 +104,50 @@ def plain_tensors(index: GgufIndex, config: dict[str, Any]) -> Iterator[PlainTen
         if is_mixtral:
             name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
             heads = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}.get(part)
-            make = _unpermute(config[heads]) if heads else None
+            make = unpermute(config[heads]) if heads else None
         yield PlainTensor(name, index.info(source).shape, (source,), make)
 
 
-def _unpermute(heads: int) -> Callable[[Tensor], Tensor]:
+def block_name(name: str) -> str | None:
+    """What a GGUF file calls a tensor of the checkpoint, experts left out; None: it has no name for it."""
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    found = _GGUF_NAMES.get(layer[2] if layer else name)
+    return f"blk.{layer[1]}.{found}" if layer and found else found
+
+
+def layer_of(module: str) -> int:
+    """The layer of a module such as `model.layers.3.mlp.experts`.
+
+    Raises:
+        UnsupportedModel: no number, or several, in the name.
+    """
+    numbers = re.findall(r"\.(\d+)(?=\.|$)", module)
+    if len(numbers) != 1:
+        raise UnsupportedModel(
+            f"experts module {module}",
+            expected="one layer number in its name, as the tensors of a GGUF file have it",
+            found=f"{len(numbers)}",
+            remedy="use safetensors files",
+        )
+    return int(numbers[0])
+
+
+def unpermute(heads: int) -> Callable[[Tensor], Tensor]:
     """Undoes llama.cpp's order of q and k rows: rotary partners are neighbours there, half a head apart here."""
 
     def make(w: Tensor) -> Tensor:
         pairs = w.reshape(heads, w.shape[0] // heads // 2, 2, w.shape[1])  # [heads, head_dim / 2, 2, hidden]
         return pairs.swapaxes(1, 2).reshape(w.shape)
+
+    return make
+
+
+def permute(heads: int) -> Callable[[Tensor], Tensor]:
+    """llama.cpp's order of q and k rows; the reverse of `unpermute`."""
+
+    def make(w: Tensor) -> Tensor:
+        halves = w.reshape(heads, 2, w.shape[0] // heads // 2, w.shape[1])  # [heads, 2, head_dim / 2, hidden]
+        return halves.swapaxes(1, 2).reshape(w.shape)
 
     return make
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from torch import Tensor
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.ggml_types import GGML_TYPES
 from kt_sft.formats.gguf import GgufIndex
+from kt_sft.formats.gguf_names import layer_of
 from kt_sft.integrations.expert_files import UnchangedFiles
 from kt_sft.models.expert_keys import PROJECTIONS, WeightSlice
 from kt_sft.native import native
@@ -45,7 +45,7 @@ class GgufExperts:
         self._index = index
         self._files = UnchangedFiles()
         self._specs = dict(specs)
-        self._layers = {name: layer_number(name) for name in specs}
+        self._layers = {name: layer_of(name) for name in specs}
         self.path = index.source
         self.formats = {name: self._check(name, spec) for name, spec in specs.items()}
         self._is_said = False
@@ -153,23 +153,6 @@ def native_format(kind: str) -> str:
     if kind.lower() in {"f16", *(known["name"] for known in native().block_types())}:
         return kind.lower()
     return "bf16" if kind in ("BF16", "F32") else "int8"
-
-
-def layer_number(name: str) -> int:
-    """The layer of a module such as `model.layers.3.mlp.experts`.
-
-    Raises:
-        UnsupportedModel: no number, or several, in the name.
-    """
-    numbers = re.findall(r"\.(\d+)(?=\.|$)", name)
-    if len(numbers) != 1:
-        raise UnsupportedModel(
-            f"experts module {name}",
-            expected="one layer number in its name, as the tensors of a GGUF file have it",
-            found=f"{len(numbers)}",
-            remedy="load the experts from a safetensors checkpoint",
-        )
-    return int(numbers[0])
 
 
 def dequantize(kind: str, blocks: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

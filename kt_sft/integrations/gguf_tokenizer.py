@@ -30,7 +30,7 @@ _DEEPSEEK_V3 = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Expressions are applied one after the other to the pieces that the one before has left.
-_SPLITS: dict[str, tuple[str, ...]] = {
+SPLITS: dict[str, tuple[str, ...]] = {
     "qwen2": (_QWEN2,),
     "llama-bpe": (_LLAMA3,),
     "llama3": (_LLAMA3,),
@@ -46,7 +46,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     ),
     "deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3),
 }
-_CONTROL, _USER_DEFINED = 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
 
 def read_tokenizer(index: GgufIndex) -> PreTrainedTokenizerFast:
@@ -67,9 +67,9 @@ def read_tokenizer(index: GgufIndex) -> PreTrainedTokenizerFast:
         raise values.unsupported("model", "gpt2 or llama", kind)
     types = [int(number) for number in values.get("token_type", [])]
     for number, token in zip(types, tokens, strict=bool(types)) if len(types) in (0, len(tokens)) else ():
-        if number == _CONTROL:
+        if number == CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif number == _USER_DEFINED:
+        elif number == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
     special = {name: tokens[number] for name, number in values.special(len(tokens)).items()}
     _add_edges(tokenizer, values, special)
@@ -120,16 +120,20 @@ class _Keys:
 
 def _byte_level(values: _Keys, tokens: list[str]) -> Tokenizer:
     pre = values.get("pre", "gpt-2")
-    if pre not in _SPLITS:
-        raise values.unsupported("pre", " or ".join(_SPLITS), pre)
+    if pre not in SPLITS:
+        raise values.unsupported("pre", " or ".join(SPLITS), pre)
     vocab = {token: number for number, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in values.strings("merges")]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in ("llama-bpe", "llama3")))
-    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _SPLITS[pre]]
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    """How text is cut before byte pair encoding, by its name in a GGUF file."""
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in SPLITS[pre]]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _sentence_piece(values: _Keys, tokens: list[str]) -> Tokenizer:

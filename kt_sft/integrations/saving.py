@@ -8,20 +8,19 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
-from kt_sft.models.expert_keys import KeyMap, LayerSource
+from kt_sft.integrations.base_model import expert_shapes
+from kt_sft.models.expert_keys import ExpertPart, KeyMap
 from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
 from kt_sft.nn.packed_linear import has_rounded_linears, saving_packed_weights
 
@@ -43,14 +42,7 @@ _UNITS = {
 _PROJECTIONS = ("gate", "up", "down")
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One expert's matrix inside a tensor of the file."""
-
-    module: nn.Module
-    expert: int
-    projection: str  # gate, up, down, or gate_up in the order of the module
-    is_transposed: bool = False
+_Part = tuple[nn.Module, ExpertPart]
 
 
 def save_full_model(
@@ -101,7 +93,7 @@ def save_full_model(
         plan = _plan(model, save_original_format)
         _write_experts(staging, plan, _Unpacker(), limit_bytes)
         _write_index(staging)
-        _publish(staging, target)
+        publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -132,48 +124,17 @@ def _check_no_adapters(model: nn.Module) -> None:
 
 
 def _plan(model: PreTrainedModel, save_original_format: bool) -> list[tuple[PlannedTensor, list[_Part]]]:
-    """Every expert tensor of the files with the parts it is made of.
-
-    transformers turns its fused parameters into checkpoint keys; run on meta tensors that gives names and shapes, and
-    the mapping used for loading tells which expert each of them is.
-    """
+    """Every expert tensor of the files with the parts it is made of."""
     modules = dict(iter_routed_experts(model))
     specs: dict[str, ExpertsSpec] = {name: module.spec for name, module in modules.items()}
     dtype = model.dtype if model.dtype in (torch.float16, torch.float32) else torch.bfloat16
-    shapes: dict[str, Tensor] = {}
-    for name, spec in specs.items():
-        if spec.expert_keys:
-            into = torch.empty(spec.inter, spec.hidden, dtype=dtype, device="meta")
-            tensors = dict(zip(spec.expert_keys, (into, into, into.mT), strict=True))
-            keys = [(expert, child) for expert in range(spec.num_experts) for child in tensors]
-            shapes |= {f"{name}.{expert}.{child}.weight": tensors[child] for expert, child in keys}
-            continue
-        shapes[f"{name}.gate_up_proj"] = torch.empty(spec.gate_up_shape, dtype=dtype, device="meta")
-        shapes[f"{name}.down_proj"] = torch.empty(spec.down_shape, dtype=dtype, device="meta")
-    if save_original_format:
-        shapes = revert_weight_conversion(model, shapes)
+    shapes = expert_shapes(model, specs, dtype, save_original_format=save_original_format)
     layers = KeyMap(model, specs).layers(shapes, "save_pretrained", lambda key: shapes[key].shape)
     return [
-        (PlannedTensor(key, str(dtype), tuple(shapes[key].shape)), parts)
+        (PlannedTensor(key, str(dtype), tuple(shapes[key].shape)), [(modules[name], part) for part in parts])
         for name, layer in layers.items()
-        for key, parts in _tensor_parts(layer, modules[name])
+        for key, parts in layer.parts()
     ]
-
-
-def _tensor_parts(layer: LayerSource, module: nn.Module) -> Iterator[tuple[str, list[_Part]]]:
-    experts = range(layer.spec.num_experts)
-    if layer.fused and (layer.transposed or layer.spec.is_interleaved):
-        for name, projection in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-            parts = [_Part(module, expert, projection, is_transposed=name in layer.transposed) for expert in experts]
-            yield layer.fused[name], parts
-        return
-    if layer.fused:
-        yield layer.fused["gate_up_proj"], [_Part(module, e, p) for e in experts for p in ("gate", "up")]
-        yield layer.fused["down_proj"], [_Part(module, e, "down") for e in experts]
-        return
-    for expert in experts:
-        for projection in _PROJECTIONS:
-            yield layer.single[projection, expert], [_Part(module, expert, projection)]
 
 
 class _Unpacker:
@@ -221,12 +182,12 @@ def _write_experts(
 def _pieces(dtype: str, parts: Iterable[_Part], unpack: _Unpacker) -> Iterator[Tensor]:
     unpacked: tuple[nn.Module, int] | None = None
     matrices: dict[str, Tensor] = {}
-    for part in parts:
-        if unpacked != (part.module, part.expert):
-            matrices = dict(zip(_PROJECTIONS, unpack(part.module, part.expert), strict=True))
-            unpacked = (part.module, part.expert)
+    for module, part in parts:
+        if unpacked != (module, part.expert):
+            matrices = dict(zip(_PROJECTIONS, unpack(module, part.expert), strict=True))
+            unpacked = (module, part.expert)
         if part.projection == "gate_up":
-            matrix = part.module.spec.join_gate_up(matrices["gate"], matrices["up"])
+            matrix = module.spec.join_gate_up(matrices["gate"], matrices["up"])
         else:
             matrix = matrices[part.projection]
         matrix = matrix.mT.contiguous() if part.is_transposed else matrix
@@ -252,7 +213,7 @@ def _write_index(folder: Path) -> None:
     (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _publish(staging: Path, target: Path) -> None:
+def publish(staging: Path, target: Path) -> None:
     """Move the complete files into place, index last, and drop the weight files of an earlier save."""
     fresh = {path.name for path in staging.iterdir()}
     (target / INDEX_NAME).unlink(missing_ok=True)

@@ -43,6 +43,15 @@ class WeightSlice:
         return (part if self.step is None else part[self.step]).contiguous()
 
 
+@dataclass(frozen=True)
+class ExpertPart:
+    """One expert's matrix inside a tensor of a checkpoint: gate, up, down, or gate_up in the order of the module."""
+
+    expert: int
+    projection: str
+    is_transposed: bool = False
+
+
 @dataclass
 class LayerSource:
     """Checkpoint keys of one experts module, of one form: fused (two keys) or one key per expert and projection.
@@ -75,6 +84,21 @@ class LayerSource:
         if is_transposed:
             return WeightSlice(key, (index, slice(None), outputs), is_transposed=True)
         return WeightSlice(key, (index, outputs))
+
+    def parts(self) -> Iterator[tuple[str, list[ExpertPart]]]:
+        """Every tensor with the matrices that it is made of, one after the other."""
+        experts = range(self.spec.num_experts)
+        if self.single:
+            for expert in experts:
+                for projection in PROJECTIONS:
+                    yield self.single[projection, expert], [ExpertPart(expert, projection)]
+        elif self.transposed or self.spec.is_interleaved:
+            for name, projection in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+                is_transposed = name in self.transposed
+                yield self.fused[name], [ExpertPart(expert, projection, is_transposed) for expert in experts]
+        else:
+            yield self.fused["gate_up_proj"], [ExpertPart(e, p) for e in experts for p in ("gate", "up")]
+            yield self.fused["down_proj"], [ExpertPart(e, "down") for e in experts]
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape that the file must have, by checkpoint key."""

@@ -72,7 +72,7 @@ def test_directory_without_weights(ours, adapter):
 def test_truncated_weights(ours, adapter):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    refuse(ours, adapter, "damaged")
+    refuse(ours, adapter, "truncated file")
 
 
 def test_config_that_is_not_json(ours, adapter):
@@ -114,7 +114,7 @@ def test_missing_tensor_of_a_linear_layer(ours, adapter):
     refuse(ours, adapter, r"layers\.1\.self_attn\.q_proj\.lora_A\.weight is missing")
 
 
-def test_factors_of_the_other_peft_layout(ours, adapter):
+def test_factors_of_the_other_peft_layout_load(ours, good, adapter):
     def exchange(tensors):
         experts = {k: v for k, v in tensors.items() if ".experts." in k}
         for key, value in experts.items():
@@ -124,6 +124,25 @@ def test_factors_of_the_other_peft_layout(ours, adapter):
                 tensors[other] = value.view(num, rank, -1).permute(2, 1, 0).reshape(-1, rank * num)
             else:
                 tensors[other] = value.view(-1, rank, num).permute(2, 1, 0).reshape(num * rank, -1)
+        return tensors
+
+    rewrite(adapter, exchange)
+    ids = tiny_models.token_ids()
+    logits = []
+    for folder in (good, adapter):
+        model = kt_peft.load_adapter(ours, folder)
+        logits.append(model(ids).logits)
+        model.unload()
+    assert torch.equal(*logits)
+
+
+def test_one_factor_of_the_other_peft_layout(ours, adapter):
+    """Neither layout: the tensor that does not fit is named."""
+
+    def exchange(tensors):
+        key = next(k for k in tensors if ".experts.base_layer.lora_A" in k)
+        other = key.replace("lora_A", "lora_B")
+        tensors[key], tensors[other] = tensors[other].mT, tensors[key].mT
         return tensors
 
     rewrite(adapter, exchange)
@@ -137,7 +156,7 @@ def test_per_expert_tensors(ours, adapter):
         return kept
 
     rewrite(adapter, split)
-    refuse(ours, adapter, "per-expert tensors instead, which PEFT would silently drop")
+    refuse(ours, adapter, "gate of model.layers.0.mlp.experts: expected 7 experts, found 6 missing, first expert 1")
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"lora_dropout": 2}', '{"lora_dropout": "x"}'])

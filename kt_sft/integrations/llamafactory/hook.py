@@ -20,9 +20,9 @@ from torch import nn
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.integrations.gguf_model import is_gguf_model
-from kt_sft.integrations.llamafactory import adapters, args, autoload
+from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting
 from kt_sft.integrations.model_files import drop_quantization
-from kt_sft.integrations.peft.adapter_dir import check_adapter_fits, local_adapter_dir, read_adapter_config
+from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
 from kt_sft.integrations.transformers import check_model, from_gguf, quantization_config
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,12 @@ def patch_parser(parser: ModuleType) -> None:
 
 
 def patch_loader(loader: ModuleType) -> None:
-    """`patch_config`: how to load. `init_adapter`: merge or not. `count_parameters`: experts count too."""
-    _require(loader, "patch_config", "init_adapter", "count_parameters")
+    """`patch_config`: how to load. `init_adapter`: merge or not. `count_parameters`: experts count too. `load_model`:
+    an export loads nothing.
+    """
+    _require(loader, "patch_config", "init_adapter", "count_parameters", "load_model")
     stock_config, stock_init, stock_count = loader.patch_config, loader.init_adapter, loader.count_parameters
+    stock_load = loader.load_model
 
     def patch_config(
         config: Any, tokenizer: Any, model_args: Any, init_kwargs: dict[str, Any], is_trainable: bool
@@ -78,7 +81,16 @@ def patch_loader(loader: ModuleType) -> None:
     def count_parameters(model: nn.Module) -> tuple[int, int]:
         return adapters.count_parameters(model, stock_count)
 
+    def load_model(
+        tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False, add_valuehead: bool = False
+    ) -> nn.Module:
+        is_export = is_active(model_args) and adapters.is_export(model_args, is_trainable)
+        if is_export and exporting.merges_files(model_args):
+            return exporting.merging_model(exporting.open_merged(model_args, **_hub(model_args)))
+        return stock_load(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
+
     loader.patch_config, loader.init_adapter, loader.count_parameters = patch_config, init_adapter, count_parameters
+    loader.load_model = load_model
 
 
 def patch_adapter(adapter: ModuleType) -> None:
@@ -149,11 +161,10 @@ def check_inputs(model_args: Any) -> None:
     """
     misc = importlib.import_module("llamafactory.extras.misc")
     path = model_args.model_name_or_path
-    from_hub = {
-        "revision": model_args.model_revision,
-        "cache_dir": model_args.cache_dir,
-        "token": model_args.hf_hub_token,
-    }
+    from_hub = _hub(model_args)
+    if exporting.merges_files(model_args):
+        exporting.open_merged(model_args, **from_hub)
+        return
     if not os.path.isdir(path) and (misc.use_modelscope() or misc.use_openmind()):
         return  # only LLaMA-Factory can ask those hubs
     on_cpu = model_args.export_dir is not None and model_args.export_device == "cpu"
@@ -162,7 +173,15 @@ def check_inputs(model_args: Any) -> None:
     model = check_model(path, args.kt_config(model_args), device_map={"": device}, trust_remote_code=remote, **from_hub)
     for adapter in model_args.adapter_name_or_path or []:
         folder = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **from_hub)
-        check_adapter_fits(model, read_adapter_config(folder), folder)
+        check_adapter(model, folder)
+
+
+def _hub(model_args: Any) -> dict[str, Any]:
+    return {
+        "revision": model_args.model_revision,
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.hf_hub_token,
+    }
 
 
 def use_one_device(training_args: Any) -> None:

@@ -1,8 +1,11 @@
-"""A saved adapter's directory: what it holds, and whether it fits a model. Reads headers only."""
+"""A saved adapter: what it holds, whether it fits a model, and a copy in PEFT's form of one that has another form."""
 
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,21 +14,27 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from torch import nn
 
+from kt_sft.adapters.forms import adapter_file, is_fused, is_per_expert, open_adapter, write_directory
+from kt_sft.adapters.tensor_file import TensorFile
 from kt_sft.errors import FormatError
+from kt_sft.integrations.base_model import describe
 from kt_sft.integrations.peft.binding import PEFT_SWAPS_FACTORS
 from kt_sft.integrations.peft.targets import SIDE_FILE, ExpertLoraConfig, effective_rank, expert_targets
 from kt_sft.models.spec import iter_routed_experts
 
 PREFIX = "base_model.model."
+RUNNING_FORM = "peft-0.18" if PEFT_SWAPS_FACTORS else "peft-0.19"
 
 
 def local_adapter_dir(adapter: str | Path, *, subfolder: str | None = None, **hub) -> Path:
-    """The adapter's directory on this machine; a hub name is downloaded (only config, weights and our side file).
+    """The adapter's directory, or its GGUF file, on this machine; a hub name is downloaded (config and weights only).
 
     Raises:
         FormatError: no such directory, or one without `adapter_config.json`.
     """
     root = Path(adapter)
+    if root.is_file():
+        return adapter_file(root)
     is_hub_name = (
         not root.exists() and len(root.parts) == 2 and not root.is_absolute() and root.parts[0] not in (".", "..")
     )
@@ -41,9 +50,54 @@ def local_adapter_dir(adapter: str | Path, *, subfolder: str | None = None, **hu
     folder = root / subfolder if subfolder else root
     if not folder.is_dir():
         raise FormatError(folder, "no such adapter directory", remedy="check the path")
-    if not (folder / CONFIG_NAME).is_file():
+    folder = adapter_file(folder)
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         raise FormatError(folder, f"no {CONFIG_NAME} in it", remedy="name the directory that save_pretrained wrote")
     return folder
+
+
+def check_adapter(model: nn.Module, source: Path) -> None:
+    """Whether an adapter of any form fits a model without one; reads headers only.
+
+    Raises:
+        FormatError, UnsupportedModel: it does not, or is damaged.
+    """
+    if has_other_form(model, source):
+        open_adapter(source, describe(model))
+    else:
+        check_adapter_fits(model, read_adapter_config(source), source)
+
+
+@contextmanager
+def in_running_form(model: nn.Module, source: Path) -> Iterator[Path]:
+    """The adapter's directory for the PEFT that runs: its own, or a converted copy that is gone afterwards.
+
+    Raises:
+        FormatError, UnsupportedModel: an adapter of another form that does not fit, or is damaged.
+    """
+    if not has_other_form(model, source):
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="kt_sft-adapter-") as folder:
+        write_directory(open_adapter(source, describe(model)), RUNNING_FORM, Path(folder))
+        yield Path(folder)
+
+
+def has_other_form(model: nn.Module, source: Path) -> bool:
+    """Whether an adapter has to be converted before the running PEFT reads it: a GGUF file, pairs per expert, or
+    fused experts in the layout of another release.
+    """
+    if source.is_file():
+        return True
+    config = read_adapter_config(source)
+    names = TensorFile(source)
+    if is_per_expert(names) or (is_fused(names) and not config.target_parameters):
+        return True
+    experts = dict(iter_routed_experts(model))
+    expected = _expected_expert_tensors(config, experts)
+    shapes = {f"{PREFIX}{name}": names.shape(name) for name in names}
+    found = [(shapes.get(key), ours, other) for key, (ours, other) in expected.items()]
+    return any(shape != ours for shape, ours, _ in found) and all(shape == other for shape, _, other in found)
 
 
 def read_adapter_config(folder: Path) -> ExpertLoraConfig:
@@ -141,7 +195,7 @@ def _faults(model: nn.Module, config: ExpertLoraConfig, shapes: dict[str, tuple[
     for key, (shape, other_shape) in expected.items():
         found = shapes.get(key)
         if found is None:
-            yield f"{key} is missing", list(shape), _per_expert_hint(shapes)
+            yield f"{key} is missing", list(shape), "none"
         elif found != shape:
             by_other = " (written by a PEFT release with the roles of lora_A and lora_B exchanged)"
             yield f"{key} has another shape", list(shape), f"{list(found)}{by_other if found == other_shape else ''}"
@@ -183,8 +237,3 @@ def _expected_expert_tensors(config: ExpertLoraConfig, experts: dict[str, nn.Mod
             expected[f"{stem}A.weight"] = (ours[0], other[0])
             expected[f"{stem}B.weight"] = (ours[1], other[1])
     return expected
-
-
-def _per_expert_hint(shapes: dict[str, tuple[int, ...]]) -> str:
-    per_expert = any(".experts.0." in key for key in shapes)
-    return "per-expert tensors instead, which PEFT would silently drop" if per_expert else "none"

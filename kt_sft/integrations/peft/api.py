@@ -14,7 +14,12 @@ from peft.utils import PeftType
 from torch import nn
 
 from kt_sft.errors import ConfigError
-from kt_sft.integrations.peft.adapter_dir import check_adapter_fits, local_adapter_dir, read_adapter_config
+from kt_sft.integrations.peft.adapter_dir import (
+    check_adapter_fits,
+    in_running_form,
+    local_adapter_dir,
+    read_adapter_config,
+)
 from kt_sft.integrations.peft.binding import bind_expert_lora, expose_placeholders, hidden_numel, restore_linear_dropout
 from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_faults, expert_targets, prepare_lora_config
 from kt_sft.models.spec import iter_routed_experts
@@ -60,7 +65,8 @@ def load_adapter(
     The adapter is compared with the model before anything changes. Expert LoRA is in use if the adapter has it.
 
     Args:
-        adapter_dir: what `save_pretrained` wrote, ours or plain PEFT's; or a name on the hub.
+        adapter_dir: what `save_pretrained` wrote, ours or plain PEFT's of any release; pairs per expert as vLLM reads
+            them; a GGUF file; or a name on the hub.
         is_trainable: continue training it, with the dropout it was trained with; otherwise frozen and in eval mode.
     Raises:
         FormatError: the directory is missing, damaged, or made for another model.
@@ -68,7 +74,12 @@ def load_adapter(
     """
     _check_has_no_adapter(model)
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-    folder = local_adapter_dir(adapter_dir, subfolder=kwargs.pop("subfolder", None), **hub)
+    source = local_adapter_dir(adapter_dir, subfolder=kwargs.pop("subfolder", None), **hub)
+    with in_running_form(model, source) as folder:
+        return _load(model, folder, is_trainable, adapter_name, **kwargs)
+
+
+def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str, **kwargs) -> PeftModel:
     config = read_adapter_config(folder)
     faults = expert_faults(config, expert_targets(config, [name for name, _ in iter_routed_experts(model)]))
     if faults:

@@ -1,0 +1,185 @@
+"""Which form an adapter on disk has, opening it, and converting it to another form."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kt_sft.adapters import fused, gguf, peft_config, per_expert
+from kt_sft.adapters.model import Adapter, BaseModel
+from kt_sft.adapters.tensor_file import CONFIG_NAME, WEIGHTS_NAME, TensorFile, write_tensors
+from kt_sft.errors import ConfigError, FormatError, OutputError, nearest
+from kt_sft.formats import gguf_writer
+from kt_sft.formats.gguf import SUFFIX, GgufIndex
+
+FORMS = ("peft-0.18", "peft-0.19", "vllm", "sglang", "gguf")
+_FUSED = re.compile(r".+\.experts(\.base_layer)*\.lora_[AB]\.weight")
+_COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "chat_template")
+
+
+def adapter_file(path: str | os.PathLike[str]) -> Path:
+    """The GGUF file or the directory that a path names: a directory that holds one GGUF file and no config means it.
+
+    Raises:
+        FormatError: nothing there, or neither of both.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == SUFFIX:
+        return path
+    if not path.is_dir():
+        found = "another kind of file" if path.exists() else "nothing"
+        expected = f"a directory with {CONFIG_NAME}, or a {SUFFIX} file"
+        raise FormatError(path, "adapter", expected=expected, found=found, remedy="check the path")
+    files = sorted(path.glob(f"*{SUFFIX}"))
+    return files[0] if len(files) == 1 and not (path / CONFIG_NAME).is_file() else path
+
+
+def base_name(path: str | os.PathLike[str]) -> str | None:
+    """The base model that an adapter names; None if it names none.
+
+    Raises:
+        FormatError: no adapter, or a damaged one.
+    """
+    source = adapter_file(path)
+    if source.suffix == SUFFIX and source.is_file():
+        index = GgufIndex.from_path(source)
+        gguf.check_metadata(index)
+        name = index.metadata.get(gguf.BASE_KEY)
+    else:
+        name = peft_config.read_config(source).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def is_per_expert(names: Iterator[str] | list[str] | TensorFile) -> bool:
+    """Whether tensors are pairs per expert rather than of all experts of a layer."""
+    return any(".experts." in name and per_expert.PER_EXPERT.fullmatch(name) for name in names)
+
+
+def is_fused(names: Iterator[str] | list[str] | TensorFile) -> bool:
+    """Whether tensors are pairs of all experts of a layer."""
+    return any(_FUSED.fullmatch(name) for name in names)
+
+
+def open_adapter(path: str | os.PathLike[str], base: BaseModel) -> Adapter:
+    """Open an adapter of any form; names and shapes are compared with the model.
+
+    Raises:
+        FormatError: missing, damaged, incomplete, or made for another model.
+        UnsupportedModel: a GGUF adapter of a family that has no names there.
+    """
+    source = adapter_file(path)
+    if source.is_file():
+        return gguf.read(source, base)
+    config = peft_config.read_config(source)
+    beside = peft_config.read_side_file(source)
+    there = beside.get("model_type")
+    if there and there != base.model_type:
+        raise FormatError(
+            source, "trained on another model type", expected=base.model_type, found=there,
+            remedy="name its own model with --base-model",
+        )  # fmt: skip
+    tensors = TensorFile(source)
+    if not is_per_expert(tensors):
+        config = _with_parameters(config, tensors, base)
+    opened = (per_expert if is_per_expert(tensors) else fused).read(source, tensors, config, base)
+    if not opened.ranks and not opened.whole:
+        raise FormatError(tensors.path, "tensors", expected="LoRA pairs", found="none")
+    return replace(opened, beside=beside)
+
+
+def _with_parameters(config: dict[str, Any], tensors: TensorFile, base: BaseModel) -> dict[str, Any]:
+    """`target_parameters` where the config has none but the tensors say so, as adapters for vLLM of fused families."""
+    if config.get("target_parameters") or not is_fused(tensors):
+        return config
+    tails = {".".join(module.split(".")[-2:]) for module in base.specs}
+    return config | {"target_parameters": sorted(f"{tail}.{p}" for tail in tails for p in peft_config.PARAMETERS)}
+
+
+def convert(adapter: Adapter, form: str, output: str | os.PathLike[str]) -> Path:
+    """Write an adapter in another form, aside and then renamed.
+
+    Args:
+        output: new or empty directory; for gguf a file, or a directory for it.
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: no such form, or the output is the adapter itself.
+        OutputError: something else is there, or it cannot be written.
+        UnsupportedModel: the form cannot hold this adapter.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"to: expected one of {', '.join(FORMS)}, found {form!r}; {nearest(form, FORMS)}")
+    target = Path(output)
+    if form == "gguf" and target.suffix != SUFFIX:
+        target = target / f"{adapter.source.stem or 'adapter'}{SUFFIX}"
+    if target.resolve() == adapter.source.resolve():
+        raise ConfigError(f"output: {target} is the adapter that is read; choose another path")
+    with staged(target, is_file=form == "gguf") as staging:
+        if form == "gguf":
+            metadata, plan, pieces = gguf.write(adapter)
+            gguf_writer.write(staging, metadata, plan, pieces)
+        else:
+            write_directory(adapter, form, staging)
+    return target
+
+
+def write_directory(adapter: Adapter, form: str, folder: Path) -> None:
+    """The files of an adapter directory in one of the forms that are directories.
+
+    Raises:
+        UnsupportedModel: the form cannot hold this adapter.
+    """
+    kind = fused if form in fused.RELEASES else per_expert
+    config, _ = kind.write(adapter, form)
+    write_tensors(folder / WEIGHTS_NAME, lambda: kind.write(adapter, form)[1])
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in sorted(adapter.source.glob("*")) if adapter.source.is_dir() else ():
+        if path.name.startswith(_COPIED) and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    if form in fused.RELEASES:
+        beside = {"model_type": adapter.base.model_type, **adapter.beside}
+        (folder / peft_config.SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged(target: Path, *, is_file: bool) -> Iterator[Path]:
+    """A place beside the target, which becomes the target when all has gone well; otherwise nothing stays.
+
+    Raises:
+        OutputError: the target is there, or the folder cannot be written.
+    """
+    is_free = not target.exists() or (not is_file and target.is_dir() and not any(target.iterdir()))
+    if not is_free:
+        raise OutputError(target, "output", expected="a new path", found="something there", remedy="choose another")
+    try:
+        made = [folder for folder in target.parents if not folder.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        done = False
+        try:
+            staging = holder / target.name
+            if not is_file:
+                staging.mkdir()
+            yield staging
+            staging.replace(target)
+            done = True
+        finally:
+            shutil.rmtree(holder, ignore_errors=True)
+            if not done:
+                for folder in made:
+                    with suppress(OSError):
+                        folder.rmdir()
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        what = error.strerror or str(error)
+        raise OutputError(error.filename or target, "writing", found=what, remedy="correct that, then again") from error

@@ -1,0 +1,120 @@
+"""The form in which adapters of all kinds are in memory, and what conversion has to know of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_sft.models.expert_keys import PROJECTIONS, LayerSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kt_sft.models.spec import ExpertsSpec
+
+
+@dataclass(frozen=True)
+class Lora:
+    """W + scale * b a, of one matrix or of those of all experts.
+
+    Args:
+        a: `[rank, in]` or `[experts, rank, in]`.
+        b: `[out, rank]` or `[experts, out, rank]`.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Of each matrix."""
+        return self.a.shape[-2]
+
+    def delta(self, expert: int | None = None) -> Tensor:
+        """What is added to the matrix, or to that of one expert, f32 `[out, in]`."""
+        a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
+        return self.scale * (b.float() @ a.float())
+
+    def fitted(self, rank: int, scale: float) -> Lora:
+        """The same product at a rank that is no lower, padded with zeros, and at another scale, which goes into b."""
+        import torch
+
+        a, b, extra = self.a, self.b, rank - self.rank
+        if extra:
+            a = torch.cat([a, a.new_zeros(*a.shape[:-2], extra, a.shape[-1])], dim=-2)
+            b = torch.cat([b, b.new_zeros(*b.shape[:-1], extra)], dim=-1)
+        if scale != self.scale:
+            b = b.float() * (self.scale / scale)
+        return Lora(a, b, scale)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that an adapter belongs to, without its weights.
+
+    Args:
+        path: directory or name, as the adapter is to state it; None if unknown.
+        config: values of config.json.
+        specs: routed experts by module name, in layer order.
+        layers: where checkpoints keep the experts of each module.
+        linears: all `nn.Linear` by module name, `(out, in)`.
+        hub_names: what checkpoints call a Linear, where that is not its module name.
+    """
+
+    path: str | None
+    model_type: str
+    config: Mapping[str, Any]
+    specs: Mapping[str, ExpertsSpec]
+    layers: Mapping[str, LayerSource]
+    linears: Mapping[str, tuple[int, int]]
+    hub_names: Mapping[str, str]
+
+    def expert_shape(self, module: str, projection: str) -> tuple[int, int]:
+        """`(out, in)` of gate, up or down of one expert."""
+        spec = self.specs[module]
+        return (spec.hidden, spec.inter) if projection == "down" else (spec.inter, spec.hidden)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An opened adapter: names and shapes are checked, tensors are read as they are asked for.
+
+    Args:
+        source: file or directory.
+        form: its name in `forms.FORMS`.
+        config: values of adapter_config.json; of a GGUF file those that follow from it.
+        beside: values of kt_sft.json, which PEFT does not know.
+        ranks: rank by target: Linear, or `<experts module>.<projection>`.
+        scales: likewise.
+        read_linear: by module name.
+        read_experts: by module name: gate, up and down where the adapter has them; several experts per tensor.
+        whole: tensors that are trained as a whole (modules_to_save), by parameter name.
+    """
+
+    source: Path
+    form: str
+    base: BaseModel
+    config: Mapping[str, Any]
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+    read_linear: Callable[[str], Lora]
+    read_experts: Callable[[str], dict[str, Lora]]
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    whole: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> list[str]:
+        """Module names, in model order."""
+        return [name for name in self.base.linears if name in self.ranks]
+
+    def projections(self, module: str) -> tuple[str, ...]:
+        """Which of gate, up and down of an experts module the adapter has."""
+        return tuple(p for p in PROJECTIONS if f"{module}.{p}" in self.ranks)
+
+    @property
+    def experts(self) -> list[str]:
+        """Experts modules, in layer order."""
+        return [name for name in self.base.specs if self.projections(name)]

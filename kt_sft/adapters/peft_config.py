@@ -1,0 +1,189 @@
+"""adapter_config.json of PEFT: reading ranks and scales off it, and writing one that fits an adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kt_sft.adapters.model import Adapter, BaseModel
+from kt_sft.adapters.tensor_file import CONFIG_NAME
+from kt_sft.errors import FormatError
+
+SIDE_FILE = "kt_sft.json"
+PARAMETERS = ("gate_up_proj", "down_proj")
+_UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Values of adapter_config.json.
+
+    Raises:
+        FormatError: missing, no JSON object, not LoRA, or a kind of LoRA that has no other form.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FormatError(folder, f"no {CONFIG_NAME} in it", remedy="name the directory that save_pretrained wrote")
+    values = _object(path)
+    if values.get("peft_type") != "LORA":
+        raise FormatError(path, "peft_type", expected="LORA", found=values.get("peft_type"))
+    for name in _UNSUPPORTED:
+        if values.get(name):
+            raise FormatError(path, name, expected="plain LoRA", found=values[name], remedy="it has no other form")
+    if values.get("bias", "none") != "none":
+        raise FormatError(
+            path, "bias", expected="none", found=values["bias"], remedy="trained biases are not converted"
+        )
+    for name, kinds in (("r", int), ("lora_alpha", (int, float))):
+        value = values.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < (name == "r"):
+            raise FormatError(path, name, expected="a positive number", found=repr(value))
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(values.get(name) or {}, dict):
+            raise FormatError(path, name, expected="an object", found=type(values[name]).__name__)
+    return values
+
+
+def read_side_file(folder: Path) -> dict[str, Any]:
+    """Values of kt_sft.json; empty where there is none.
+
+    Raises:
+        FormatError: no JSON object.
+    """
+    path = folder / SIDE_FILE
+    return _object(path) if path.is_file() else {}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(path, "damaged", expected="JSON", found=str(error)[:120]) from None
+    if not isinstance(values, dict):
+        raise FormatError(path, "content", expected="a JSON object", found=type(values).__name__)
+    return values
+
+
+def rank_of(config: Mapping[str, Any], target: str) -> int:
+    """What PEFT takes for the rank of a module or parameter."""
+    return int(_by_pattern(config.get("rank_pattern"), target, config["r"]))
+
+
+def scale_of(config: Mapping[str, Any], target: str, rank: int) -> float:
+    """What PEFT multiplies b a with."""
+    alpha = float(_by_pattern(config.get("alpha_pattern"), target, config["lora_alpha"]))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, target: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", target):
+            return value
+    return default
+
+
+def named_parameters(config: Mapping[str, Any], module: str) -> list[str]:
+    """Which of an experts module's parameters `target_parameters` names, in the order in which PEFT nests wrappers."""
+    entries = config.get("target_parameters") or []
+    names = [f"{module}.{parameter}" for parameter in PARAMETERS]
+    return [n for n in names if any(n == entry or n.endswith(f".{entry}") for entry in entries)]
+
+
+def uniform(adapter: Adapter) -> tuple[int, float]:
+    """A rank that holds all of an adapter's targets, and a scale: that of most of them."""
+    rank = max(adapter.ranks.values(), default=1)
+    return rank, Counter(adapter.scales.values()).most_common(1)[0][0] if adapter.scales else 1.0
+
+
+def fused_config(adapter: Adapter, ranks: Mapping[str, int], scales: Mapping[str, float], release: str) -> dict:
+    """adapter_config.json for fused experts.
+
+    Args:
+        ranks: by parameter or Linear, as they are written; `scales` likewise.
+        release: of PEFT, whose layout the tensors have.
+    """
+    common_rank = Counter(ranks.values()).most_common(1)[0][0]
+    common_scale = Counter(scales.values()).most_common(1)[0][0]
+    alpha = common_scale * common_rank
+    config = _frame(adapter, common_rank, alpha, release)
+    config["target_modules"] = _targets(adapter)
+    experts = [target for target in ranks if target not in adapter.base.linears]
+    config["target_parameters"] = _shortened(experts, adapter.base) or None
+    config["rank_pattern"] = _pattern(ranks, common_rank, adapter.base)
+    config["alpha_pattern"] = _pattern({name: scales[name] * ranks[name] for name in ranks}, alpha, adapter.base)
+    return config
+
+
+def plain_config(adapter: Adapter, rank: int, scale: float, targets: Iterable[str]) -> dict[str, Any]:
+    """adapter_config.json for engines that read one rank and one alpha for all modules."""
+    config = _frame(adapter, rank, rank * scale, "0.18.1")
+    return config | {"target_modules": sorted(targets), "target_parameters": None}
+
+
+def _frame(adapter: Adapter, rank: int, alpha: float, release: str) -> dict[str, Any]:
+    given = {
+        name: value for name, value in adapter.config.items() if name not in ("layers_to_transform", "layers_pattern")
+    }
+    return {
+        "task_type": "CAUSAL_LM",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        **given,
+        "peft_type": "LORA",
+        "peft_version": release,
+        "base_model_name_or_path": given.get("base_model_name_or_path") or adapter.base.path,
+        "bias": "none",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "exclude_modules": None,
+    }
+
+
+def _targets(adapter: Adapter) -> list[str]:
+    """Last names of the Linear layers where such a name means exactly these, full names elsewhere."""
+    mine = set(adapter.linears)
+    found = set()
+    for name in mine:
+        last = name.rpartition(".")[2]
+        others = {other for other in adapter.base.linears if other.rpartition(".")[2] == last}
+        found.add(last if others <= mine else name)
+    return sorted(found)
+
+
+def _shortened(parameters: list[str], base: BaseModel) -> list[str]:
+    """`mlp.experts.down_proj` instead of a name per layer, where that means exactly these."""
+    found: list[str] = []
+    for parameter in PARAMETERS:
+        names = [name for name in parameters if name.endswith(f".{parameter}")]
+        tails = {".".join(name.split(".")[-3:]) for name in names}
+        every = [f"{module}.{parameter}" for module in base.specs]
+        found += sorted(tails) if len(tails) == 1 and len(names) == len(every) else names
+    return found
+
+
+def _pattern(values: Mapping[str, float], common: float, base: BaseModel) -> dict[str, Any]:
+    """Entries of rank_pattern or alpha_pattern for what differs from the common value."""
+    found: dict[str, Any] = {}
+    for parameter in PARAMETERS:
+        mine = {
+            name: value for name, value in values.items() if name.endswith(f".{parameter}") and name not in base.linears
+        }
+        names = _shortened(list(mine), base)
+        if len(set(mine.values())) == 1 and len(names) == 1:
+            mine = {names[0]: next(iter(mine.values()))}
+        found |= mine
+    found |= {name: value for name, value in values.items() if name in base.linears}
+    return {
+        re.escape(name): int(value) if float(value).is_integer() else value
+        for name, value in found.items()
+        if not math.isclose(value, common, rel_tol=1e-12)
+    }

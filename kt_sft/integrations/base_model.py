@@ -1,0 +1,118 @@
+"""What adapters have to know of the model they belong to, from its directory or from a model that is in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from kt_sft.adapters.model import BaseModel
+from kt_sft.errors import ConfigError, FormatError
+from kt_sft.formats.gguf import GgufIndex
+from kt_sft.integrations.auto_class import auto_class
+from kt_sft.integrations.gguf_model import is_gguf_model, read_config
+from kt_sft.integrations.model_files import drop_quantization, find_config_file
+from kt_sft.models.expert_keys import KeyMap, LayerSource
+from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
+
+
+def find_base_model(name: str | os.PathLike[str] | None, *, adapter: object = "adapter") -> BaseModel:
+    """Of a directory, hub name or GGUF file; only config.json, or the metadata, is read.
+
+    Args:
+        adapter: names the adapter in messages.
+    Raises:
+        ConfigError: no name, or nothing there.
+        FormatError: a damaged config.json.
+        UnsupportedModel: no routed experts, or experts that are not known.
+    """
+    if name is None:
+        raise ConfigError(f"{adapter}: names no base model; name its directory with --base-model")
+    return describe(meta_model(name, adapter=adapter), str(name))
+
+
+def meta_model(name: str | os.PathLike[str], *, adapter: object = "adapter") -> PreTrainedModel:
+    """The model without weights, as transformers builds it.
+
+    Raises:
+        As `find_base_model`.
+    """
+    if is_gguf_model(name):
+        config = read_config(GgufIndex.from_path(name))
+    else:
+        try:
+            find_config_file(name, {})
+        except FormatError as error:
+            raise ConfigError(f"{adapter}: base model: {error}; name its directory with --base-model") from None
+        config = AutoConfig.from_pretrained(name)
+    drop_quantization(config)
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
+def describe(model: nn.Module, path: str | None = None) -> BaseModel:
+    """Of a model in memory (meta device is enough), with transformers' experts modules or ours, without an adapter."""
+    config: PreTrainedConfig = model.config
+    specs = {name: experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
+    linears = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if _is_linear(m, name, specs)}
+    values = config.get_text_config().to_dict()
+    name = path or getattr(config, "_name_or_path", None) or None
+    layers = hub_layers(model, specs)
+    return BaseModel(name, config.model_type, values, specs, layers, linears, _hub_names(model, linears))
+
+
+def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:
+    """Where checkpoints of this model keep the experts.
+
+    transformers turns its fused parameters into checkpoint keys; run on meta tensors that gives names and shapes, and
+    the mapping used for loading tells which expert each of them is.
+    """
+    shapes = expert_shapes(model, specs, torch.bfloat16, save_original_format=True)
+    return KeyMap(model, specs).layers(shapes, "save_pretrained", lambda key: shapes[key].shape)
+
+
+def expert_shapes(
+    model: Any, specs: dict[str, ExpertsSpec], dtype: torch.dtype, *, save_original_format: bool
+) -> dict[str, torch.Tensor]:
+    """Meta tensors of the experts under the keys of a checkpoint, or of transformers' own parameters."""
+    shapes: dict[str, torch.Tensor] = {}
+    for name, spec in specs.items():
+        if spec.expert_keys:
+            into = torch.empty(spec.inter, spec.hidden, dtype=dtype, device="meta")
+            tensors = dict(zip(spec.expert_keys, (into, into, into.mT), strict=True))
+            keys = [(expert, child) for expert in range(spec.num_experts) for child in tensors]
+            shapes |= {f"{name}.{expert}.{child}.weight": tensors[child] for expert, child in keys}
+            continue
+        shapes[f"{name}.gate_up_proj"] = torch.empty(spec.gate_up_shape, dtype=dtype, device="meta")
+        shapes[f"{name}.down_proj"] = torch.empty(spec.down_shape, dtype=dtype, device="meta")
+    return revert_weight_conversion(model, shapes) if save_original_format else shapes
+
+
+def _is_linear(module: nn.Module, name: str, specs: dict[str, ExpertsSpec]) -> bool:
+    return (
+        hasattr(module, "out_features")
+        and hasattr(module, "in_features")
+        and not any(name.startswith(f"{experts}.") for experts in specs)
+    )
+
+
+def _hub_names(model: Any, linears: dict[str, tuple[int, int]]) -> dict[str, str]:
+    found = {}
+    for name, shape in linears.items():
+        reverted = list(revert_weight_conversion(model, {f"{name}.weight": torch.empty(shape, device="meta")}))
+        if len(reverted) == 1 and reverted[0] != f"{name}.weight":
+            found[name] = reverted[0].removesuffix(".weight")
+    return found
+
+
+def default_name(adapter_base: str | None, adapter: Path) -> str | None:
+    """The base model that an adapter names, looked for as it is and beside the adapter's own directory."""
+    if adapter_base is None or os.path.exists(adapter_base):
+        return adapter_base
+    beside = adapter.parent / adapter_base
+    return str(beside) if beside.exists() else adapter_base

@@ -1,0 +1,76 @@
+"""`llamafactory-cli export`: adapters are merged file by file, as `kt-sft merge` does it, without loading the model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging as hf_logging
+
+from kt_sft.integrations.base_model import meta_model
+from kt_sft.integrations.merging import MergedCheckpoint, write_merged
+from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
+from kt_sft.integrations.saving import parse_size, publish
+
+logger = logging.getLogger(__name__)
+
+
+def merges_files(model_args: Any) -> bool:
+    """Whether an export can be made of the checkpoint's own files: all of it lies in one directory, unchanged."""
+    path = model_args.model_name_or_path
+    has_own_experts = getattr(model_args, "kt_weight_path", None) is None
+    has_own_experts = has_own_experts and getattr(model_args, "kt_expert_checkpoint_path", None) is None
+    is_resized = any(getattr(model_args, key, None) for key in ("resize_vocab", "add_tokens", "add_special_tokens"))
+    return bool(model_args.export_dir) and os.path.isdir(path) and has_own_experts and not is_resized
+
+
+def open_merged(model_args: Any, **hub: Any) -> MergedCheckpoint:
+    """The checkpoint and its adapters, compared with one another; reads headers only.
+
+    Raises:
+        KTError: see `MergedCheckpoint`.
+    """
+    adapters = [
+        local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **hub)
+        for adapter in model_args.adapter_name_or_path or []
+    ]
+    return MergedCheckpoint(model_args.model_name_or_path, adapters)
+
+
+def merging_model(merged: MergedCheckpoint) -> nn.Module:
+    """Stands for the loaded model in LLaMA-Factory's export: its config, and `save_pretrained`, which merges."""
+    model = meta_model(merged.folder)
+    model.requires_grad_(False)
+
+    def save_pretrained(self: nn.Module, save_directory: str, max_shard_size: int | str = "50GB", **_: Any) -> None:
+        save_merged(merged, Path(save_directory), self.dtype, parse_size(max_shard_size))
+
+    model.save_pretrained = types.MethodType(save_pretrained, model)
+    return model
+
+
+def save_merged(merged: MergedCheckpoint, target: Path, dtype: torch.dtype, limit_bytes: int) -> None:
+    """Write the merged checkpoint into a directory that may hold an earlier one; aside, then renamed."""
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        write_merged(merged, staging, _bar, dtype, limit_bytes)
+        publish(staging, target)
+        logger.info("merged %d adapters into %s", len(merged.adapters), target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
+    with hf_logging.tqdm(total=total, desc=what, unit="tensor") as bar:
+        yield lambda done, _total, _name: bar.update(done - bar.n)

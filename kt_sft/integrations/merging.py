@@ -1,0 +1,236 @@
+"""A checkpoint with adapters merged in, tensor by tensor: what `kt-sft merge` and `llamafactory-cli export` write.
+
+The model is never built. Each tensor is read from the source's files, gets its deltas in f32 and is rounded once to the
+type that is written; memory is that of one tensor's part, one layer's adapter factors and what the system maps.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kt_sft.adapters.forms import base_name, open_adapter, staged
+from kt_sft.adapters.model import BaseModel, Lora
+from kt_sft.errors import ConfigError, FormatError
+from kt_sft.formats.quantized_index import FLOAT_DTYPES, QuantizedIndex
+from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME
+from kt_sft.formats.safetensors_writer import PlannedTensor, write
+from kt_sft.integrations.base_model import default_name, describe, meta_model
+from kt_sft.integrations.expert_files import READABLE
+from kt_sft.integrations.model_files import open_checkpoint
+from kt_sft.models.expert_keys import PROJECTIONS, ExpertPart, KeyMap
+
+logger = logging.getLogger(__name__)
+
+# what, total -> context that gives the function to call: (done, total, name)
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int, str], None]]]
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class MergedCheckpoint:
+    """The tensors of a checkpoint, merged.
+
+    Args:
+        folder: a safetensors checkpoint, quantised or not.
+        adapters: of any form; several are added up.
+    Raises:
+        ConfigError: a folder without such a checkpoint.
+        FormatError: files missing or damaged; an adapter that does not fit.
+        UnsupportedModel: a model or a quantisation that is not known.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]]):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ConfigError(f"model: expected a directory with safetensors files to merge into, found {folder}")
+        model = meta_model(self.folder, adapter="merge")
+        self.index: QuantizedIndex = open_checkpoint(str(self.folder))
+        self.base: BaseModel = describe(model, str(self.folder))
+        keys = KeyMap(model, self.base.specs)
+        self._layers = keys.layers(self.index, self.index.source, lambda key: self.index.info(key).shape)
+        for layer in self._layers.values():
+            for key, shape in layer.expected_shapes().items():
+                self.index.expect(key, shape, READABLE if key in self.index.quantized else FLOAT_DTYPES)
+        self.adapters = [open_adapter(path, self.base) for path in adapters]
+        self._parts = {key: (name, parts) for name, layer in self._layers.items() for key, parts in layer.parts()}
+        self._targets = {key: keys.target(key)[0] for key in self.index if key not in self._parts}
+        self._experts: tuple[str, list[dict[str, Lora]]] | None = None
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        """Everything that the adapters change is in the checkpoint under a key of its own."""
+        held = set(self._targets.values())
+        for adapter in self.adapters:
+            wanted = [*(f"{name}.weight" for name in adapter.linears), *adapter.whole]
+            missing = [name for name in wanted if name not in held]
+            if missing:
+                expected = f"{missing[0]} in {self.folder}"
+                raise FormatError(adapter.source, "target", expected=expected, found="no such tensor")
+
+    def dtype(self, key: str, wanted: torch.dtype | None = None) -> torch.dtype:
+        """What a tensor is written as: as it is stored, bf16 if it was quantised; or as wanted, but for routing biases,
+        which decide by small differences.
+        """
+        stored = _DTYPES.get(self.index.info(key).dtype, torch.bfloat16)
+        if wanted is not None and not (stored is torch.float32 and key.endswith("e_score_correction_bias")):
+            return wanted
+        return torch.bfloat16 if key in self.index.quantized else stored
+
+    def is_plain(self, key: str) -> bool:
+        """Whether a tensor is none of the experts'."""
+        return key not in self._parts
+
+    def plain(self, key: str) -> Tensor:
+        """A tensor outside the experts, in its own type."""
+        weight, target = self.index.read(key), self._targets[key]
+        for adapter in self.adapters:
+            if target in adapter.whole:
+                weight = adapter.whole[target]().to(weight.dtype)
+            name = target.removesuffix(".weight")
+            if name in adapter.ranks and target != name:
+                weight = weight.float() + adapter.read_linear(name).delta()
+        return weight
+
+    def matrix(self, name: str, index: int, projection: str) -> Tensor:
+        """Gate, up `[inter, hidden]` or down `[hidden, inter]` of one expert."""
+        place = dict(zip(PROJECTIONS, self._layers[name].expert(index), strict=True))[projection]
+        weight = place.matrix(self.index.read(place.key, place.rows))
+        if self._experts is None or self._experts[0] != name:
+            self._experts = (name, [adapter.read_experts(name) for adapter in self.adapters])
+        deltas = [loras[projection].delta(index) for loras in self._experts[1] if projection in loras]
+        return sum(deltas, start=weight.float()) if deltas else weight
+
+    def pieces(self, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The parts of a tensor in the order of the file, rounded once."""
+        if self.is_plain(key):
+            yield self.plain(key).to(dtype)
+            return
+        name, parts = self._parts[key]
+        for part in parts:
+            yield self._piece(name, part).to(dtype)
+
+    def _piece(self, name: str, part: ExpertPart) -> Tensor:
+        if part.projection == "gate_up":
+            gate, up = (self.matrix(name, part.expert, projection) for projection in ("gate", "up"))
+            matrix = self._layers[name].spec.join_gate_up(gate, up)
+        else:
+            matrix = self.matrix(name, part.expert, part.projection)
+        return matrix.mT.contiguous() if part.is_transposed else matrix
+
+    def shards(self) -> dict[str, list[str]]:
+        """Keys by the name of the file that holds them, in order."""
+        found: dict[str, list[str]] = {}
+        for key in self.index:
+            found.setdefault(min(file.name for file in self.index.files(key)), []).append(key)
+        return dict(sorted(found.items()))
+
+    def shards_of(self, limit_bytes: int, dtype: torch.dtype | None) -> dict[str, list[str]]:
+        """Keys by the name of a file of limited size."""
+        groups: list[list[str]] = []
+        used_bytes = 0
+        for key in (key for keys in self.shards().values() for key in keys):
+            size = self.planned(key, dtype).num_bytes
+            if not groups or used_bytes + size > limit_bytes:
+                groups.append([])
+                used_bytes = 0
+            groups[-1].append(key)
+            used_bytes += size
+        return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": keys for n, keys in enumerate(groups, 1)}
+
+    def planned(self, key: str, dtype: torch.dtype | None) -> PlannedTensor:
+        """Name, type and shape of a tensor as it is written."""
+        return PlannedTensor(key, str(self.dtype(key, dtype)), self.index.info(key).shape)
+
+
+def write_merged(
+    merged: MergedCheckpoint,
+    folder: Path,
+    bar: Bar,
+    dtype: torch.dtype | None = None,
+    limit_bytes: int | None = None,
+) -> None:
+    """Weights shard by shard, the source's config and whatever else lies beside.
+
+    Args:
+        dtype: of the weights; None: as each is stored, quantised ones in bf16.
+        limit_bytes: of a shard, but for single tensors that are larger; None: shards as the source has them.
+    """
+    shards = merged.shards() if limit_bytes is None else merged.shards_of(limit_bytes, dtype)
+    names = list(shards) if len(shards) > 1 else [SINGLE_NAME]
+    weight_map: dict[str, str] = {}
+    total = 0
+    with bar("Merging", len(merged.index)) as move:
+        done = 0
+        for name, keys in zip(names, shards.values(), strict=True):
+            plan = [merged.planned(key, dtype) for key in keys]
+
+            def pieces(keys: list[str] = keys, before: int = done) -> Iterator[Tensor]:
+                for number, key in enumerate(keys, 1):
+                    yield from merged.pieces(key, merged.dtype(key, dtype))
+                    move(before + number, len(merged.index), key)
+
+            write(folder / name, plan, pieces())
+            merged.index.close()
+            done += len(keys)
+            total += sum(tensor.num_bytes for tensor in plan)
+            weight_map |= dict.fromkeys(keys, name)
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    copy_beside(merged.folder, folder, dtype)
+
+
+def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """config.json, without the quantisation that is gone, and the other small files of a model directory."""
+    for path in sorted(source.iterdir()):
+        is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for part in (values, values.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+            for name in ("dtype", "torch_dtype"):
+                if dtype is not None and name in part:
+                    part[name] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def merge(
+    model: str | os.PathLike[str] | None, adapters: Sequence[str | os.PathLike[str]], output: Path, to: str, bar: Bar
+) -> Path:
+    """Merge adapters into a checkpoint and write the result, aside and then renamed.
+
+    Args:
+        model: directory of the base model; None: the one that the first adapter names.
+        to: `hf`, `gguf-q8_0` or `gguf-bf16`.
+    Raises:
+        KTError: see `MergedCheckpoint`, `staged` and `gguf_merging.write_gguf`.
+    """
+    from kt_sft.integrations.gguf_merging import KINDS, gguf_plan
+
+    if to != "hf" and to not in KINDS:
+        raise ConfigError(f"to: expected hf, {' or '.join(KINDS)}, found {to!r}")
+    if model is None:
+        model = default_name(base_name(adapters[0]), Path(adapters[0]))
+        if model is None:
+            raise ConfigError(f"{adapters[0]}: names no base model; name its directory with --model")
+    merged = MergedCheckpoint(model, adapters)
+    if to == "hf":
+        with staged(output, is_file=False) as staging:
+            write_merged(merged, staging, bar)
+        return output
+    target = output if output.suffix == ".gguf" else output / f"{Path(model).name}-{to.removeprefix('gguf-')}.gguf"
+    file = gguf_plan(merged, KINDS[to])
+    with staged(target, is_file=True) as staging:
+        file.write(staging, bar)
+    return target

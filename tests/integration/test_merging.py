@@ -1,0 +1,225 @@
+"""Merged checkpoints: every number against W + delta, for stock transformers and as GGUF files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quantize
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import kt_sft
+from kt_sft.cli import app
+from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
+from kt_sft.formats.gguf import GgufIndex
+from kt_sft.integrations import merging
+from kt_sft.integrations.gguf_tokenizer import read_tokenizer
+from kt_sft.integrations.gguf_tokenizer_writer import tokenizer_metadata
+from scripts.demo.tiny_moe.gguf_source import find_gguf
+from tests.helpers import adapters, gguf_files, gguf_models, quantized_checkpoints, tiny_models
+
+FAMILIES = (*tiny_models.FAMILIES, "gpt_oss")
+SIZES = {  # whole blocks of 32 in every row
+    "mixtral": {"hidden_size": 64, "intermediate_size": 32},
+    "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4, "head_dim": 16},
+    "deepseek_v2": {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64},
+    "deepseek_v3": {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64},
+}
+
+
+def add_tokenizer(base: Path) -> None:
+    """That of a tiny GGUF file."""
+    values = gguf_models.tokenizer(json.loads((base / "config.json").read_text())["vocab_size"])
+    file = gguf_files.write(base / "t.gguf", values, {"x": gguf_files.random_blocks("F32", (3,))})
+    read_tokenizer(GgufIndex.from_path(file)).save_pretrained(base)
+    file.unlink()
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            adapters.make(family, made[family], sharded=True, **SIZES.get(family, {}))
+            add_tokenizer(made[family] / "base")
+        return made[family]
+
+    return of
+
+
+def run(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["merge", *(str(word) for word in words)])
+    return result.exit_code, result.output
+
+
+def merge(root: Path, output: Path, to: str = "hf", adapter: Path | None = None) -> Path:
+    code, text = run("--adapter", adapter or root / "adapter", "--output", output, "--to", to)
+    assert code == 0, text
+    return output
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hf_checkpoint_is_w_plus_delta_rounded_once(roots, tmp_path, family):
+    root = roots(family)
+    folder = merge(root, tmp_path / "merged")
+    before, after = weights(root / "base"), weights(folder)
+    assert {name: (t.dtype, t.shape) for name, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    files = [{path.name for path in d.iterdir()} for d in (root / "base", folder)]
+    assert files[0] == files[1] and len(list(folder.glob("*.safetensors"))) > 1
+    stock, merged = tiny_models.load_stock(root / "base"), tiny_models.load_stock(folder)
+    deltas, found = adapters.peft_deltas(root), dict(merged.named_parameters())
+    for name, weight in stock.named_parameters():
+        exact = weight.double() + deltas.get(name, 0.0)
+        error = (found[name].double() - exact).abs()
+        assert (error <= exact.abs() * 2**-8).all(), name  # half a unit of bf16, and what f32 sums add to it
+        assert name in deltas or not error.any()
+    ids = tiny_models.token_ids()
+    wanted, logits = adapters.peft_model(root)(ids).logits, merged(ids).logits
+    base = stock(ids).logits
+    assert (logits - wanted).norm() < 0.05 * (base - wanted).norm()
+
+
+def test_several_adapters_are_added(roots, tmp_path):
+    root = roots("mixtral")
+    code, text = run("--adapter", root / "adapter", "--adapter", root / "adapter", "--output", tmp_path / "twice")
+    assert code == 0, text
+    base, deltas = weights(root / "base"), adapters.peft_deltas(root)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    wanted = (base[name].double() + 2 * deltas[name]).to(torch.bfloat16)
+    assert torch.allclose(weights(tmp_path / "twice")[name].float(), wanted.float(), rtol=2**-7)
+
+
+def test_quantised_base_becomes_bf16(roots, tmp_path):
+    root = roots("deepseek_v3")
+    fp8, plain = quantized_checkpoints.fp8_checkpoint(root / "base", tmp_path / "fp8")
+    merged = {}
+    for folder in (fp8, plain):
+        target = tmp_path / f"{folder.name}-merged"
+        code, text = run("--model", folder, "--adapter", root / "adapter", "--output", target)
+        assert code == 0, text
+        merged[folder] = weights(target)
+        assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    assert merged[fp8].keys() == merged[plain].keys()
+    for name, tensor in merged[fp8].items():
+        assert torch.equal(tensor, merged[plain][name].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_gguf_bf16_is_the_merged_checkpoint(roots, tmp_path, family):
+    root = roots(family)
+    folder = merge(root, tmp_path / "merged")
+    file = merge(root, tmp_path / "m.gguf", "gguf-bf16")
+    ours = kt_sft.load_model(file, kt_sft.KTConfig(weight_cache=str(tmp_path / "cache")))
+    wanted = kt_sft.load_model(folder)
+    parameters = dict(wanted.named_parameters())
+    for name, parameter in ours.named_parameters():
+        # The router stays f32 in the file: its sum with a delta is rounded only when it is read.
+        assert torch.equal(parameter, parameters[name]), name
+    ids = tiny_models.token_ids()
+    assert torch.equal(ours(ids).logits, wanted(ids).logits)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_gguf_q8_0_blocks_are_ggmls(roots, tmp_path, family):
+    root = roots(family)
+    file = merge(root, tmp_path / "m.gguf", "gguf-q8_0")
+    merged = merging.MergedCheckpoint(root / "base", [root / "adapter"])
+    index = GgufIndex.from_path(file)
+    for module in merged.base.specs:
+        layer = module.split(".")[2]
+        for projection in ("gate", "up", "down"):
+            name = f"blk.{layer}.ffn_{projection}_exps.weight"
+            for expert in range(merged.base.specs[module].num_experts):
+                exact = merged.matrix(module, expert, projection).float().numpy()
+                wanted = quantize(exact, GGMLQuantizationType.Q8_0)
+                assert np.array_equal(index.blocks(name, (expert,)).numpy(), wanted.view(np.uint8)), name
+    kinds = {name: index.info(name).type.name for name in index}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
+    assert {kinds[n] for n in kinds if "norm" in n or n.endswith(("ffn_gate_inp.weight", "exp_probs_b.bias"))} == {
+        "F32"
+    }
+    assert kt_sft.load_model(file, kt_sft.KTConfig(weight_cache=str(tmp_path / "cache")))(tiny_models.token_ids())
+
+
+def test_widths_that_are_no_whole_blocks_stay_bf16(tmp_path):
+    adapters.make("qwen3_moe", tmp_path)
+    add_tokenizer(tmp_path / "base")
+    index = GgufIndex.from_path(merge(tmp_path, tmp_path / "m.gguf", "gguf-q8_0"))
+    assert index.info("blk.0.ffn_down_exps.weight").type.name == "BF16"
+
+
+TEXTS = (
+    "The capital of France is Paris.",
+    "x = 12345 + 678\n\n\tfoo()",
+    "  größer 你好 'll don't",
+    "<|im_start|>user\nhi",
+)
+
+
+def test_tokenizers_survive(tmp_path):
+    """A real byte-level one, and one of SentencePiece's kind, through a GGUF file and back."""
+    byte_level = read_tokenizer(GgufIndex.from_path(find_gguf()))
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"▁abcdeho",
+        "he",
+        "ab",
+        "▁he",
+        "abe",
+    ]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    merges = [("h", "e"), ("a", "b"), ("▁", "he"), ("ab", "e")]
+    core = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    sentence_piece = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    for number, tokenizer in enumerate((byte_level, sentence_piece)):
+        tokenizer.save_pretrained(tmp_path / str(number))
+        size = len(tokenizer) + 3
+        values = tokenizer_metadata(tmp_path / str(number), size)
+        spare = np.zeros(4, dtype=np.uint8)
+        file = gguf_files.write(tmp_path / f"{number}.gguf", {}, {"x": ("F32", (1,), spare)})
+        from kt_sft.formats.gguf_writer import PlannedGguf, write
+
+        write(file, values, [PlannedGguf("x", "F32", (1,))], [[torch.zeros(4, dtype=torch.uint8)]])
+        again = read_tokenizer(GgufIndex.from_path(file))
+        assert len(values["tokenizer.ggml.tokens"]) == size
+        for text in (*TEXTS, "he abe hehe  ab"):
+            assert again(text).input_ids == tokenizer(text).input_ids, text
+        assert again.eos_token == tokenizer.eos_token and again.chat_template == tokenizer.chat_template
+
+
+def test_what_cannot_be_merged_is_said_before_anything_is_written(roots, tmp_path):
+    root = roots("gpt_oss")
+    output = tmp_path / "out"
+    cases = [
+        (UnsupportedModel, "found model type gpt_oss", (root / "base", [root / "adapter"], output, "gguf-bf16")),
+        (ConfigError, "expected hf, gguf-q8_0 or gguf-bf16", (root / "base", [root / "adapter"], output, "q4")),
+        (ConfigError, "expected a directory", (tmp_path / "x.gguf", [root / "adapter"], output, "hf")),
+        (FormatError, "trained on another model type", (roots("mixtral") / "base", [root / "adapter"], output, "hf")),
+    ]
+    for error, match, words in cases:
+        with pytest.raises(error, match=match):
+            merging.merge(*words, bar=None)
+        assert not list(tmp_path.iterdir())
+    code, text = run("--adapter", roots("mixtral") / "adapter", "--output", roots("mixtral") / "base")
+    assert code == 2 and "expected a new path, found something there" in text
+    assert AutoTokenizer.from_pretrained(roots("mixtral") / "base")
