@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 BASE_KEY = "kt_sft.base_model"
 ALPHA_KEY = "adapter.lora.alpha"
+# llama.cpp loads LoRA of these and computes without it: its graph of this architecture multiplies by the bare weights.
+_IGNORED = {"deepseek2": ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
 
 
 def check_metadata(index: GgufIndex) -> float:
@@ -105,9 +107,14 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], list[PlannedGguf], Iterator
         "general.name": adapter.source.stem,
     }
     stems = {target: stem for stem, (target, _) in _names(base).items()}
-    unnamed = [name for name in adapter.linears if name not in stems]
-    if unnamed:
-        raise UnsupportedModel("--to gguf", expected="matrices that llama.cpp has", found=unnamed[0])
+    for name in adapter.linears:
+        if name not in stems or name.rpartition(".")[2] in _IGNORED.get(_architecture(base), ()):
+            raise UnsupportedModel(
+                "--to gguf",
+                expected="LoRA on matrices to which llama.cpp applies it",
+                found=name,
+                remedy="merge the adapter into a GGUF model instead, or train it without that matrix",
+            )
     rank, scale = peft_config.uniform(adapter)
     # alpha is one for the file and its use divides by each pair's own rank: what differs goes into lora_b.
     alpha = rank * scale

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kt_sft
@@ -76,3 +78,10 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], *, bound: f
     for name, value in wanted.items():
         assert value.abs().max() > 0.01, name
         assert (found[name] - value).abs().max() <= bound * value.abs().max() * 8, name
+
+
+def zeroed(source: Path, target: Path) -> None:
+    """A copy of an adapter whose products are all zero."""
+    shutil.copytree(source, target)
+    file = target / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)

@@ -84,7 +84,7 @@ def test_hf_checkpoint_is_w_plus_delta_rounded_once(roots, tmp_path, family):
     for name, weight in stock.named_parameters():
         exact = weight.double() + deltas.get(name, 0.0)
         error = (found[name].double() - exact).abs()
-        assert (error <= exact.abs() * 2**-8).all(), name  # half a unit of bf16, and what f32 sums add to it
+        assert (error <= exact.abs() * 2**-8 + 1e-6).all(), name  # half a unit of bf16, and f32 sums that cancel
         assert name in deltas or not error.any()
     ids = tiny_models.token_ids()
     wanted, logits = adapters.peft_model(root)(ids).logits, merged(ids).logits
