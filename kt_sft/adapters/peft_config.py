@@ -16,6 +16,9 @@ from kt_sft.errors import FormatError
 
 SIDE_FILE = "kt_sft.json"
 PARAMETERS = ("gate_up_proj", "down_proj")
+# PEFT 0.19 takes target_modules that end so for the matrices of experts, dense and shared MLPs included; as
+# target_parameters they are left alone, and their tensors are the same.
+_TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
 _UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens")
 
 
@@ -110,9 +113,13 @@ def fused_config(adapter: Adapter, ranks: Mapping[str, int], scales: Mapping[str
     common_scale = Counter(scales.values()).most_common(1)[0][0]
     alpha = common_scale * common_rank
     config = _frame(adapter, common_rank, alpha, release)
-    config["target_modules"] = _targets(adapter)
     experts = [target for target in ranks if target not in adapter.base.linears]
-    config["target_parameters"] = _shortened(experts, adapter.base) or None
+    parameters = _shortened(experts, adapter.base)
+    apart = [name for name in adapter.linears if release >= "0.19" and name.endswith(_TAKEN_FOR_EXPERTS)]
+    config["target_modules"] = _targets(adapter, [name for name in adapter.linears if name not in apart])
+    config["target_parameters"] = [*parameters, *(f"{name}.weight" for name in apart)] or None
+    if apart:
+        config["lora_dropout"] = 0.0  # which PEFT refuses for target_parameters
     config["rank_pattern"] = _pattern(ranks, common_rank, adapter.base)
     config["alpha_pattern"] = _pattern({name: scales[name] * ranks[name] for name in ranks}, alpha, adapter.base)
     return config
@@ -148,9 +155,9 @@ def _frame(adapter: Adapter, rank: int, alpha: float, release: str) -> dict[str,
     }
 
 
-def _targets(adapter: Adapter) -> list[str]:
+def _targets(adapter: Adapter, names: list[str]) -> list[str]:
     """Last names of the Linear layers where such a name means exactly these, full names elsewhere."""
-    mine = set(adapter.linears)
+    mine = set(names)
     found = set()
     for name in mine:
         last = name.rpartition(".")[2]
@@ -183,7 +190,9 @@ def _pattern(values: Mapping[str, float], common: float, base: BaseModel) -> dic
         found |= mine
     found |= {name: value for name, value in values.items() if name in base.linears}
     return {
-        re.escape(name): int(value) if float(value).is_integer() else value
+        re.escape(name) + (r"(\.weight)?" if name in base.linears else ""): int(value)
+        if float(value).is_integer()
+        else value
         for name, value in found.items()
         if not math.isclose(value, common, rel_tol=1e-12)
     }
