@@ -18,6 +18,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from kt_sft.adapters import forms
+from kt_sft.integrations.adapters import open_with_base
 from kt_sft.integrations.llamafactory import hook
 from tests.helpers import tiny_models
 from tests.helpers.llamafactory_runs import cli, drive, environment, infer_config, train_config, workspace
@@ -70,7 +72,7 @@ def trained(work):
 
 @pytest.fixture(scope="module")
 def continued(work, trained):
-    """Resume, predict, chat and export, in one process."""
+    """Resume, predict, chat with the adapter as a GGUF file, and export it as vLLM reads it; in one process."""
     output, _ = trained
     common = {"gradient_accumulation_steps": 2, "val_size": 0.2, "save_steps": 2}
     resume = train_config(work, "resumed", max_steps=4, resume_from_checkpoint=str(output / "checkpoint-2"), **common)
@@ -79,8 +81,10 @@ def continued(work, trained):
         predict_with_generate=True,
         max_new_tokens=6, adapter_name_or_path=str(output), max_steps=None, per_device_eval_batch_size=2,
     )  # fmt: skip
-    chat = infer_config(work, adapter_name_or_path=str(output))
-    export = infer_config(work, adapter_name_or_path=str(output), export_dir=str(work / "exported"), export_size=1)
+    adapter = open_with_base(output)
+    file, folder = (str(forms.convert(adapter, form, work / f"adapter.{form}")) for form in ("gguf", "vllm"))
+    chat = infer_config(work, adapter_name_or_path=file)
+    export = infer_config(work, adapter_name_or_path=folder, export_dir=str(work / "exported"), export_size=1)
     return drive(RESUME_PREDICT_CHAT_EXPORT, resume, predict, chat, export)
 
 
