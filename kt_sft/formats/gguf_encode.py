@@ -30,8 +30,7 @@ def encode(values: Tensor, kind: str) -> Tensor:
         return values.to(torch.bfloat16).contiguous().view(-1).view(torch.uint8)
     assert kind == "Q8_0", kind
     blocks = values.float().reshape(-1, BLOCK)
-    d = blocks.abs().amax(1, keepdim=True) / 127
-    inverse = torch.where(d > 0, 1 / d, torch.zeros_like(d))
-    scaled = blocks * inverse
-    codes = torch.where(scaled >= 0, (scaled + 0.5).floor(), (scaled - 0.5).ceil()).to(torch.int8)
+    d = torch.linalg.vector_norm(blocks, float("inf"), dim=1, keepdim=True) / 127
+    scaled = blocks * torch.where(d > 0, 1 / d, torch.zeros_like(d))
+    codes = scaled.add_(torch.copysign(torch.tensor(0.5), scaled)).to(torch.int8)  # halves away from zero
     return torch.cat([d.to(torch.float16).view(torch.uint8), codes.view(torch.uint8)], dim=1).view(-1)

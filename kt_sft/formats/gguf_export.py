@@ -103,6 +103,8 @@ def _mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
     is_v3 = config["model_type"] != "deepseek_v2"
+    if config.get("rope_interleave") is False:
+        raise _refuse("rope_interleave", True, False)
     rope = config["qk_rope_head_dim"]
     values = {
         # kv_b in one piece: attention on the heads, not on the compressed keys.

@@ -7,7 +7,7 @@ import os
 from kt_sft.adapters.forms import adapter_file, base_name, open_adapter
 from kt_sft.adapters.model import Adapter
 from kt_sft.adapters.report import Report, begin_report, complete_report
-from kt_sft.errors import ConfigError, KTError
+from kt_sft.errors import KTError
 from kt_sft.integrations.base_model import default_name, find_base_model
 
 
@@ -35,7 +35,7 @@ def inspect(path: str | os.PathLike[str], base_model: str | None = None) -> Repo
     name = base_model or default_name(base_name(source), source)
     try:
         base = find_base_model(name, adapter=source)
-    except ConfigError as error:
+    except KTError as error:
         if base_model is not None:
             raise
         report.notes.append(f"names and shapes were not compared with the model: {error}")

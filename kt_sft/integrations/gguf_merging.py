@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kt_sft.integrations.merging import Bar, MergedCheckpoint
 
 KINDS = {"gguf-q8_0": "Q8_0", "gguf-bf16": "BF16"}
+_SLICE = 1 << 22  # numbers that are encoded at a time
 # llama.cpp keeps these in f32: routing decides by small differences.
 _FULL_PRECISION = ("ffn_gate_inp.weight", "exp_probs_b.bias")
 
@@ -47,10 +49,16 @@ class GgufModelFile:
 
             def pieces() -> Iterator[Iterator[Tensor]]:
                 for number, entry in enumerate(self.entries, 1):
-                    yield (encode(part, entry.planned.type) for part in entry.parts())
+                    rows = (rows for part in entry.parts() for rows in _some_rows(part))
+                    yield (encode(part, kind) for part, kind in zip(rows, repeat(entry.planned.type)))
                     move(number, len(self.entries), entry.planned.name)
 
             write(path, self.metadata, [entry.planned for entry in self.entries], pieces())
+
+
+def _some_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    """An embedding is encoded in slices: that takes several copies in f32."""
+    return weight.split(max(1, _SLICE // weight.shape[-1])) if weight.dim() == 2 else (weight,)
 
 
 def gguf_plan(merged: MergedCheckpoint, kind: str) -> GgufModelFile:
