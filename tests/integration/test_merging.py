@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +225,47 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(roots, tmp_pat
     code, text = run("--adapter", roots("mixtral") / "adapter", "--output", roots("mixtral") / "base")
     assert code == 2 and "expected a new path, found something there" in text
     assert AutoTokenizer.from_pretrained(roots("mixtral") / "base")
+
+
+MEMORY = """
+import contextlib, sys, threading, time
+from pathlib import Path
+from kt_sft.integrations import merging
+
+def anonymous():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+@contextlib.contextmanager
+def bar(what, total):
+    peak, done = [anonymous()], threading.Event()
+    before = peak[0]
+
+    def watch():
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield lambda *_: None
+    done.set()
+    thread.join()
+    print(peak[0] - before)
+
+base, adapter, output, to = sys.argv[1:]
+merging.merge(base, [adapter], Path(output), to, bar)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["hf", "gguf-q8_0"])
+def test_memory_does_not_grow_with_the_model(tmp_path, to):
+    """A checkpoint of 200 MiB, a tensor of it 1 MiB, an expert layer's factors 3 MiB."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 4}
+    adapters.make("mixtral", tmp_path, **sizes)
+    add_tokenizer(tmp_path / "base")
+    size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
+    words = [tmp_path / "base", tmp_path / "adapter", tmp_path / "out.gguf", to]
+    command = [sys.executable, "-c", MEMORY, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert size > 180 << 20 and int(done.stdout) < 48 << 20, f"{int(done.stdout) >> 20} MiB of {size >> 20}"
