@@ -60,7 +60,8 @@ def base_name(path: str | os.PathLike[str]) -> str | None:
 
 def is_per_expert(names: Iterator[str] | list[str] | TensorFile) -> bool:
     """Whether tensors are pairs per expert rather than of all experts of a layer."""
-    return any(".experts." in name and per_expert.PER_EXPERT.fullmatch(name) for name in names)
+    matches = map(per_expert.PER_EXPERT.fullmatch, names)
+    return any(match is not None and "experts" in match["module"].split(".") for match in matches)
 
 
 def is_fused(names: Iterator[str] | list[str] | TensorFile) -> bool:
