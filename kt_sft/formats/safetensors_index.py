@@ -165,9 +165,7 @@ class SafetensorsIndex:
         """
         file = self.info(name).file
         if file not in self._open:
-            from safetensors import safe_open
-
-            self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()
+            self._open[file] = _map(file)
         part = self._open[file].get_slice(name)
         return part[rows] if rows else part[...]
 
@@ -219,6 +217,18 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
     return weight_map
 
 
+def _map(file: Path) -> Any:
+    """The file in the safetensors library, which refuses all of it for one dtype that it does not know."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt", device="cpu").__enter__()
+    except (SafetensorError, OSError) as error:
+        what, found = "header at byte 8", str(error)[:200]
+        expected = "what the installed safetensors library reads"
+        raise FormatError(file, what, expected=expected, found=found, remedy=_AGAIN) from None
+
+
 def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     """Parse one file's header and check that its data is all there.
 
@@ -262,6 +272,8 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         data_bytes = end
     if 8 + header_bytes + data_bytes != file_bytes:
         raise _wrong_length(file, 8 + header_bytes + data_bytes, file_bytes)
+    if any(dtype not in _DTYPE_BITS for _, dtype, *_ in entries):
+        _map(file).__exit__(None, None, None)
     for name, dtype, shape, _, _ in entries:
         yield name, TensorInfo(file, dtype, shape)
 

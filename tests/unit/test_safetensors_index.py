@@ -150,3 +150,12 @@ def test_written_file_is_read_by_safetensors(tmp_path, tensors):
 def test_writer_refuses_pieces_that_do_not_add_up(tmp_path):
     with pytest.raises(ValueError, match="expected 8 bytes of tensor data, got 4"):
         write(tmp_path / "out.safetensors", [PlannedTensor("a", "torch.float32", (2,))], [torch.zeros(1)])
+
+
+@pytest.mark.parametrize("dtype", ["", " F32", "F33"])
+def test_a_dtype_that_nobody_knows_is_refused_when_the_file_is_opened(tmp_path, dtype):
+    header = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(FormatError, match="header at byte 8: expected what the installed safetensors library reads"):
+        SafetensorsIndex.from_directory(tmp_path)
