@@ -2,11 +2,12 @@
 
 Target of the `torch.backends` entry point, so it runs in `llamafactory-cli`, in torchrun and in its workers alike.
 Standard library only, and it never raises: an exception here would make `import torch` fail in every program of the
-environment. The patches live in hook.py.
+environment. The patches live in the modules that PATCHES names.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import sys
@@ -16,11 +17,13 @@ from typing import Any
 
 SUPPORTED = "0.9.5"  # the LLaMA-Factory release whose patch points hook.py knows
 ENTRY_POINT_GROUP, ENTRY_POINT_NAME = "torch.backends", "kt_sft"
-PATCHES = {  # LLaMA-Factory module -> function of hook.py that patches it
-    "llamafactory.hparams.parser": "patch_parser",
-    "llamafactory.model.adapter": "patch_adapter",
-    "llamafactory.model.loader": "patch_loader",
+PATCHES = {  # LLaMA-Factory module -> module beside this one, and its function that patches it
+    "llamafactory.hparams.parser": ("hook", "patch_parser"),
+    "llamafactory.model.adapter": ("hook", "patch_adapter"),
+    "llamafactory.model.loader": ("hook", "patch_loader"),
+    "llamafactory.webui.interface": ("webui", "patch_interface"),
 }
+OPTIONAL = ("llamafactory.webui.interface",)  # imported by some commands only
 
 logger = logging.getLogger(__name__)
 _patched: list[str] = []
@@ -75,6 +78,16 @@ def install() -> None:
 def failures() -> dict[str, str]:
     """Patch points that could not be patched in this process, with the reason."""
     return dict(_failed)
+
+
+def require(owner: Any, *names: str) -> None:
+    """What a patch replaces is there.
+
+    Raises:
+        RuntimeError: `owner`, a module or class, lacks one of `names`.
+    """
+    if missing := [name for name in names if not hasattr(owner, name)]:
+        raise RuntimeError(f"no {', '.join(missing)} in {owner.__name__}; kt_sft knows LLaMA-Factory {SUPPORTED}")
 
 
 def status() -> dict[str, Any]:
@@ -143,9 +156,8 @@ def _apply(module: ModuleType) -> None:
     if name not in PATCHES or name in _patched:
         return
     try:
-        from kt_sft.integrations.llamafactory import hook
-
-        getattr(hook, PATCHES[name])(module)
+        room, patch = PATCHES[name]
+        getattr(importlib.import_module(f"{__package__}.{room}"), patch)(module)
         _patched.append(name)
     except Exception as error:
         _fail(name, error)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def patch_parser(parser: ModuleType) -> None:
     """`ModelArguments`: our keys. `_parse_args`: every command parses through it: checks, switch of flags."""
     lists = ("_TRAIN_ARGS", "_INFER_ARGS", "_EVAL_ARGS", "_TRAIN_MCA_ARGS")
-    _require(parser, "ModelArguments", "_parse_args", "read_args", *lists)
+    autoload.require(parser, "ModelArguments", "_parse_args", "read_args", *lists)
     stock_class, stock_parse = parser.ModelArguments, parser._parse_args
     our_class = args.model_arguments(stock_class)
     for name in (parser.__name__, stock_class.__module__, parser.__package__):
@@ -59,7 +59,7 @@ def patch_loader(loader: ModuleType) -> None:
     """`patch_config`: how to load. `init_adapter`: merge or not. `count_parameters`: experts count too. `load_model`:
     an export loads nothing.
     """
-    _require(loader, "patch_config", "init_adapter", "count_parameters", "load_model")
+    autoload.require(loader, "patch_config", "init_adapter", "count_parameters", "load_model")
     stock_config, stock_init, stock_count = loader.patch_config, loader.init_adapter, loader.count_parameters
     stock_load = loader.load_model
 
@@ -95,7 +95,7 @@ def patch_loader(loader: ModuleType) -> None:
 
 def patch_adapter(adapter: ModuleType) -> None:
     """`get_peft_model`, `PeftModel`: bind expert LoRA. `find_all_linear_modules`: `all` without the router."""
-    _require(adapter, "get_peft_model", "PeftModel", "find_all_linear_modules")
+    autoload.require(adapter, "get_peft_model", "PeftModel", "find_all_linear_modules")
     adapter.get_peft_model = adapters.get_peft_model
     adapter.PeftModel = adapters.PeftModelLoader
     stock_find = adapter.find_all_linear_modules
@@ -226,16 +226,11 @@ def report_errors_in_one_line() -> None:
     sys.excepthook = excepthook
 
 
-def _require(module: ModuleType, *names: str) -> None:
-    missing = [name for name in names if not hasattr(module, name)]
-    if missing:
-        raise RuntimeError(f"no {', '.join(missing)} in it; kt_sft knows LLaMA-Factory {autoload.SUPPORTED}")
-
-
 def _require_all_patches() -> None:
     """Without this, a patch point that was not found would mean stock code on packed experts, unnoticed."""
     for name in autoload.PATCHES:
-        importlib.import_module(name)
+        if name not in autoload.OPTIONAL:
+            importlib.import_module(name)
     if failures := autoload.failures():
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise ConfigError(
