@@ -19,7 +19,7 @@ CPP_FILES = $(shell find native tests benchmarks -name '*.h' -o -name '*.cc')
 # pytest's default thread count would have two pools fight for the cores in the many small models of the tests.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test test-long fuzz test-gpu sanitize lint format bench targets clean force
+.PHONY: help setup demo evaluate test test-long fuzz test-gpu sanitize lint format bench targets clean force
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -38,6 +38,9 @@ $(STAMPS)/native: $(STAMPS)/packages setup.py pyproject.toml $(NATIVE_SOURCES) $
 
 demo: setup  ## builds a small MoE, fine-tunes it through LLaMA-Factory, shows answers before and after
 	$(PY) scripts/demo/run_demo.py $(DEMO_ARGS)
+
+evaluate: setup  ## after `make demo`: BLEU, ROUGE and accuracy before and after, equality with stock code; docs/evaluation.md
+	$(PY) scripts/demo/evaluate.py
 
 test: setup  ## what CI runs
 	$(TEST_ENV) $(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
