@@ -28,18 +28,28 @@ class Divergence:
     bound: float
 
 
-def explain(model: Path, adapter: Path, answers: list[tuple[str, str, str]]) -> list[Divergence]:
-    """One entry per (prompt, our answer, the reference's answer), texts with special tokens as they were written.
+@dataclass(frozen=True)
+class Pair:
+    """Two answers that differ; `prompt` is all that the model was given, with special tokens."""
+
+    question: str
+    prompt: str
+    ours: str
+    reference: str
+
+
+def explain(model: Path, adapter: Path, pairs: list[Pair]) -> list[Divergence]:
+    """Where each pair parts.
 
     The reference is transformers' model with PEFT's adapter, neither with anything of kt_sft.
     """
-    if not answers:
+    if not pairs:
         return []
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     low, high = (_reference(model, adapter, dtype) for dtype in (torch.bfloat16, torch.float32))
-    return [_divergence(tokenizer, low, high, *answer) for answer in answers]
+    return [_divergence(tokenizer, low, high, pair) for pair in pairs]
 
 
 def _reference(model: Path, adapter: Path, dtype: torch.dtype) -> Any:
@@ -50,18 +60,17 @@ def _reference(model: Path, adapter: Path, dtype: torch.dtype) -> Any:
     return PeftModel.from_pretrained(stock, adapter).eval()
 
 
-def _divergence(tokenizer: Any, low: Any, high: Any, prompt: str, ours: str, other: str) -> Divergence:
+def _divergence(tokenizer: Any, low: Any, high: Any, pair: Pair) -> Divergence:
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    mine, theirs = (ids(text) + [tokenizer.eos_token_id] for text in (ours, other))
+    mine, theirs = (ids(text) + [tokenizer.eos_token_id] for text in (pair.ours, pair.reference))
     step = next(i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b)
-    prefix = torch.tensor([ids(prompt) + theirs[:step]])
+    prefix = torch.tensor([ids(pair.prompt) + theirs[:step]])
     rounded, exact = _last_logits(low, prefix), _last_logits(high, prefix)
     best = rounded.topk(2).values
-    question = [line for line in prompt.splitlines() if line.strip()]
     return Divergence(
-        question=" ".join(question[-2:]).replace("|", " "),
+        question=pair.question,
         step=step,
         ours=tokenizer.decode([mine[step]]),
         reference=tokenizer.decode([theirs[step]]),

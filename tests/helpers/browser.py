@@ -59,8 +59,9 @@ class GradioPage:
         self.wait(text, lambda: self._visible(f'//button[.//span[normalize-space()="{text}"]]')).click()
 
     def text(self) -> str:
-        """All that can be read."""
-        return self.driver.find_element("tag name", "body").text
+        """All that can be read, in boxes too."""
+        script = "return [...document.querySelectorAll('textarea')].map(box => box.value).join('\\n')"
+        return f"{self.driver.find_element('tag name', 'body').text}\n{self.driver.execute_script(script)}"
 
     def _visible(self, path: str) -> Any:
         return next(e for e in self.driver.find_elements("xpath", path) if e.is_displayed())
