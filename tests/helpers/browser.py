@@ -41,7 +41,8 @@ class GradioPage:
         """Write into the visible box with this label; `choose`: it is a list, of which `text` is taken."""
         keys = _selenium("webdriver.common.keys").Keys
         path = f'//*[@data-testid="block-info" and normalize-space()="{label}"]/..'
-        field = self.wait(f"box {label}", lambda: self._visible(f"({path}//textarea|{path}//input)"))
+        slider = f'//input[@aria-label="number input for {label}"]'
+        field = self.wait(f"box {label}", lambda: self._visible(f"({path}//textarea|{path}//input|{slider})"))
         field.click()
         field.send_keys(keys.CONTROL, "a")
         field.send_keys(keys.DELETE)
