@@ -29,6 +29,7 @@ CPU_ACTIVATIONS = ("retain", "recompute")
 WEIGHT_LOADS = ("auto", "mmap", "copy")
 ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
+_PATHS = ("weight_path", "weight_cache", "optimize_rule")
 _CHOICES = {
     "expert_activations": EXPERT_ACTIVATIONS,
     "cpu_activation": CPU_ACTIVATIONS,
@@ -70,6 +71,9 @@ class KTConfig:
             experts are packed anew at every load.
         cpu_linear: kernels for the frozen linear layers that live on the CPU: `auto` (bf16 where that is faster than
             torch), `off`, `bf16`, `int8`.
+        optimize_rule: a rule file (docs/rules.md) that says which device each module goes to, and gives experts methods
+            of their own; None: all experts have `method`, all else is where the loader is told to put it.
+        rule_vars: values for the variables of the rule file, as a mapping or `name=value,name=value`.
         isa: narrows the kernels to `scalar`, `avx2`, `avx512`, `avx512_vnni`, `avx512_bf16`, `amx_bf16` or `amx_int8`,
             each with all before it; None: everything that the CPU has.
 
@@ -90,6 +94,8 @@ class KTConfig:
     weight_load: str = "auto"
     weight_cache: str | None = None
     cpu_linear: str = "auto"
+    optimize_rule: str | None = None
+    rule_vars: str | None = None
     isa: str | None = None
 
     def __post_init__(self) -> None:
@@ -97,9 +103,12 @@ class KTConfig:
         if faults:
             raise ConfigError(faults)
         object.__setattr__(self, "method", METHODS[self.method.upper()])
-        for name in ("weight_path", "weight_cache"):
+        for name in _PATHS:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
+        if isinstance(self.rule_vars, Mapping):
+            joined = ",".join(f"{name}={value}" for name, value in self.rule_vars.items())
+            object.__setattr__(self, "rule_vars", joined or None)
 
     @property
     def weight_format(self) -> str:
@@ -132,11 +141,18 @@ class KTConfig:
         method = METHODS.get(self.method.upper()) if isinstance(self.method, str) else None
         if method in ("RAWINT4", "GGUF") and self.weight_cache is not None:
             yield f"weight_cache: containers hold bf16, int8 or int4, found method {method}; leave one of them out"
-        for name in ("weight_path", "weight_cache"):
+        for name in _PATHS:
             if getattr(self, name) is not None and not str(getattr(self, name)).strip():
-                yield f"{name}: expected a directory or nothing, found an empty string"
+                yield f"{name}: expected a path or nothing, found an empty string"
+        yield from self._rule_faults()
         if self.isa is not None and self.isa not in ISAS:
             yield _unknown("isa", self.isa, ISAS)
+
+    def _rule_faults(self) -> Iterator[str]:
+        if not isinstance(self.rule_vars, str | Mapping | None):
+            yield f"rule_vars: expected a mapping or name=value,name=value, found {self.rule_vars!r}"
+        elif self.rule_vars and self.optimize_rule is None:
+            yield "rule_vars: variables of a rule file, but there is no optimize_rule; set it or remove rule_vars"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KTConfig:

@@ -23,7 +23,7 @@ MAX_FUNCTION_LINES = 120
 LEAVES = {"chat", "models", "formats", "config", "errors", "env", "memory", "native"}
 MAY_IMPORT = {
     "__init__": {"config", "integrations", "operator"},
-    "cli": {"cli_adapter", "doctor", "integrations", "serving", "convert", "nn", "ops"} | LEAVES,
+    "cli": {"cli_adapter", "doctor", "integrations", "serving", "convert", "placement", "nn", "ops"} | LEAVES,
     "cli_adapter": {"adapters", "cli", "integrations"} | LEAVES,
     "doctor": {"integrations"} | LEAVES,
     "adapters": {"adapters", "formats", "models", "native", "errors"},
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     | LEAVES,
     "operator": {"operator", "integrations", "convert", "schedule", "nn", "ops"} | LEAVES,
     "convert": {"convert", "nn", "ops"} | LEAVES,
+    "placement": {"placement"} | LEAVES,
     "schedule": {"schedule"} | LEAVES,
     "nn": {"nn", "ops", "schedule"} | LEAVES,
     "ops": {"ops", "native", "errors", "config"},
