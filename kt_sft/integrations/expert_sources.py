@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -73,7 +74,11 @@ class ExpertSource(Protocol):
 
 
 def open_experts(
-    model: nn.Module, specs: Mapping[str, ExpertsSpec], own_files: Iterable[str | Path] | None, config: KTConfig
+    model: nn.Module,
+    specs: Mapping[str, ExpertsSpec],
+    own_files: Iterable[str | Path] | None,
+    config: KTConfig,
+    methods: Mapping[str, str] | None = None,
 ) -> ExpertSource:
     """Find every expert, from the headers; also checks the shapes of the model's other tensors.
 
@@ -83,6 +88,7 @@ def open_experts(
         model: as transformers builds it (meta device is enough), its experts modules still in place.
         own_files: weight files of the model directory; None: not looked at, the experts lie at `weight_path`.
         config: `weight_path` says where the experts are instead, if not there; see `open_weight_path`.
+        methods: of modules whose method is not `config.method`.
     Raises:
         ConfigError: a packed container of another weight format, or `weight_load` that this process cannot follow;
             RAWINT4 or GGUF without such files.
@@ -90,7 +96,8 @@ def open_experts(
         UnsupportedModel: the family stores experts in a way that needs more than slicing.
     """
     source = _open(model, specs, own_files, config)
-    check_method(source, config)
+    for method in sorted({(methods or {}).get(name, config.method) for name in specs}):
+        check_method(source, dataclasses.replace(config, method=method))
     return source
 
 
@@ -116,12 +123,23 @@ def check_method(source: ExpertSource, config: KTConfig) -> None:
             )
 
 
-def weight_formats(source: ExpertSource, config: KTConfig) -> dict[str, WeightFormats]:
-    """What `RoutedExperts` are to hold, by module: the format of the settings, or the types of a GGUF file."""
-    if config.method == "GGUF":
-        assert isinstance(source, GgufExperts)
-        return {name: source.native_formats(name) for name in source.formats}
-    return dict.fromkeys(source.formats, config.weight_format)
+def weight_formats(
+    source: ExpertSource, config: KTConfig, methods: Mapping[str, str] | None = None
+) -> dict[str, WeightFormats]:
+    """What `RoutedExperts` are to hold, by module: the format of the method, or the types of a GGUF file.
+
+    Args:
+        methods: of modules whose method is not `config.method`.
+    """
+    formats: dict[str, WeightFormats] = {}
+    for name in source.formats:
+        method = (methods or {}).get(name, config.method)
+        if method == "GGUF":
+            assert isinstance(source, GgufExperts)
+            formats[name] = source.native_formats(name)
+        else:
+            formats[name] = method.lower()
+    return formats
 
 
 def _open(

@@ -6,13 +6,13 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from kt_sft.config import KTConfig
-from kt_sft.errors import GIB
+from kt_sft.errors import GIB, ConfigError
 from kt_sft.integrations.peft.targets import router_linears
 from kt_sft.native import native
 from kt_sft.nn.packed_linear import pack_linear
@@ -25,12 +25,32 @@ MIN_ELEMENTS = 1 << 16
 MIN_SPEEDUP = 1.2
 
 
-def pack_linears(model: nn.Module, config: KTConfig) -> list[str]:
+def pack_linears(model: nn.Module, config: KTConfig, chosen: Mapping[str, str] | None = None) -> list[str]:
     """Turn linear layers of a model that has its weights into packed ones; returns their names.
+
+    Those of `chosen` get the formats that it names, whatever the settings say; a ConfigError names one that cannot be.
 
     `auto` packs layers that are at least `MIN_ELEMENTS` large, in bf16, if that is faster here than torch; `bf16` and
     `int8` pack every eligible layer. A model that is in another dtype than bf16 has no eligible layer.
     """
+    packed = _pack_chosen(model, config, chosen) if chosen else []
+    return packed + _pack_by_setting(model, config)
+
+
+def _pack_chosen(model: nn.Module, config: KTConfig, chosen: Mapping[str, str]) -> list[str]:
+    eligible = dict(eligible_linears(model))
+    wrong = [name for name in chosen if name not in eligible]
+    if wrong:
+        raise ConfigError(
+            "optimize_rule: PackedLinear: expected bf16 linear layers on the CPU that share no weight, and no router, "
+            f"found {', '.join(wrong[:3])}; load in bf16, or use class default for them"
+        )
+    for name, weight_format in chosen.items():
+        pack_linear(eligible[name], weight_format, activations=_activations(config))
+    return list(chosen)
+
+
+def _pack_by_setting(model: nn.Module, config: KTConfig) -> list[str]:
     is_auto = config.cpu_linear == "auto"
     eligible = {} if config.cpu_linear == "off" else dict(eligible_linears(model))
     if is_auto:
@@ -45,11 +65,9 @@ def pack_linears(model: nn.Module, config: KTConfig) -> list[str]:
             logger.info("linear layers on the CPU stay with torch: our kernels have %s", why)
             return []
     weight_format = "bf16" if is_auto else config.cpu_linear
-    # int8 activations are asked for by name for the experts, which may be int8 where these layers are not.
-    activations = "bf16" if config.expert_activations == "bf16" else "auto"
     for name, linear in eligible.items():
         try:
-            pack_linear(linear, weight_format, activations=activations)
+            pack_linear(linear, weight_format, activations=_activations(config))
         except ValueError as error:
             raise ValueError(f"{name}: {error}; set cpu_linear: off or bf16") from None
     packed_bytes = sum(linear.packed_bytes for linear in eligible.values())
@@ -58,6 +76,11 @@ def pack_linears(model: nn.Module, config: KTConfig) -> list[str]:
         *(len(eligible), packed_bytes / GIB, weight_format, why),
     )
     return list(eligible)
+
+
+def _activations(config: KTConfig) -> str:
+    """int8 ones are asked for by name for the experts, which may be int8 where these layers are not."""
+    return "bf16" if config.expert_activations == "bf16" else "auto"
 
 
 def eligible_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

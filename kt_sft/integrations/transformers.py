@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -43,10 +43,10 @@ from kt_sft.integrations.memory_check import bytes_outside_experts, check_memory
 from kt_sft.integrations.model_files import (
     HUB_ARGS,
     check_config_file,
-    drop_quantization,
     find_config_file,
     load_config,
 )
+from kt_sft.integrations.placing import meta_model, plan_checkpoint, plan_here, read_config
 from kt_sft.integrations.quantized_weights import UNREAD, Dequantizer
 from kt_sft.integrations.saving import save_full_model
 from kt_sft.integrations.weight_cache import through_cache
@@ -54,6 +54,8 @@ from kt_sft.models.families import adapt_block
 from kt_sft.models.spec import ExpertsSpec, find_experts
 from kt_sft.native import native
 from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts, WeightFormats
+from kt_sft.placement.inject import device_map, expert_settings
+from kt_sft.placement.plan import Plan
 from kt_sft.schedule.deferred import Deferral, LayerChain
 
 __all__ = ["KTExpertsConfig", "check_model", "load_model", "prepare_native", "quantization_config", "save_full_model"]
@@ -92,16 +94,22 @@ def load_model(
     faults = [f"{name}: {why}" for name, why in _REFUSED_ARGS.items() if from_pretrained_kwargs.get(name) is not None]
     if not isinstance(config, KTConfig):
         faults.append(f"config: expected a KTConfig, found {type(config).__name__}")
+    elif config.optimize_rule is not None and from_pretrained_kwargs.get("device_map") is not None:
+        faults.append("device_map: optimize_rule says where modules go; leave one of them out")
     if faults:
         raise ConfigError(faults)
     if is_gguf_model(path):
         path, config = from_gguf(path, config)
-    hook = quantization_config(config, path, **{k: v for k, v in from_pretrained_kwargs.items() if k in HUB_ARGS})
+    plan = plan_checkpoint(path, config, **from_pretrained_kwargs)
+    hub_kwargs = {k: v for k, v in from_pretrained_kwargs.items() if k in HUB_ARGS}
+    hook = quantization_config(config, path, plan=plan, **hub_kwargs)
     if not Path(path).is_dir():
         check_model(path, config, **from_pretrained_kwargs)
     if hook.replaces_quantization:
         from_pretrained_kwargs = load_config(path, from_pretrained_kwargs)
-    kind = auto_class(_read_config(path, from_pretrained_kwargs))
+    kind = auto_class(read_config(path, from_pretrained_kwargs))
+    if plan is not None and plan.devices != ("cpu",):
+        from_pretrained_kwargs["device_map"] = device_map(plan)
     return kind.from_pretrained(path, quantization_config=hook, **from_pretrained_kwargs)
 
 
@@ -116,12 +124,15 @@ def from_gguf(path: str | os.PathLike[str], config: KTConfig) -> tuple[Path, KTC
     return directory, config if config.weight_path else dataclasses.replace(config, weight_path=str(path))
 
 
-def quantization_config(config: KTConfig, path: str | os.PathLike[str], **hub_kwargs: Any) -> KTExpertsConfig:
+def quantization_config(
+    config: KTConfig, path: str | os.PathLike[str], *, plan: Plan | None = None, **hub_kwargs: Any
+) -> KTExpertsConfig:
     """What to pass as `quantization_config=` to `from_pretrained(path, ...)`; checks everything that is cheap to check.
 
     Where `replaces_quantization` is set, the model's config must have gone through `drop_quantization` first.
 
     Args:
+        plan: of the settings' rules, if they name any; its devices must be passed as `device_map`.
         hub_kwargs: cache_dir, revision, token, ... as `from_pretrained` will get them.
     Raises:
         FormatError, UnsupportedHardware: see `load_model`.
@@ -132,7 +143,10 @@ def quantization_config(config: KTConfig, path: str | os.PathLike[str], **hub_kw
         SafetensorsIndex.from_directory(path).close()
     if config.weight_path is not None:
         open_weight_path(config.weight_path).close()
-    return KTExpertsConfig(config, quantization is not None)
+    if plan is None:
+        return KTExpertsConfig(config, quantization is not None)
+    config, methods = expert_settings(config, plan)
+    return KTExpertsConfig(config, quantization is not None, methods, plan.packed_linears)
 
 
 def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretrained_kwargs: Any) -> PreTrainedModel:
@@ -146,24 +160,24 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
     """
     hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
     quantization_config(config, path, **hub_kwargs)
-    model_config = _read_config(path, from_pretrained_kwargs)
-    drop_quantization(model_config)
-    with torch.device("meta"):
-        model = auto_class(model_config).from_config(
-            model_config, trust_remote_code=from_pretrained_kwargs.get("trust_remote_code")
-        )
+    model_config = read_config(path, from_pretrained_kwargs)
+    model = meta_model(model_config, from_pretrained_kwargs.get("trust_remote_code"))
     specs = find_experts(model)
-    on_cpu = uses_main_memory(from_pretrained_kwargs.get("device_map"))
+    placed, methods = from_pretrained_kwargs.get("device_map"), {}
+    if (plan := plan_here(model, config, placed)) is not None:
+        config, methods = expert_settings(config, plan)
+        placed = plan.device_map()
+    on_cpu = uses_main_memory(placed)
     own_files = None  # of a model on the hub
     if Path(path).is_dir() and not hub_kwargs.get("subfolder"):
         with SafetensorsIndex.from_directory(path) as own:
             own_files = sorted({str(own.info(name).file) for name in own})
-    formats: dict[str, WeightFormats] = dict.fromkeys(specs, config.weight_format)
+    formats: dict[str, WeightFormats] = {name: methods.get(name, config.method).lower() for name in specs}
     if own_files is not None or config.weight_path is not None:
-        source = open_experts(model, specs, own_files, config)
-        formats = weight_formats(source, config)
+        source = open_experts(model, specs, own_files, config, methods)
+        formats = weight_formats(source, config, methods)
         source.close()
-    elif config.method == "GGUF":
+    elif "gguf" in formats.values():
         raise ConfigError(
             f"method GGUF: expected weight_path, the GGUF file with the experts of {path}, found nothing; set it, or "
             "use BF16, INT8 or INT4"
@@ -171,16 +185,6 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
     check_memory(specs, bytes_outside_experts(model, specs) if on_cpu else 0, config, formats)
     _swap_experts(model, specs, config, formats)
     return model
-
-
-def _read_config(path: str | os.PathLike[str], from_pretrained_kwargs: dict[str, Any]) -> PretrainedConfig:
-    """The model's config: the one that the caller passes, or that of the files."""
-    given = from_pretrained_kwargs.get("config")
-    if isinstance(given, PretrainedConfig):
-        return given
-    hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
-    trust = from_pretrained_kwargs.get("trust_remote_code")
-    return AutoConfig.from_pretrained(path if given is None else given, **hub_kwargs, trust_remote_code=trust)
 
 
 def prepare_native(config: KTConfig) -> None:
@@ -226,12 +230,24 @@ def prepare_native(config: KTConfig) -> None:
 
 
 class KTExpertsConfig(QuantizationConfigMixin):
-    """Carries a `KTConfig` through `from_pretrained`; gone from the model once it is loaded."""
+    """Carries a `KTConfig` through `from_pretrained`; gone from the model once it is loaded.
+
+    Args:
+        methods: of experts modules whose method is not the settings'.
+        packed_linears: formats of linear layers that rules have packed.
+    """
 
     def __init__(
-        self, kt_config: KTConfig | dict[str, Any] | None = None, replaces_quantization: bool = False, **_: Any
+        self,
+        kt_config: KTConfig | dict[str, Any] | None = None,
+        replaces_quantization: bool = False,
+        methods: dict[str, str] | None = None,
+        packed_linears: dict[str, str] | None = None,
+        **_: Any,
     ):
         self.quant_method = METHOD_NAME
+        self.methods = dict(methods or {})
+        self.packed_linears = dict(packed_linears or {})
         self.replaces_quantization = replaces_quantization
         self.kt_config = kt_config if isinstance(kt_config, KTConfig) else KTConfig.from_dict(kt_config or {})
 
@@ -241,6 +257,8 @@ class KTExpertsConfig(QuantizationConfigMixin):
             "quant_method": METHOD_NAME,
             "kt_config": self.kt_config.to_dict(),
             "replaces_quantization": self.replaces_quantization,
+            "methods": self.methods,
+            "packed_linears": self.packed_linears,
         }
 
 
@@ -269,13 +287,16 @@ class KTExpertsQuantizer(HfQuantizer):
         """Model on meta, no weights yet: check all that can fail, then put our modules in place."""
         specs = find_experts(model)
         files = kwargs.get("checkpoint_files") or []
-        self._source = open_experts(model, specs, files, self.kt_config)
+        methods = self.quantization_config.methods
+        self._source = open_experts(model, specs, files, self.kt_config, methods)
         if self.quantization_config.replaces_quantization:
             self._dequantizer = Dequantizer(model, specs, files)
         rest_bytes = bytes_outside_experts(model, specs) if uses_main_memory(kwargs.get("device_map")) else 0
-        formats = weight_formats(self._source, self.kt_config)
+        formats = weight_formats(self._source, self.kt_config, methods)
         check_memory(specs, rest_bytes, self.kt_config, formats)
         _swap_experts(model, specs, self.kt_config, formats)
+        for name in specs:
+            model.get_submodule(name).hide_placeholders()
         model._keys_to_ignore_on_load_unexpected = [
             *(model._keys_to_ignore_on_load_unexpected or []),
             *_unread_patterns(model, specs),
@@ -289,6 +310,8 @@ class KTExpertsQuantizer(HfQuantizer):
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """All other weights are in: pack the experts, then leave an ordinary-looking model."""
         assert self._source is not None
+        for name in self._source.formats:
+            model.get_submodule(name).show_placeholders()
         if self._dequantizer is not None:
             self._dequantizer.close(model)
         try:
@@ -298,7 +321,7 @@ class KTExpertsQuantizer(HfQuantizer):
         finally:
             self._source.close()
             self._source = None
-        pack_linears(model, self.kt_config)
+        pack_linears(model, self.kt_config, self.quantization_config.packed_linears)
         self.remove_quantization_config(model)
         with suppress(AttributeError):
             del model._keys_to_ignore_on_load_unexpected

@@ -243,6 +243,17 @@ class RoutedExperts(nn.Module):
             self._biases = (looks, (gate.contiguous(), up.contiguous(), down.contiguous()))
         return self._biases[1]
 
+    def hide_placeholders(self) -> None:
+        """Take them out of the parameters: accelerate moves parameters to devices, at their full size."""
+        for name in PLACEHOLDERS:
+            self.__dict__[name] = self._parameters.pop(name)
+
+    def show_placeholders(self) -> None:
+        """Make them parameters again, before the biases."""
+        biases = dict(self._parameters)
+        self._parameters.clear()
+        self._parameters.update({name: self.__dict__.pop(name) for name in PLACEHOLDERS}, **biases)
+
     def _apply(self, fn, recurse=True):
         """Device and dtype moves leave expert data and placeholders alone."""
         return self

@@ -23,7 +23,8 @@ KEYS: dict[str, tuple[type, str]] = {
     "kt_weight_load": (str, "Use of a packed container: auto (default), mmap or copy."),
     "kt_weight_cache": (str, "Directory where a packed container of the experts is kept for later loads."),
     "kt_expert_checkpoint_path": (str, "Another name of kt_weight_path."),
-    "kt_optimize_rule": (str, "Placement rules; refused until they exist."),
+    "kt_optimize_rule": (str, "Rule file: devices of modules, formats of experts by layer (docs/rules.md)."),
+    "kt_rule_vars": (str, "Values for variables of the rule file: a mapping, or name=value,name=value."),
     "cpu_infer": (int, "CPU threads of the expert kernels; default: the physical cores it may use."),
     "kt_threadpool_count": (int, "Groups of threads; default: one per NUMA node."),
     "chunk_size": (int, "Tokens per pass of the expert kernels; default 1024."),
@@ -54,6 +55,8 @@ KEY_OF_SETTING = {  # KTConfig field -> key
     "weight_path": "kt_weight_path",
     "weight_load": "kt_weight_load",
     "weight_cache": "kt_weight_cache",
+    "optimize_rule": "kt_optimize_rule",
+    "rule_vars": "kt_rule_vars",
 }
 MAX_LORA_RANK = 256  # of the expert kernels
 STAGES = ("pt", "sft", "dpo", "kto")
@@ -73,8 +76,6 @@ REFUSED = {
     "use_hyper_parallel": "HyperParallel loads the model by itself; remove use_hyper_parallel",
     "fsdp": "FSDP shards parameters, and routed experts are none; remove fsdp, use DDP or DeepSpeed ZeRO-2",
     "kt_use_lora_experts": "extra LoRA experts on the GPU are not supported; remove kt_use_lora_experts",
-    "kt_optimize_rule": "placement rules are not supported yet: routed experts are computed on the CPU, all else where "
-    "LLaMA-Factory puts it; remove kt_optimize_rule",
 }
 
 
@@ -104,8 +105,10 @@ def kt_config(model_args: Any) -> KTConfig:
         config = KTConfig(**{field: value for field, value in values.items() if value is not None})
     except ConfigError as error:
         raise ConfigError([_under_key(fault) for fault in error.faults]) from None
-    # An export computes nothing with the linear layers: packing them would only take time, or round them.
-    return dataclasses.replace(config, cpu_linear="off") if getattr(model_args, "export_dir", None) else config
+    if not getattr(model_args, "export_dir", None):
+        return config
+    # An export computes nothing: packing linear layers would only take time, or round them, and rules place nothing.
+    return dataclasses.replace(config, cpu_linear="off", optimize_rule=None, rule_vars=None)
 
 
 def check_known(
@@ -139,7 +142,8 @@ def nearest_key(key: str, known: list[str]) -> str:
 
 def no_effect(model_args: Any) -> list[str]:
     """Keys that are set and accepted but do nothing."""
-    return [key for key in NO_EFFECT if getattr(model_args, key, None) is not None]
+    keys = (*NO_EFFECT, "kt_optimize_rule") if getattr(model_args, "export_dir", None) else NO_EFFECT
+    return [key for key in keys if getattr(model_args, key, None) is not None]
 
 
 def check(*groups: Any) -> None:

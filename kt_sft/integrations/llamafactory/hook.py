@@ -23,7 +23,9 @@ from kt_sft.integrations.gguf_model import is_gguf_model
 from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting
 from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
+from kt_sft.integrations.placing import plan_checkpoint
 from kt_sft.integrations.transformers import check_model, from_gguf, quantization_config
+from kt_sft.placement import inject
 
 logger = logging.getLogger(__name__)
 
@@ -194,18 +196,21 @@ def use_one_device(training_args: Any) -> None:
 
 
 def load_experts_apart(model_args: Any, init_kwargs: dict[str, Any]) -> None:
-    """Have from_pretrained build our experts modules, and put everything else on one device.
+    """Have from_pretrained build our experts modules, and put everything else on one device, or where rules say.
 
     `device_map: auto` would take the experts' placeholders for weights and send layers to the disk.
     """
-    init_kwargs["quantization_config"] = quantization_config(args.kt_config(model_args), model_args.model_name_or_path)
+    config, path = args.kt_config(model_args), model_args.model_name_or_path
     device_map = init_kwargs.pop("device_map", None)
     init_kwargs.pop("offload_folder", None)
-    if device_map is None:
-        return
     current = importlib.import_module("llamafactory.extras.misc").get_current_device
     device = torch.device(device_map[""] if isinstance(device_map, dict) else current())
-    if device.type != "cpu":
+    remote = model_args.trust_remote_code
+    plan = plan_checkpoint(path, config, device_map={"": device}, trust_remote_code=remote, **_hub(model_args))
+    init_kwargs["quantization_config"] = quantization_config(config, path, plan=plan)
+    if plan is not None and plan.devices != ("cpu",):
+        init_kwargs["device_map"] = inject.device_map(plan)
+    elif plan is None and device_map is not None and device.type != "cpu":
         init_kwargs["device_map"] = {"": device}
 
 
