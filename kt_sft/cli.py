@@ -98,6 +98,38 @@ def convert(
     )
 
 
+@app.command()
+def plan(
+    run: Annotated[Path, typer.Argument(help="Configuration of LLaMA-Factory, YAML or JSON.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as llamafactory-cli takes them.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of modules without a rule; default: cuda:0, or cpu with use_cpu.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what goes where, and the memory of each device, without weights or a GPU. Exit code 2 on errors."""
+    from kt_sft import env
+    from kt_sft.errors import KTError
+    from kt_sft.integrations.llamafactory.planning import plan_run
+    from kt_sft.tables import memory_table, placement_table
+
+    try:
+        result = plan_run(run, overrides or (), device=device)
+    except KTError as error:
+        if env.traceback():
+            raise
+        Console(stderr=True).print(f"kt-sft plan: error: {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    console = Console()
+    console.print(placement_table(result.plan))
+    console.print(memory_table(result.memory, result.run.trains))
+    use = "training, estimated" if result.run.trains else "inference, estimated"
+    console.print(f"{escape(result.model)}: {use} for passes of {result.run.tokens} tokens", soft_wrap=True)
+
+
 @contextmanager
 def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar over experts or tensors; gives the function that moves it."""

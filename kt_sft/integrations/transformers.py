@@ -183,7 +183,7 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
             "use BF16, INT8 or INT4"
         )
     check_memory(specs, bytes_outside_experts(model, specs) if on_cpu else 0, config, formats)
-    _swap_experts(model, specs, config, formats)
+    swap_experts(model, specs, config, formats)
     return model
 
 
@@ -294,7 +294,7 @@ class KTExpertsQuantizer(HfQuantizer):
         rest_bytes = bytes_outside_experts(model, specs) if uses_main_memory(kwargs.get("device_map")) else 0
         formats = weight_formats(self._source, self.kt_config, methods)
         check_memory(specs, rest_bytes, self.kt_config, formats)
-        _swap_experts(model, specs, self.kt_config, formats)
+        swap_experts(model, specs, self.kt_config, formats)
         for name in specs:
             model.get_submodule(name).hide_placeholders()
         model._keys_to_ignore_on_load_unexpected = [
@@ -356,9 +356,10 @@ def _register() -> None:
 _register()
 
 
-def _swap_experts(
+def swap_experts(
     model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig, formats: dict[str, WeightFormats]
 ) -> None:
+    """Put our experts modules, empty, in the place of transformers'."""
     dtype = model.dtype
     chain = LayerChain()
     for name, spec in specs.items():

@@ -85,3 +85,43 @@ def _entries(name: str, devices: Mapping[str, str], layers_name: str) -> list[tu
             below.setdefault(child, {})[module] = device
     own = [(name, devices[name])] if name in devices else []
     return own + [entry for child, inner in below.items() for entry in _entries(child, inner, layers_name)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules of a plan that are told in one line: `model.layers.0-11.mlp.experts`."""
+
+    modules: str
+    what: str
+    device: str
+    rules: tuple[int, ...]
+
+
+def groups(plan: Plan) -> list[Group]:
+    """The plan in few lines, in module order: layers by range, experts and packed linear layers of their own."""
+    found: dict[tuple[str, str, str], tuple[set[int], set[int]]] = {}
+    for placement in plan.placements:
+        number = plan.layer_of(placement.name)
+        what = "weights" if placement.method is None else f"{placement.kind} {placement.method}"
+        name = placement.name
+        if number is not None:
+            inside = name.removeprefix(f"{plan.layers_name}.{number}") if placement.kind != MODULE else ""
+            name = f"{plan.layers_name}.*{inside}"
+        numbers, rules = found.setdefault((name, what, placement.device), (set(), set()))
+        numbers.update(() if number is None else (number,))
+        rules.update(() if placement.rule is None else (placement.rule,))
+    return [
+        Group(name.replace(".*", f".{_ranges(numbers)}", 1) if numbers else name, what, device, tuple(sorted(rules)))
+        for (name, what, device), (numbers, rules) in found.items()
+    ]
+
+
+def _ranges(numbers: set[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3 and 7."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

@@ -139,7 +139,8 @@ class _Walk:
     def dead_rules(self, model: nn.Module) -> Iterator[str]:
         """Rules that decide nothing, and why."""
         for rule in self.rules.rules:
-            if self.used[rule.number]:
+            is_empty_part = rule.layers is not None and rule.layers.parts and not rule.layers.range(self.num_layers)
+            if self.used[rule.number] or is_empty_part:  # a model of three layers has no first quarter
                 continue
             takers = [number for number, _ in self.taken_by[rule.number].most_common()]
             if takers:

@@ -45,7 +45,7 @@ def test_nothing_set_means_the_defaults_of_ktconfig():
 def test_every_setting_reaches_ktconfig():
     given = Ours(kt_method="AMXINT4", kt_int4_group_size=64, kt_expert_activations="bf16", kt_cpu_linear="off",
                  cpu_infer=3, kt_threadpool_count=1, chunk_size=64, kt_expert_lora=False,
-                 kt_max_deferred_experts_per_token=2,
+                 kt_max_deferred_experts_per_token=2, kt_optimize_rule="r.yaml", kt_rule_vars={"stage2": "cuda:1"},
                  kt_cpu_activation="recompute", kt_expert_checkpoint_path="elsewhere")  # fmt: skip
     expected = KTConfig(
         method="INT4",
@@ -58,9 +58,18 @@ def test_every_setting_reaches_ktconfig():
         max_deferred_experts_per_token=2,
         expert_lora=False,
         cpu_activation="recompute",
+        optimize_rule="r.yaml",
+        rule_vars="stage2=cuda:1",
         weight_path="elsewhere",
     )
     assert args.kt_config(given) == expected
+
+
+def test_an_export_follows_no_rules():
+    given = Ours(kt_optimize_rule="r.yaml", kt_rule_vars="stage2=cuda:1")
+    given.export_dir = "exported"
+    assert args.kt_config(given) == KTConfig(cpu_linear="off")
+    assert args.no_effect(given) == ["kt_optimize_rule"]
 
 
 def test_faults_of_values_bear_the_name_of_the_key():
@@ -136,6 +145,12 @@ def parsed(tmp_path_factory):
     work = workspace(tmp_path_factory.mktemp("args"))
     (work / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     (work / "empty").mkdir()
+    experts = {
+        "match": {"class": "Qwen3MoeExperts"},
+        "replace": {"class": "RoutedExperts", "kwargs": {"method": "INT8"}},
+    }
+    (work / "rule.yaml").write_text(json.dumps([experts]))
+    (work / "wrong.yaml").write_text(json.dumps([experts, {**experts, "match": {"name": "^model.layrs"}}]))
     dense = tiny_models.dense(work / "dense")
     cut, bent = (Path(shutil.copytree(work / "model", work / name)) for name in ("cut", "bent"))
     weights = (cut / "model.safetensors").read_bytes()
@@ -153,7 +168,9 @@ def parsed(tmp_path_factory):
         "dora": train_config(work, "out", use_dora=True),
         "quantization": train_config(work, "out", quantization_bit=4),
         "zero3": train_config(work, "out", deepspeed=str(work / "zero3.json")),
-        "rule": train_config(work, "out", kt_optimize_rule="rule.yaml"),
+        "rule": train_config(work, "out", kt_optimize_rule=str(work / "rule.yaml")),
+        "no_rule": train_config(work, "out", kt_optimize_rule="nowhere.yaml"),
+        "wrong_rule": train_config(work, "out", kt_optimize_rule=str(work / "wrong.yaml")),
         "rank": train_config(work, "out", lora_rank=300),
         "rows": train_config(work, "out", kt_expert_activations="int8"),
         "rm": train_config(work, "out", stage="rm"),
@@ -174,7 +191,7 @@ def parsed(tmp_path_factory):
     return dict(zip(cases, drive(PARSE, pairs), strict=True))
 
 
-@pytest.mark.parametrize("case", ["fine", "fine_chat", "chat_of_094"])
+@pytest.mark.parametrize("case", ["fine", "fine_chat", "chat_of_094", "rule"])
 def test_good_configuration_switches_the_flags(parsed, case):
     assert parsed[case] == {"use_kt": False, "kt_active": True, "engine": "huggingface"}
 
@@ -189,7 +206,8 @@ def test_use_kt_variable_alone_is_stock(parsed):
     ("dora", ["use_dora", "remove"]),
     ("quantization", ["quantization_bit", "kt_method"]),
     ("zero3", ["deepspeed", "ZeRO-3", "ZeRO-2"]),
-    ("rule", ["kt_optimize_rule", "remove"]),
+    ("no_rule", ["nowhere.yaml", "kt_optimize_rule", "expected a rule file"]),
+    ("wrong_rule", ["wrong.yaml, rule 2", "matches no module", "model.layers"]),
     ("rows", ["kt_expert_activations", "INT8, INT4 or RAWINT4"]),
     ("rank", ["lora_rank", "256", "300"]),
     ("rm", ["stage", "'rm'", "sft"]),
@@ -217,4 +235,4 @@ def test_command_ends_with_one_line_and_status_2(tmp_path):
     done = cli("train", train_config(work, "out", kt_optimize_rule="rule.yaml"), work)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("kt_sft: error: kt_optimize_rule")]
+    assert [line for line in done.stderr.splitlines() if line.startswith("kt_sft: error: rule.yaml: kt_optimize_rule")]

@@ -158,9 +158,11 @@ def test_faults_come_at_once(qwen):
 @pytest.mark.parametrize("file", MODELS)
 def test_ready_rules_on_tiny_models(file, gpus):
     rules = load_rules(READY / f"{file}.yaml", STAGES[gpus])
-    plan = resolve(rule_models.tiny(file, num_hidden_layers=5), rules, default_device="cpu")
-    assert set(plan.devices) == {f"cuda:{i}" for i in range(gpus)}
-    assert all(placement.rule is not None for placement in plan.placements)
+    for num_layers in (2, 5):
+        plan = resolve(rule_models.tiny(file, num_hidden_layers=num_layers), rules, default_device="cpu")
+        assert set(plan.devices) <= {f"cuda:{i}" for i in range(gpus)}
+        assert all(placement.rule is not None for placement in plan.placements)
+    assert len(set(plan.devices)) == gpus
 
 
 @pytest.mark.parametrize("file", MODELS)

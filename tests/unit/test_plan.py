@@ -1,0 +1,162 @@
+"""`kt-sft plan`: what goes where and how much that is, from a run's YAML and a config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import LoraConfig
+from typer.testing import CliRunner
+
+from kt_sft.cli import app
+from kt_sft.errors import GIB, ConfigError, FormatError
+from kt_sft.integrations import peft as kt_peft
+from kt_sft.integrations.llamafactory.planning import plan_run, read_run
+from kt_sft.models.spec import find_experts
+from kt_sft.native import native
+from kt_sft.placement.budget import TRAINED_BYTES, Run, memory_by_device
+from kt_sft.placement.plan import groups
+from kt_sft.placement.resolve import resolve
+from tests.helpers import parity, rule_models, tiny_models
+
+READY = Path(__file__).parents[2] / "configs" / "rules"
+FOUR = {"stage2": "cuda:1", "stage3": "cuda:2", "stage4": "cuda:3"}
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """Writes a config.json without weights, and the configuration of a run on it."""
+
+    def write(config, **values):
+        config.save_pretrained(tmp_path / "model")
+        defaults = {"model_name_or_path": str(tmp_path / "model"), "do_train": True, "bf16": True, "lora_target": "all"}
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump({**defaults, **values}))
+        return file
+
+    return write
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_weight_is_counted_once_and_experts_as_packed(run_of, family):
+    file = run_of(tiny_models.config(family), kt_method="INT8")
+    result = plan_run(file, device="cpu")
+    model = rule_models.tiny(family)
+    specs = find_experts(model)
+    outside = [t for n, t in [*model.named_parameters(), *model.named_buffers()] if n.rpartition(".")[0] not in specs]
+    memory = result.memory["cpu"]
+    assert memory.weights_bytes == 2 * sum(tensor.numel() for tensor in outside)
+    sizes = [(spec.num_experts, spec.hidden, spec.inter) for spec in specs.values()]
+    assert memory.experts_bytes == sum(native().MoeLayer.packed_bytes_for(*size, "int8", 32) for size in sizes)
+
+
+@pytest.mark.parametrize(("family", "target"), [
+    ("qwen3_moe", "all"), ("deepseek_v2", "all"), ("mixtral", "q_proj,experts"), ("deepseek_v3", "o_proj"),
+])  # fmt: skip
+def test_lora_is_what_peft_makes(run_of, tmp_path, family, target):
+    file = run_of(tiny_models.config(family), lora_rank=3, lora_target=target)
+    result = plan_run(file, device="cpu")
+    model = parity.load_ours(tiny_models.build(family, tmp_path / "real"))
+    names = "all-linear" if target == "all" else target.split(",")
+    peft_model = kt_peft.get_peft_model(model, LoraConfig(r=3, target_modules=names, task_type="CAUSAL_LM"))
+    trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    assert result.memory["cpu"].lora_bytes == TRAINED_BYTES * trained
+    assert result.run.rank == (0 if target == "o_proj" else 3)
+
+
+def test_activations_grow_with_what_is_kept():
+    model = rule_models.tiny("qwen3_moe")
+    plan, specs = resolve(model), find_experts(model)
+
+    def activations(**changes):
+        values = {"tokens": 64, "experts_per_token": 2, "vocabulary": 96, "rank": 4, **changes}
+        held = memory_by_device(model, plan, specs, dict.fromkeys(specs, 0), Run(**values))
+        return held["cpu"].activations_bytes
+
+    assert activations(tokens=128) == 2 * activations()
+    assert activations(trains=False) < activations() < activations(checkpoints=False)
+    assert activations(retains=False) < activations(rank=0) < activations()
+
+
+# (model, rule variables) -> GiB of weights outside the experts on each GPU, GiB of experts in main memory.
+@pytest.mark.parametrize(("name", "rules", "variables", "method", "gpus", "experts"), [
+    ("deepseek_v3", "deepseek_v3", {}, "BF16", [31.88], 1218.0),
+    ("deepseek_v3", "deepseek_v3", FOUR, "INT4", [10.19, 6.51, 6.51, 8.67], 342.6),
+    ("deepseek_v2_lite", "deepseek_v2", {"stage3": "cuda:1"}, "BF16", [1.24, 1.20], 26.8),
+    ("qwen3_moe", "qwen3_moe", {"stage3": "cuda:1"}, "INT8", [1.4, 1.4], 27.0),
+    ("mixtral", "mixtral", {}, "BF16", [3.0], 84.0),
+])  # fmt: skip
+def test_published_models_need_what_they_need(run_of, name, rules, variables, method, gpus, experts):
+    file = run_of(
+        rule_models.published_config(name),
+        kt_optimize_rule=str(READY / f"{rules}.yaml"),
+        kt_rule_vars=variables,
+        kt_method=method,
+        cutoff_len=16,
+    )
+    result = plan_run(file)
+    found = [held.weights_bytes / GIB for device, held in result.memory.items() if device != "cpu"]
+    assert found == pytest.approx(gpus, rel=0.03)
+    assert result.memory["cpu"].experts_bytes / GIB == pytest.approx(experts, rel=0.03)
+    assert result.memory["cpu"].weights_bytes == 0
+
+
+def test_groups_tell_layers_by_range(run_of):
+    config = tiny_models.config("deepseek_v2", num_hidden_layers=5)
+    file = run_of(config, kt_optimize_rule=str(READY / "deepseek_v2.yaml"), kt_rule_vars=FOUR)
+    told = {group.modules: (group.what, group.device, group.rules) for group in groups(plan_run(file).plan)}
+    assert told["model.layers.1-4.mlp.experts"] == ("experts BF16", "cpu", (1,))
+    assert told["model.layers.3-4"] == ("weights", "cuda:3", (6,)) and told["model.layers.0"][1] == "cuda:0"
+
+
+def test_command_prints_tables_and_json(run_of):
+    file = str(run_of(tiny_models.config("qwen3_moe"), use_cpu=True))
+    shown = CliRunner().invoke(app, ["plan", file])
+    assert shown.exit_code == 0 and "model.layers.0-1.mlp.experts" in shown.stdout and "total GiB" in shown.stdout
+    rules = [f"kt_optimize_rule={READY / 'qwen3_moe.yaml'}", "kt_rule_vars.stage4=cuda:1"]
+    done = CliRunner().invoke(app, ["plan", file, *rules, "kt_method=INT4", "--json"])
+    told = json.loads(done.stdout)
+    assert set(told["methods"].values()) == {"INT4"}
+    assert told["device_map"]["model.layers.1"] == "cuda:1" and set(told["memory"]) == {"cpu", "cuda:0", "cuda:1"}
+    held = told["memory"]["cuda:1"]
+    assert held["total_bytes"] == sum(value for key, value in held.items() if key != "total_bytes")
+
+
+def test_command_fails_with_one_line(run_of, tmp_path):
+    rules = tmp_path / "r.yaml"
+    rules.write_text("- match: {name: nowhere}\n  replace: {class: default}\n")
+    file = str(run_of(tiny_models.config("qwen3_moe"), kt_optimize_rule=str(rules)))
+    done = CliRunner().invoke(app, ["plan", file])
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("kt-sft plan: error:") and "r.yaml, rule 1" in lines[0]
+
+
+@pytest.mark.parametrize(("text", "overrides", "error", "words"), [
+    (None, [], FormatError, ["run.yaml", "expected a file"]),
+    ("- 1", [], FormatError, ["mapping of keys", "list"]),
+    ("a: [", [], FormatError, ["expected YAML"]),
+    ("a: 1", [], ConfigError, ["model_name_or_path", "None"]),
+    ("model_name_or_path: x", ["cutoff_len"], ConfigError, ["cutoff_len: expected key=value"]),
+    ("model_name_or_path: x", ["lora_rank=many", "cutoff_len=0"], ConfigError, ["lora_rank", "'many'", "cutoff_len"]),
+])  # fmt: skip
+def test_wrong_run_files(tmp_path, text, overrides, error, words):
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(error) as caught:
+        read_run(file, overrides)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_wrong_models_and_settings(run_of):
+    with pytest.raises(FormatError, match="expected a directory, found nothing"):
+        plan_run(run_of(tiny_models.config("mixtral")), ["model_name_or_path=./nowhere"])
+    with pytest.raises(ConfigError, match=r"kt_method: .*'INT9'"):
+        plan_run(run_of(tiny_models.config("mixtral"), kt_method="INT9"))
+    with pytest.raises(ConfigError, match="method GGUF: expected kt_weight_path"):
+        plan_run(run_of(tiny_models.config("mixtral"), kt_method="GGUF"))
+    with pytest.raises(ConfigError, match="device: expected cpu, cuda"):
+        plan_run(run_of(tiny_models.config("mixtral")), device="tpu")
