@@ -43,6 +43,9 @@ def resolve(model: nn.Module, rules: RuleFile = NO_RULES, *, default_device: str
     walk.visit(model, "", _Context(default_device))
     plan = Plan(tuple(walk.placements), layers_name)
     faults = [*walk.faults(), *walk.dead_rules(model), *_split_layers(plan), *_split_ties(model, plan)]
+    if plan.packed_linears and not faults and plan.devices != ("cpu",):
+        found = f"found {', '.join(plan.devices)}; use class default"
+        faults.append(f"{rules.path}: PackedLinear: expected everything on the CPU, {found}")
     if faults:
         raise ConfigError(faults)
     return plan

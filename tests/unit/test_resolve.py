@@ -136,6 +136,8 @@ def test_packed_linear(qwen):
     ([rule({"name": "norm$"}, "ktransformers.operators.linear.KTransformersLinear")], ["torch.nn.Linear", "norm"]),
     ([rule({"name": "experts$"}, "PackedLinear")], ["routed experts cannot be", "model.layers.0.mlp.experts"]),
     ([rule({"name": "experts$"}, "RoutedExperts", out_device="cuda:1")], ["out_device cuda:1", "is on cpu"]),
+    ([rule({"name": "lm_head"}, "PackedLinear"), rule({"name": "^model$"}, generate_device="cuda")],
+     ["PackedLinear: expected everything on the CPU", "cuda:0, cpu"]),
     ([rule({"name": "self_attn$"}, generate_device="cuda:1")],
      ["model.layers.0: expected all modules", "on cuda:1 (rule 1)", "on cpu (no rule)", "3 more layers"]),
 ])  # fmt: skip
