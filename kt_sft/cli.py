@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from kt_sft import cli_adapter
+from kt_sft import cli_adapter, cli_plan
 from kt_sft.errors import GIB
 from kt_sft.serving import cli as serving
 
@@ -28,6 +28,7 @@ app.command()(serving.serve)
 app.add_typer(serving.bench_app, name="bench")
 app.add_typer(cli_adapter.app, name="adapter")
 app.command()(cli_adapter.merge)
+app.command()(cli_plan.plan)
 MIB = 1 << 20
 FORMAT_ORDER = {
     name: i for i, name in enumerate(("bf16", "int8", "int4", "f16", "block8", "block6", "block5", "block4"))
@@ -96,38 +97,6 @@ def convert(
     console.print(
         f"{escape(str(output))}: {state}, {size}, {len(result.manifest.layers)} layers{checked}", soft_wrap=True
     )
-
-
-@app.command()
-def plan(
-    run: Annotated[Path, typer.Argument(help="Configuration of LLaMA-Factory, YAML or JSON.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as llamafactory-cli takes them.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Of modules without a rule; default: cuda:0, or cpu with use_cpu.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-) -> None:
-    """Show what goes where, and the memory of each device, without weights or a GPU. Exit code 2 on errors."""
-    from kt_sft import env
-    from kt_sft.errors import KTError
-    from kt_sft.integrations.llamafactory.planning import plan_run
-    from kt_sft.tables import memory_table, placement_table
-
-    try:
-        result = plan_run(run, overrides or (), device=device)
-    except KTError as error:
-        if env.traceback():
-            raise
-        Console(stderr=True).print(f"kt-sft plan: error: {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
-        return
-    console = Console()
-    console.print(placement_table(result.plan))
-    console.print(memory_table(result.memory, result.run.trains))
-    use = "training, estimated" if result.run.trains else "inference, estimated"
-    console.print(f"{escape(result.model)}: {use} for passes of {result.run.tokens} tokens", soft_wrap=True)
 
 
 @contextmanager

@@ -23,9 +23,9 @@ MAX_FUNCTION_LINES = 120
 LEAVES = {"chat", "models", "formats", "config", "errors", "env", "memory", "native"}
 MAY_IMPORT = {
     "__init__": {"config", "integrations", "operator"},
-    "cli": {"cli_adapter", "doctor", "integrations", "serving", "convert", "placement", "tables", "nn", "ops"} | LEAVES,
+    "cli": {"cli_adapter", "cli_plan", "doctor", "integrations", "serving", "convert", "nn", "ops"} | LEAVES,
     "cli_adapter": {"adapters", "cli", "integrations"} | LEAVES,
-    "tables": {"placement"} | LEAVES,
+    "cli_plan": {"placement", "integrations"} | LEAVES,
     "doctor": {"integrations"} | LEAVES,
     "adapters": {"adapters", "formats", "models", "native", "errors"},
     "integrations": {"adapters", "integrations", "placement", "convert", "schedule", "checkpoint", "nn", "ops"}
