@@ -203,7 +203,7 @@ def _rule(number: int, entry: Any, local_rank: int) -> Rule:
     replace = _mapping(entry.get("replace"), "replace", ("class", "kwargs"), faults)
     given = replace.get("kwargs")
     kwargs = _mapping({} if given is None else given, "kwargs", _KWARGS, faults)
-    if not match and isinstance(entry.get("match"), dict):
+    if isinstance(entry.get("match"), dict) and all(value is None for value in match.values()):
         faults.append("match: expected a name, a class or layers, found none of them")
     class_name = replace.get("class", "default")
     target = target_of(class_name) if isinstance(class_name, str) else None

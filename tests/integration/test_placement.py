@@ -123,6 +123,14 @@ def test_hooks_carry_hidden_states_and_leave_the_experts_alone(directory, monkey
     assert all(p.grad is not None for p in peft_model.parameters() if p.requires_grad)
 
 
+def test_a_part_on_the_cpu_is_computed_there():
+    """Whoever looks for the word `cpu` (accelerate, PEFT, the trainer) means weights that are offloaded to it."""
+    rules = parse_rules([rule({"name": "embed_tokens"}, generate_device="cpu")], "r.yaml")
+    devices = inject.device_map(resolve(rule_models.tiny("qwen3_moe"), rules, default_device="cuda:0"))
+    assert devices["model.embed_tokens"] == torch.device("cpu") and devices["lm_head"] == torch.device("cuda", 0)
+    assert not any(device in ["cpu", "disk"] for device in devices.values())
+
+
 def faults_of(call):
     with pytest.raises(ConfigError) as caught:
         call()

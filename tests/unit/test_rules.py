@@ -73,6 +73,8 @@ def test_variables_from_text_and_mapping_are_the_same():
     (one_rule(more="recursive: maybe"), ["recursive", "'maybe'"]),
     (one_rule("nmae: x"), ["match: nmae", "'name'"]),
     (one_rule("name: '(x'"), ["match name", "regular expression", "unterminated"]),
+    (one_rule("name: null"), ["match", "found none of them"]),
+    (one_rule("class: [a]"), ["match class", "['a']"]),
     (one_rule("layers: 3-1"), ["layers", "'3-1'", "2/4"]),
     (one_rule("layers: 5/4"), ["layers", "'5/4'"]),
     (one_rule(replace="class: RoutedExprts"), ["'RoutedExprts'", "'RoutedExperts'"]),
