@@ -11,15 +11,17 @@ from peft import LoraConfig
 from typer.testing import CliRunner
 
 from kt_sft.cli import app
+from kt_sft.config import KTConfig
 from kt_sft.errors import GIB, ConfigError, FormatError
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory.planning import plan_run, read_run
-from kt_sft.models.spec import find_experts
+from kt_sft.integrations.transformers import load_model
+from kt_sft.models.spec import find_experts, iter_routed_experts
 from kt_sft.native import native
 from kt_sft.placement.budget import TRAINED_BYTES, Run, memory_by_device
 from kt_sft.placement.plan import groups
 from kt_sft.placement.resolve import resolve
-from tests.helpers import parity, rule_models, tiny_models
+from tests.helpers import gguf_models, parity, rule_models, tiny_models
 
 READY = Path(__file__).parents[2] / "configs" / "rules"
 FOUR = {"stage2": "cuda:1", "stage3": "cuda:2", "stage4": "cuda:3"}
@@ -101,6 +103,22 @@ def test_published_models_need_what_they_need(run_of, name, rules, variables, me
     assert found == pytest.approx(gpus, rel=0.03)
     assert result.memory["cpu"].experts_bytes / GIB == pytest.approx(experts, rel=0.03)
     assert result.memory["cpu"].weights_bytes == 0
+
+
+def test_a_gguf_file_is_the_model_and_has_the_formats_of_its_experts(run_of, tmp_path, monkeypatch):
+    source = tiny_models.build("mixtral", tmp_path / "source", hidden_size=64, intermediate_size=32)
+    file = gguf_models.write_model(source, tmp_path / "model.gguf", kind="Q8_0")
+    rules = tmp_path / "r.yaml"
+    rules.write_text(
+        "- match: {name: experts$, layers: 0}\n  replace: {class: RoutedExperts, kwargs: {method: INT8}}\n"
+    )
+    overrides = [f"model_name_or_path={file}", "kt_method=GGUF", f"kt_optimize_rule={rules}"]
+    result = plan_run(run_of(tiny_models.config("mixtral")), overrides, device="cpu")
+    assert list(result.plan.methods.values()) == ["INT8", "GGUF"]
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the model directory of the file is written
+    model = load_model(file, KTConfig(method="GGUF", optimize_rule=rules, threads=1))
+    held = [experts.packed_bytes for _, experts in iter_routed_experts(model)]
+    assert result.memory["cpu"].experts_bytes == sum(held) and held[0] != held[1]
 
 
 def test_groups_tell_layers_by_range(run_of):
