@@ -168,6 +168,9 @@ def test_several_gpus_without_torchrun_are_one(caplog):
     arguments = TrainingArgumentsOfManyGpus()
     hook.use_one_device(arguments)
     assert arguments.n_gpu == 1 and len(caplog.records) == 1 and "FORCE_TORCHRUN=1" in caplog.text
+    arguments._n_gpu = 4
+    hook.use_one_device(arguments, has_rules=True)
+    assert arguments.n_gpu == 1 and len(caplog.records) == 1, "rules say which GPUs are used"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +183,19 @@ def test_model_is_placed_on_one_device(work, device_map, expected):
     hook.load_experts_apart(model_args, init_kwargs)
     assert init_kwargs.pop("quantization_config").quant_method == "kt_sft"
     assert init_kwargs == ({"device_map": expected} if expected else {})
+
+
+def test_rules_place_the_model(work, tmp_path, monkeypatch):
+    rules = tmp_path / "r.yaml"
+    rules.write_text("- match: {layers: 1}\n  replace: {class: default, kwargs: {generate_device: 'cuda:1'}}\n")
+    monkeypatch.setattr("kt_sft.placement.inject.device_count", lambda kind: 2)
+    hub = dict.fromkeys(("trust_remote_code", "model_revision", "cache_dir", "hf_hub_token"))
+    model_args = SimpleNamespace(model_name_or_path=str(work / "model"), kt_optimize_rule=str(rules), **hub)
+    init_kwargs = {"device_map": {"": torch.device("cuda:0")}}
+    hook.load_experts_apart(model_args, init_kwargs)
+    device_map = init_kwargs["device_map"]
+    assert device_map.pop("model.layers.1") == torch.device("cuda:1")
+    assert "model.layers.0" in device_map and set(device_map.values()) == {torch.device("cuda:0")}
 
 
 @pytest.mark.slow

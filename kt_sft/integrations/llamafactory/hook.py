@@ -140,7 +140,7 @@ def activate(groups: tuple[Any, ...]) -> None:
         model_args.infer_backend = "huggingface"
     training_args = next((group for group in groups if hasattr(group, "per_device_train_batch_size")), None)
     if training_args is not None:
-        use_one_device(training_args)
+        use_one_device(training_args, has_rules=model_args.kt_optimize_rule is not None)
     model_args.use_kt, model_args.kt_active = False, True
 
 
@@ -186,12 +186,16 @@ def _hub(model_args: Any) -> dict[str, Any]:
     }
 
 
-def use_one_device(training_args: Any) -> None:
-    """One process drives one GPU: without torchrun the trainer would copy the model by nn.DataParallel."""
+def use_one_device(training_args: Any, *, has_rules: bool = False) -> None:
+    """One process drives one GPU: without torchrun the trainer would copy the model by nn.DataParallel.
+
+    Args:
+        has_rules: a rule file says which GPUs the process uses, one after the other; the copies are wrong then, too.
+    """
     if training_args.n_gpu > 1:
-        _warn(
-            f"{training_args.n_gpu} GPUs are visible, this process uses one; FORCE_TORCHRUN=1 starts a process for each"
-        )
+        if not has_rules:
+            seen = f"{training_args.n_gpu} GPUs are visible, this process uses one"
+            _warn(f"{seen}; FORCE_TORCHRUN=1 starts a process for each, kt_optimize_rule spreads the layers over them")
         training_args._n_gpu = 1
 
 
@@ -205,13 +209,16 @@ def load_experts_apart(model_args: Any, init_kwargs: dict[str, Any]) -> None:
     init_kwargs.pop("offload_folder", None)
     current = importlib.import_module("llamafactory.extras.misc").get_current_device
     device = torch.device(device_map[""] if isinstance(device_map, dict) else current())
-    remote = model_args.trust_remote_code
-    plan = plan_checkpoint(path, config, device_map={"": device}, trust_remote_code=remote, **_hub(model_args))
+    if config.optimize_rule is None:
+        init_kwargs["quantization_config"] = quantization_config(config, path)
+        if device_map is not None and device.type != "cpu":
+            init_kwargs["device_map"] = {"": device}
+        return
+    hub = {**_hub(model_args), "trust_remote_code": model_args.trust_remote_code}
+    plan = plan_checkpoint(path, config, device_map={"": device}, **hub)
     init_kwargs["quantization_config"] = quantization_config(config, path, plan=plan)
-    if plan is not None and plan.devices != ("cpu",):
+    if plan.devices != ("cpu",):
         init_kwargs["device_map"] = inject.device_map(plan)
-    elif plan is None and device_map is not None and device.type != "cpu":
-        init_kwargs["device_map"] = {"": device}
 
 
 def report_errors_in_one_line() -> None:
