@@ -65,7 +65,7 @@ import sys, torch
 import llamafactory.hparams.parser as parser, llamafactory.model.loader as loader, llamafactory.model.adapter as adapter
 names = [parser._parse_args, loader.patch_config, loader.init_adapter, loader.count_parameters]
 names += [adapter.get_peft_model, adapter.PeftModel, adapter.find_all_linear_modules]
-ours = ("hook", "adapters", "args")
+ours = ("hook", "adapters", "args", "webui", "chat")
 give({
     "finders": [type(finder).__name__ for finder in sys.meta_path],
     "ours": [name for name in sys.modules if name.startswith("kt_sft.") and name.rpartition(".")[2] in ours],
@@ -94,7 +94,8 @@ def package(clean, tmp_path, monkeypatch):
     (tmp_path / "kt_patched" / "later.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("USE_KT", "1")
-    monkeypatch.setattr(autoload, "PATCHES", {"kt_patched.plain": "patch_plain", "kt_patched.half": "patch_plain"})
+    patch = ("hook", "patch_plain")
+    monkeypatch.setattr(autoload, "PATCHES", {"kt_patched.plain": patch, "kt_patched.half": patch})
     hook = importlib.import_module("kt_sft.integrations.llamafactory.hook")
     monkeypatch.setattr(hook, "patch_plain", lambda module: setattr(module, "mark", module.value), raising=False)
     yield
