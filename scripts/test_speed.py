@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from kt_sft.serving.cli import bench_serve
+from kt_sft.cli.serve import bench_serve
 
 
 def with_dashes(word: str) -> str:

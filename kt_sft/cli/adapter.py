@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from kt_sft.cli.console import errors_in_one_line, progress_bar
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adapters: what they hold, and other forms of them.")
 _BASE = typer.Option("--base-model", help="Directory of the base model; default: the one that the adapter names.")
@@ -29,7 +29,7 @@ def convert_adapter(
 
     Written aside and renamed; exit code 2 on errors, and then nothing is left.
     """
-    with _errors_in_one_line("adapter convert"):
+    with errors_in_one_line("adapter convert"):
         from kt_sft.adapters.forms import convert
         from kt_sft.integrations.adapters import open_with_base
 
@@ -49,7 +49,7 @@ def inspect_adapter(
 
     Exit code 1 if something is wrong with it, 2 if it cannot be read at all.
     """
-    with _errors_in_one_line("adapter inspect"):
+    with errors_in_one_line("adapter inspect"):
         from kt_sft.integrations.adapters import inspect
 
         report = inspect(source, base_model)
@@ -70,27 +70,12 @@ def merge(
 
     Written aside and renamed; exit code 2 on errors, and then nothing is left.
     """
-    with _errors_in_one_line("merge"):
-        from kt_sft.cli import progress_bar
+    with errors_in_one_line("merge"):
         from kt_sft.integrations.merging import merge as merge_into
 
         console = Console()
         written = merge_into(model, adapter, output, to, partial(progress_bar, console))
         console.print(escape(f"{written}: written"), soft_wrap=True)
-
-
-@contextmanager
-def _errors_in_one_line(command: str) -> Iterator[None]:
-    from kt_sft import env
-    from kt_sft.errors import KTError
-
-    try:
-        yield
-    except KTError as error:
-        if env.traceback():
-            raise
-        Console(stderr=True).print(f"kt-sft {command}: error: {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 def _show(report: dict[str, Any], console: Console) -> None:

@@ -1,35 +1,18 @@
-"""The command `kt-sft`; each subcommand shows what another module found out."""
+"""`kt-sft doctor`: what this machine offers, as tables."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
-
-from kt_sft import cli_adapter, cli_plan
-from kt_sft.errors import GIB
-from kt_sft.serving import cli as serving
 
 if TYPE_CHECKING:
     from kt_sft.doctor import Report
-    from kt_sft.formats.packed_manifest import Manifest
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(serving.serve)
-app.add_typer(serving.bench_app, name="bench")
-app.add_typer(cli_adapter.app, name="adapter")
-app.command()(cli_adapter.merge)
-app.command()(cli_plan.plan)
-MIB = 1 << 20
 FORMAT_ORDER = {
     name: i for i, name in enumerate(("bf16", "int8", "int4", "f16", "block8", "block6", "block5", "block4"))
 }
@@ -38,12 +21,6 @@ MARKS = {True: "[green]ok[/green]", False: "[red]no[/red]", None: "[dim]-[/dim]"
 LEVELS = {"error": "[bold red]error[/bold red]", "warning": "[yellow]warning[/yellow]", "note": "[cyan]note[/cyan]"}
 
 
-@app.callback()
-def main() -> None:
-    """Fine-tuning of mixture-of-experts models with the routed experts in CPU kernels."""
-
-
-@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every kernel, not only those in use.")] = False,
@@ -57,74 +34,6 @@ def doctor(
     else:
         _show(report, Console(), verbose)
     raise typer.Exit(0 if report.ok else 1)
-
-
-@app.command()
-def convert(
-    input_path: Annotated[Path, typer.Option(help="Checkpoint directory, or GGUF file.")],
-    output: Annotated[Path, typer.Option(help="Directory of the container, new or empty.")],
-    quant_method: Annotated[str, typer.Option(help="bf16, int8 or int4 (also moe_int8, moe_int4).")] = "int8",
-    input_type: Annotated[str, typer.Option(help="bf16, fp16, fp8, gguf, or auto: what it is.")] = "auto",
-    int4_group_size: Annotated[int, typer.Option(help="Weights that share a scale in int4: 32, 64 or 128.")] = 32,
-    verify: Annotated[bool, typer.Option("--verify", help="Read all of it back and compare with the source.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a container of other settings.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads; default: the physical cores.")] = None,
-) -> None:
-    """Pack the experts of a checkpoint once, for `kt_weight_path`: loads in seconds, shared by all processes.
-
-    Interrupted, it goes on where it stopped when it is run again. Exit code 2 on errors.
-    """
-    from kt_sft import env
-    from kt_sft.config import KTConfig
-    from kt_sft.errors import KTError
-    from kt_sft.integrations.converting import convert_checkpoint
-
-    console = Console()
-    try:
-        config = KTConfig(method=quant_method, int4_group_size=int4_group_size, threads=threads)
-        options = {"input_type": input_type, "overwrite": overwrite, "check": verify}
-        result = convert_checkpoint(input_path, output, config, **options, bar=partial(progress_bar, console))
-    except KTError as error:
-        if env.traceback():
-            raise
-        Console(stderr=True).print(f"kt-sft convert: error: {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
-    console.print(_error_table(result.manifest))
-    amount = result.manifest.blob_bytes
-    size = f"{amount / GIB:.2f} GiB" if amount >= GIB else f"{amount / MIB:.1f} MiB"
-    state = "written" if result.is_new else "was complete already"
-    checked = ", read back and compared" if verify else ""
-    console.print(
-        f"{escape(str(output))}: {state}, {size}, {len(result.manifest.layers)} layers{checked}", soft_wrap=True
-    )
-
-
-@contextmanager
-def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar over experts or tensors; gives the function that moves it."""
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        "left",
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=total)
-
-        def move(done: int, _total: int, layer: str) -> None:
-            progress.update(task, completed=done, description=f"{what} {escape(layer)}")
-
-        yield move
-
-
-def _error_table(manifest: Manifest) -> Table:
-    """Rounding of each kind of matrix, of the weights relative to the source in bf16."""
-    table = Table("matrix", "rel-L2 of the weights", "largest of one expert")
-    for projection, (typical, largest) in manifest.errors().items():
-        table.add_row(projection, f"{typical:.2%}", f"{largest:.2%}")
-    return table
 
 
 def _show(report: Report, console: Console, verbose: bool) -> None:
@@ -204,7 +113,3 @@ def _version_table(report: Report) -> Table:
             row["name"], row["installed"] or "not installed", escape(row["supported"] or ""), MARKS[row["ok"]]
         )
     return table
-
-
-if __name__ == "__main__":
-    app()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from kt_sft.cli.console import errors_in_one_line
 from kt_sft.errors import GIB
 from kt_sft.placement.plan import groups
 
@@ -28,17 +29,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show what goes where, and the memory of each device, without weights or a GPU. Exit code 2 on errors."""
-    from kt_sft import env
-    from kt_sft.errors import KTError
-    from kt_sft.integrations.llamafactory.planning import plan_run
+    with errors_in_one_line("plan"):
+        from kt_sft.integrations.llamafactory.planning import plan_run
 
-    try:
         result = plan_run(run, overrides or (), device=device)
-    except KTError as error:
-        if env.traceback():
-            raise
-        Console(stderr=True).print(f"kt-sft plan: error: {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
         return

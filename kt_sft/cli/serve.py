@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from kt_sft import env
-from kt_sft.errors import ConfigError, KTError
+from kt_sft.cli.console import errors_in_one_line
+from kt_sft.errors import ConfigError
 
 if TYPE_CHECKING:
     from kt_sft.serving.bench_client import Settings
@@ -45,7 +44,7 @@ def serve(
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
 ) -> None:
     """Serve a model on OpenAI's and Ollama's routes; Ctrl-C ends it. Exit code 2 on errors."""
-    with _one_line_errors("serve"):
+    with errors_in_one_line("serve"):
         _require("serve", "fastapi", "uvicorn", "llamafactory")
         is_stopped = _serve(
             config, (host, port), api_key or env.api_key(), log_level,
@@ -100,7 +99,7 @@ def bench_serve(
 
     Exit code 1 if no request was answered, 2 if the server cannot be measured.
     """
-    with _one_line_errors("bench serve"):
+    with errors_in_one_line("bench serve"):
         _require("bench serve", "httpx")
         from kt_sft.serving.bench_client import Settings
 
@@ -162,16 +161,3 @@ def _require(command: str, *packages: str) -> None:
             f"kt-sft {command} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
             "pip install 'kt_sft[serve,llamafactory]'"
         )
-
-
-@contextmanager
-def _one_line_errors(command: str) -> Iterator[None]:
-    try:
-        yield
-    except KTError as error:
-        if env.traceback():
-            raise
-        Console(stderr=True).print(f"kt-sft {command}: error: {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None

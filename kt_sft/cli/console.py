@@ -1,0 +1,48 @@
+"""What the commands share on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from kt_sft import env
+from kt_sft.errors import KTError
+
+
+@contextmanager
+def errors_in_one_line(command: str) -> Iterator[None]:
+    """Show our own errors as one line and leave with status 2, after Ctrl-C with 130; KT_SFT_TRACEBACK=1 shows all."""
+    try:
+        yield
+    except KTError as error:
+        if env.traceback():
+            raise
+        Console(stderr=True).print(f"kt-sft {command}: error: {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar over experts or tensors; gives the function that moves it."""
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        "left",
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total)
+
+        def move(done: int, _total: int, layer: str) -> None:
+            progress.update(task, completed=done, description=f"{what} {escape(layer)}")
+
+        yield move
