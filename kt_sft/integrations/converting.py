@@ -16,7 +16,7 @@ from kt_sft.config import KTConfig
 from kt_sft.convert.plan import ConvertPlan, finished_manifest, plan_conversion
 from kt_sft.convert.run import Progress, convert
 from kt_sft.convert.verify import verify
-from kt_sft.errors import ConfigError
+from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.packed_manifest import Manifest
@@ -99,6 +99,9 @@ def open_source(
         ConfigError: the checkpoint is not of the input type, or is a container already.
     """
     path = Path(path)
+    if not path.exists():  # a name that could be a hub's is none here: its files are wanted
+        expected = "a checkpoint directory or a GGUF file"
+        raise FormatError(path, "checkpoint", expected=expected, found="nothing", remedy="correct the path")
     if is_container(path):
         raise ConfigError(f"input-path: expected a checkpoint, found a packed container in {path}")
     folder = path.parent if path.is_file() else path

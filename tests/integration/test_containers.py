@@ -245,6 +245,7 @@ def test_command_line_names_everything_in_one_line(made, tmp_path):
         (["--input-type", "fp16"], "input-type: expected fp16, found BF16"),
         (["--input-type", "pdf"], "input-type: expected one of"),
         (["--int4-group-size", "48"], "int4_group_size: expected one of"),
+        (["--input-path", "nowhere"], "nowhere: checkpoint: expected a checkpoint directory or a GGUF file, found not"),
     ):
         refused = CliRunner().invoke(app, [*arguments, *more])
         assert refused.exit_code == 2 and match in refused.output.replace("\n", " "), refused.output
