@@ -12,7 +12,7 @@ import mmap
 import re
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +21,8 @@ import numpy as np
 
 from kt_sft.errors import FormatError
 from kt_sft.formats.ggml_types import GGML_TYPE_BY_NUMBER, GgmlType
-from kt_sft.formats.tensor_errors import check_shape, missing_tensor, repeated_tensor
+from kt_sft.formats.tensor_errors import check_shape, repeated_tensor
+from kt_sft.formats.tensor_index import TensorIndex
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,16 +68,15 @@ class GgufTensor:
         return rows * self.row_bytes
 
 
-class GgufIndex:
+class GgufIndex(TensorIndex[GgufTensor]):
     """Metadata and tensors of a GGUF file or of a set of split files.
 
     `metadata` maps keys to int, float, bool, str, or for arrays to a numpy array or a list.
     """
 
     def __init__(self, source: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor]):
-        self.source = source
+        super().__init__(source, tensors)
         self.metadata = metadata
-        self._tensors = tensors
         self._maps: dict[Path, np.ndarray] = {}
 
     @classmethod
@@ -103,27 +103,6 @@ class GgufIndex:
         if len(files) > 1 and total is not None and total != len(tensors):
             raise FormatError(files[0], "tensors of all parts", expected=total, found=len(tensors), remedy=_AGAIN)
         return cls(path, metadata, tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __iter__(self) -> Iterator[str]:
-        """Tensor names in file order."""
-        return iter(self._tensors)
-
-    def info(self, name: str) -> GgufTensor:
-        """Directory entry of a tensor.
-
-        Raises:
-            FormatError: there is no such tensor.
-        """
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise missing_tensor(self.source, name) from None
 
     def expect(self, name: str, shape: Sequence[int]) -> GgufTensor:
         """Check a tensor against the shape that the model needs.
@@ -157,14 +136,7 @@ class GgufIndex:
             return torch.from_numpy(part)
 
     def close(self) -> None:
-        """Drop the file mappings; tensors already returned stay valid."""
         self._maps.clear()
-
-    def __enter__(self) -> GgufIndex:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _Header:

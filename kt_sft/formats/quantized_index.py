@@ -12,7 +12,7 @@ Three public formats are read beside plain floating point, described by `quantiz
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.safetensors_index import SafetensorsIndex, TensorInfo
 from kt_sft.formats.tensor_errors import INCOMPLETE, SAME_MODEL
+from kt_sft.formats.tensor_index import TensorIndex
 from kt_sft.native import native
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _is_sizes(values: Any, count: int) -> bool:
     return isinstance(values, list) and len(values) == count and all(type(v) is int and v > 0 for v in values)
 
 
-class QuantizedIndex:
+class QuantizedIndex(TensorIndex[TensorInfo]):
     """A `SafetensorsIndex` in which a quantised weight and its scales are one tensor, dequantised when it is read.
 
     Args:
@@ -106,11 +107,10 @@ class QuantizedIndex:
     """
 
     def __init__(self, index: SafetensorsIndex, quantization: Quantization | None):
+        super().__init__(index.source, {})
         self._index = index
         self._quantization = quantization
-        self._tensors: dict[str, TensorInfo] = {}
         self._scales: dict[str, str] = {}
-        self.source: Path = index.source
         hidden: set[str] = set()
         for key in index if quantization is not None else ():
             if quantization.dtype == FP8 and index.info(key).dtype == FP8:
@@ -165,16 +165,6 @@ class QuantizedIndex:
             raise FormatError(file, f"tensor {key}", expected=expected, found="no such tensor", remedy=INCOMPLETE)
         return self._index.info(scale_key)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __iter__(self) -> Iterator[str]:
-        """Tensor names in file order, quantised ones first."""
-        return iter(self._tensors)
-
     @property
     def quantized(self) -> Iterable[str]:
         """Names of the quantised tensors."""
@@ -200,10 +190,6 @@ class QuantizedIndex:
             remedy = "use method INT4, INT8 or BF16, which round"
             raise FormatError(scales.file, what, expected="BF16 for RAWINT4", found=scales.dtype, remedy=remedy)
         return self._index.read(name + _PACKED).view(torch.uint8), self._index.read(self._scales[name])
-
-    def info(self, name: str) -> TensorInfo:
-        """Entry of a tensor, quantised ones with their shape in numbers; see `SafetensorsIndex.info`."""
-        return self._tensors[name] if name in self._tensors else self._index.info(name)
 
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[str] = ()) -> TensorInfo:
         """See `SafetensorsIndex.expect`."""
@@ -242,14 +228,7 @@ class QuantizedIndex:
         return torch.stack([matrix(name, (expert,), scale[expert], part) for expert in experts])
 
     def close(self) -> None:
-        """Drop the file mappings; tensors already returned stay valid."""
         self._index.close()
-
-    def __enter__(self) -> QuantizedIndex:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _matrix(self, name: str, at: tuple[int, ...], scale: Tensor, part: int | slice) -> Tensor:
         """Rows `part` of one matrix with scales `[blocks, blocks]`."""
@@ -273,16 +252,6 @@ class QuantizedIndex:
         else:
             native().dequantize_int4(raw, scale, block_cols, out)
         return out[wanted.start - begin :: wanted.step]
-
-    def _mxfp4(self, name: str, at: tuple[int, ...], scale: Tensor, part: int | slice) -> Tensor:
-        """Rows `part` of one expert's `[k, n]`, a view with the strides of `[n, k]`."""
-        import torch
-
-        inputs, outputs = self.info(name).shape[-2:]
-        out = torch.empty(outputs, inputs, dtype=torch.bfloat16)
-        native().dequantize_mxfp4(self._index.read(name + _BLOCKS, at).flatten(1), scale.contiguous(), out)
-        return out.mT[part]
-        return out
 
     def _mxfp4(self, name: str, at: tuple[int, ...], scale: Tensor, part: int | slice) -> Tensor:
         """Rows `part` of one expert's `[k, n]`, a view with the strides of `[n, k]`."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import FormatError
-from kt_sft.formats.tensor_errors import check_shape, missing_tensor, repeated_tensor
+from kt_sft.formats.tensor_errors import check_shape, repeated_tensor
+from kt_sft.formats.tensor_index import TensorIndex
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,16 +57,12 @@ class TensorInfo:
             )
 
 
-class SafetensorsIndex:
-    """All tensors of a checkpoint by name.
-
-    Use `from_directory` or `from_files`; close it, or use it as a context manager, to drop the file mappings.
-    """
+class SafetensorsIndex(TensorIndex[TensorInfo]):
+    """All tensors of a checkpoint by name, in file order; use `from_directory` or `from_files`."""
 
     def __init__(self, tensors: dict[str, TensorInfo], source: Path):
-        self._tensors = tensors
+        super().__init__(source, tensors)
         self._open: dict[Path, Any] = {}
-        self.source = source
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> SafetensorsIndex:
@@ -126,27 +123,6 @@ class SafetensorsIndex:
                 tensors[name] = info
         return cls(tensors, Path(source) if source is not None else files[0].parent)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __iter__(self) -> Iterator[str]:
-        """Tensor names in file order."""
-        return iter(self._tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        """Header entry of a tensor.
-
-        Raises:
-            FormatError: the checkpoint has no such tensor.
-        """
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise missing_tensor(self.source, name) from None
-
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[str] = ()) -> TensorInfo:
         """Check a tensor's header against the shape (and storage dtypes) that the model needs.
 
@@ -170,16 +146,9 @@ class SafetensorsIndex:
         return part[rows] if rows else part[...]
 
     def close(self) -> None:
-        """Drop the file mappings; tensors already returned stay valid."""
         while self._open:
             _, handle = self._open.popitem()
             handle.__exit__(None, None, None)
-
-    def __enter__(self) -> SafetensorsIndex:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _check_weight_map(self, index_path: Path, weight_map: dict[str, str]) -> None:
         for name, file in weight_map.items():
