@@ -17,80 +17,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
-from safetensors.torch import save_file
 
 from benchmarks import session
+from benchmarks.checkpoints import deepseek_v2_lite, write_checkpoint
 from benchmarks.harness import ROOT
 from benchmarks.loading_worker import mapped_kib
 
 MIB, GIB = 1 << 20, 1 << 30
 PEAK_GIB, LOAD_SECONDS, SHARE = 1.5, 3.0, 0.55  # the targets; two sharers have half each
 CPU_LINEARS = ("bf16", "off")  # the last is what two processes share; with a GPU there is nothing else
-
-
-def write_checkpoint(folder: Path, layers: int, kind: str) -> int:
-    """One dense layer and `layers` MoE layers, one file per layer; bytes of the experts.
-
-    Args:
-        kind: of the experts: `bf16`, or `fp8` as DeepSeek-V3 has it, e4m3 with a scale per block of 128 x 128.
-    """
-    import transformers
-
-    config = transformers.DeepseekV2Config(
-        hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2,
-        num_experts_per_tok=6, num_hidden_layers=1 + layers, first_k_dense_replace=1, vocab_size=102400,
-        num_attention_heads=16, num_key_value_heads=16, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128,
-        qk_rope_head_dim=64, v_head_dim=128, topk_method="greedy", n_group=1, topk_group=1,
-        max_position_embeddings=4096, dtype=torch.bfloat16,
-    )  # fmt: skip
-    folder.mkdir(parents=True)
-    if kind == "fp8":
-        config.quantization_config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    config.architectures = ["DeepseekV2ForCausalLM"]
-    config.save_pretrained(folder)
-    config.quantization_config = None
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    weight_map, expert_bytes = {}, 0
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        values = torch.empty(shape, dtype=torch.float32).normal_(generator=generator)
-        return values.mul_(shape[-1] ** -0.5).to(torch.bfloat16)
-
-    def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-
-    others = {}
-    for name, parameter in model.named_parameters():
-        if ".experts." not in name:
-            others[name] = random(*parameter.shape) if parameter.dim() > 1 else torch.ones(parameter.shape).bfloat16()
-    save("model-others.safetensors", others)
-    hidden, inter = config.hidden_size, config.moe_intermediate_size
-    for layer in range(1, 1 + layers):
-        tensors = {}
-        for expert in range(config.n_routed_experts):
-            prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-            for name, shape in (("gate", (inter, hidden)), ("up", (inter, hidden)), ("down", (hidden, inter))):
-                tensors |= stored(f"{prefix}.{name}_proj.weight", random(*shape), kind)
-        expert_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        save(f"model-layer-{layer:02d}.safetensors", tensors)
-    content = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
-    return expert_bytes
-
-
-def stored(key: str, w: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
-    """A matrix as the checkpoint has it; both sides are multiples of 128."""
-    if kind == "bf16":
-        return {key: w}
-    blocks = w.float().view(w.shape[0] // 128, 128, w.shape[1] // 128, 128)
-    scale = blocks.abs().amax((1, 3)) / 448
-    q = (blocks / scale[:, None, :, None]).view(w.shape).to(torch.float8_e4m3fn)
-    return {key: q, f"{key}_scale_inv": scale}
 
 
 def start(*arguments: object) -> subprocess.Popen:
@@ -208,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     running = session.open_session(options, "loading", f"{options.layers} layers")
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         source = Path(place) / "checkpoint"
-        source_bytes = write_checkpoint(source, options.layers, options.source)
+        source_bytes = write_checkpoint(source, deepseek_v2_lite(options.layers), options.source)
         what = {"model": "DeepSeek-V2-Lite shape", "layers": options.layers, "source": options.source}
         what["source_bytes"] = source_bytes
         cases = [{**what, **measure(Path(place), source, method)} for method in options.methods]

@@ -6,7 +6,7 @@ import mmap
 
 import torch
 
-from benchmarks import bench_loading, harness, loading_worker, report
+from benchmarks import bench_loading, checkpoints, harness, loading_worker, report
 
 
 def loading_case(**changes):
@@ -50,7 +50,7 @@ def test_the_page_has_a_section_on_loading(tmp_path):
 
 def test_fp8_checkpoint_holds_blocks_of_128_with_a_scale_each():
     w = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    q, scale = bench_loading.stored("w", w, "fp8").values()
+    q, scale = checkpoints.stored("w", w, "fp8").values()
     restored = (q.float().view(2, 128, 1, 128) * scale[:, None, :, None]).view(w.shape)
     assert scale.shape == (2, 1) and ((restored - w).norm() / w.norm()).item() < 0.04
 
