@@ -5,7 +5,8 @@
 Predicts the rows of examples/data/kt_sft_identity_eval.json, none of which is in the training data, with the model as
 it was and with the trained adapter (BLEU, ROUGE, token accuracy), and once more with the adapter in stock
 LLaMA-Factory, transformers and PEFT without kt_sft: the same greedy tokens are wanted until a step at which rounding
-decides. Writes docs/evaluation.md. `make demo` must have trained the adapter.
+decides. The same questions are then put to `llamafactory-cli chat`, to `llamafactory-cli api` in concurrent streams and
+to `kt-sft serve` by an Ollama client. Writes docs/evaluation.md. `make demo` must have trained the adapter.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import surfaces
 import typer
 import yaml
 from generation_parity import Divergence, Pair, explain
@@ -39,6 +41,11 @@ METRICS = {
     "predict_rouge-1": "ROUGE-1",
     "predict_rouge-2": "ROUGE-2",
     "predict_rouge-l": "ROUGE-L",
+}
+SURFACES = {
+    "`llamafactory-cli chat`": surfaces.chat,
+    f"`llamafactory-cli api`, openai package, {surfaces.STREAMS} streams at a time": surfaces.api,
+    "`kt-sft serve`, ollama package": surfaces.ollama,
 }
 RUN = """
 import json, sys
@@ -114,10 +121,34 @@ def figures(name: str, *, scored: bool = True) -> Figures:
     return Figures({key: found[key] for key in METRICS}, accuracy, [json.loads(line) for line in lines])
 
 
-def page(before: Figures, after: Figures, stock: Figures, divergences: list[Divergence]) -> str:
+def talking(adapter: Path) -> Path:
+    """The configuration of chat and servers; answers are those of batch evaluation but for its batches."""
+    keys = yaml.safe_load((ROOT / TRAIN_YAML).read_text(encoding="utf-8"))
+    kept = ("finetuning_type", "template", "default_system", "kt_method")
+    values = {key: keys[key] for key in kept} | {
+        "model_name_or_path": str(ROOT / keys["model_name_or_path"]),
+        "adapter_name_or_path": str(ROOT / adapter),
+        "use_kt": True,
+        "infer_dtype": "bfloat16",
+        "do_sample": False,
+        "max_new_tokens": MAX_NEW_TOKENS,
+    }
+    file = ROOT / OUTPUT / "talk.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return file
+
+
+def same_answers(ours: list[str], others: list[str]) -> int:
+    return sum(a.strip() == b.strip() for a, b in zip(ours, others, strict=True))
+
+
+def page(
+    before: Figures, after: Figures, stock: Figures, divergences: list[Divergence], spoken: dict[str, list[str]]
+) -> str:
     """docs/evaluation.md."""
     rows = len(after.answers)
-    same = sum(ours["predict"] == other["predict"] for ours, other in zip(after.answers, stock.answers, strict=True))
+    ours, labels = ([row[key] for row in after.answers] for key in ("predict", "label"))
+    same = same_answers(ours, [row["predict"] for row in stock.answers])
     head = "|".join(f" {name} " for name in METRICS.values())
 
     def line(name: str, of: Figures) -> str:
@@ -137,6 +168,16 @@ def page(before: Figures, after: Figures, stock: Figures, divergences: list[Dive
         line("fine-tuned", after),
         line("fine-tuned, without kt_sft: stock LLaMA-Factory, transformers, PEFT", stock),
         "",
+        "The fine-tuned model again, through what users talk to, with the same questions. Batches of several questions",
+        "round otherwise than one question alone, so a few answers part where two tokens are as good as equal.",
+        "",
+        "| asked through | the very answer of batch evaluation | the very text of the data |",
+        "|---|---:|---:|",
+        *(
+            f"| {name} | {same_answers(ours, answers)} of {rows} | {same_answers(labels, answers)} of {rows} |"
+            for name, answers in {"batch evaluation": ours, **spoken}.items()
+        ),
+        "",
         "## The same tokens as without kt_sft",
         "",
         f"{same} of {rows} answers are the same to the last token. The others part at a step where the",
@@ -154,11 +195,17 @@ def page(before: Figures, after: Figures, stock: Figures, divergences: list[Dive
     return "\n".join(text) + "\n"
 
 
-def faults(before: Figures, after: Figures, divergences: list[Divergence]) -> list[str]:
+def faults(before: Figures, after: Figures, divergences: list[Divergence], spoken: dict[str, list[str]]) -> list[str]:
     """What is not as it should be."""
     found = []
     if after.metrics["predict_rouge-l"] < before.metrics["predict_rouge-l"] + 20:
         found.append("fine-tuning raised ROUGE-L by less than 20 points")
+    ours = [row["predict"] for row in after.answers]
+    found += [
+        f"{name}: more than a tenth of the answers differ from those of batch evaluation"
+        for name, answers in spoken.items()
+        if same_answers(ours, answers) < 0.9 * len(ours)
+    ]
     found += [
         f"{d.question}: margin {d.margin:.3f} at step {d.step}, rounding explains {d.bound:.3f}"
         for d in divergences
@@ -188,10 +235,14 @@ def main(rows: Annotated[int, typer.Option(help="Questions to ask.")] = 52) -> N
             if ours["predict"] != other["predict"]
         ]
         divergences = explain(ROOT / keys["model_name_or_path"], ROOT / adapter, different)
-    text = page(before, after, stock, divergences)
+    spoken, file = {}, talking(adapter)
+    for name, ask in SURFACES.items():
+        with console.status(f"asking through {name} ..."):
+            spoken[name] = ask(file, questions[: len(after.answers)])
+    text = page(before, after, stock, divergences, spoken)
     PAGE.write_text(text, encoding="utf-8")
     console.print(text, markup=False, highlight=False)
-    if found := faults(before, after, divergences):
+    if found := faults(before, after, divergences, spoken):
         raise SystemExit("\n".join(f"error: {fault}" for fault in found))
 
 
