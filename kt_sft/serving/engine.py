@@ -7,6 +7,7 @@ every stream move, so a short question need not wait for the end of a long answe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -51,7 +52,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         self._cancelled = threading.Event()
-        self._timer = self._loop.call_later(engine.timeout_s, self._time_out)
+        self._timer = self._loop.call_later(engine.timeout_s, self._time_out)  # keeps this object alive
 
     def cancel(self, error: Exception | None = None) -> None:
         """End it at the next token, and its iteration now.
@@ -62,6 +63,8 @@ class Generation:
         self._cancelled.set()
         self._engine.withdraw(self)
         self.put(error or Cancelled())
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its timers with it
+            self._loop.call_soon_threadsafe(self._timer.cancel)
 
     def check(self) -> None:
         """Raise `Cancelled` if it was."""
@@ -82,7 +85,6 @@ class Generation:
                     raise event
                 yield event
         finally:
-            self._timer.cancel()
             self.cancel()
 
     async def text(self) -> str:
@@ -100,7 +102,7 @@ class Engine:
 
     Args:
         slots: generations that move at the same time; each holds a KV cache.
-        max_waiting: further ones that wait for a slot; more are refused.
+        max_waiting: further ones that wait for a slot when all are taken; more are refused.
         timeout_s: of a request, waiting included.
     """
 
@@ -117,6 +119,11 @@ class Engine:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def capacity(self) -> int:
+        """Generations that it takes at a time."""
+        return self.slots + self.max_waiting
+
     def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> Generation:
         """Queue a generation; call it from the event loop that will iterate over it.
 
@@ -126,7 +133,7 @@ class Engine:
         with self._changed:
             if self._is_closing:
                 raise RequestError(503, "the server is shutting down", code="shutting_down")
-            if len(self._waiting) >= self.max_waiting:
+            if len(self._active) + len(self._waiting) >= self.capacity:
                 message = f"{self.slots} requests are being answered and {self.max_waiting} wait; try again later"
                 raise RequestError(503, message, code="overloaded")
             generation = Generation(self, prompt_ids, sampling)

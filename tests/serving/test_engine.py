@@ -140,6 +140,21 @@ def test_waiting_requests_are_served_in_order_and_too_many_refused():
     assert chat.prompts == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize(("slots", "max_waiting"), [(4, 0), (4, 1), (2, 3)])
+def test_idle_slots_are_there_for_requests_that_come_at_once(slots, max_waiting):
+    chat = FakeChat("ab")
+    chat.gate.clear()
+
+    async def scenario(engine):
+        taken = [ask(engine) for _ in range(slots + max_waiting)]
+        with pytest.raises(RequestError, match="try again later"):
+            ask(engine)
+        chat.gate.set()
+        return await asyncio.gather(*(one.text() for one in taken))
+
+    assert run(scenario, chat, slots=slots, max_waiting=max_waiting) == ["ab"] * (slots + max_waiting)
+
+
 def test_cancelled_generation_stops_at_the_next_token_and_frees_its_slot():
     chat = FakeChat("a" * 1000, delay_s=0.002)
 
@@ -230,6 +245,20 @@ def test_finished_generations_are_not_kept():
         return [ref() for ref in kept]
 
     assert run(scenario) == [None] * 5
+
+
+def test_cancelled_generations_that_nobody_reads_are_not_kept():
+    async def scenario(engine):
+        one = ask(engine)
+        kept = weakref.ref(one)
+        await asyncio.to_thread(wait_until, lambda: engine.counts() == (0, 0))
+        await asyncio.to_thread(one.cancel)
+        del one
+        await asyncio.sleep(0.05)
+        gc.collect()
+        return kept()
+
+    assert run(scenario) is None
 
 
 def test_numbers_of_an_answer():

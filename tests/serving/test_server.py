@@ -120,7 +120,12 @@ def test_slow_answer_times_out_with_an_error():
 def test_full_queue_is_503_with_retry_after():
     chat = FakeChat("ab")
     with running(chat, slots=1, max_waiting=0) as (url, engine):
-        response = httpx.post(f"{url}/v1/completions", json=ROUTES["/v1/completions"])
+        assert httpx.post(f"{url}/v1/completions", json=ROUTES["/v1/completions"]).status_code == 200
+        wait_until(lambda: engine.counts() == (0, 0))
+        chat.gate.clear()
+        with httpx.stream("POST", f"{url}/api/chat", json=ROUTES["/api/chat"]):
+            wait_until(lambda: engine.counts() == (1, 0))
+            response = httpx.post(f"{url}/v1/completions", json=ROUTES["/v1/completions"])
         assert response.status_code == 503 and response.headers["retry-after"] == "1"
 
 
