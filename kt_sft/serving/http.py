@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from kt_sft.serving.errors import RequestError
@@ -25,13 +25,16 @@ async def parse(request: Request, model: type[Model]) -> Model:
     """The body as `model`, whatever its content type says.
 
     Raises:
-        RequestError: too long, no JSON object, or a field that is not what it should be.
+        RequestError: too long or cut off, no JSON object, or a field that is not what it should be.
     """
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB, the limit of this server")
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_BODY_BYTES:
+                raise RequestError(413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB, the limit of this server")
+    except ClientDisconnect:
+        raise RequestError(CLIENT_GONE, "the client went before the end of its request") from None
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:

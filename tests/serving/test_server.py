@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -54,6 +55,15 @@ def test_client_that_goes_before_its_answer_frees_its_slot(route):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url + route, json={**ROUTES[route], "stream": False}, timeout=0.5)
         wait_until(lambda: engine.counts() == (0, 0))
+
+
+def test_client_that_goes_while_it_sends_leaves_no_traceback(caplog, monkeypatch):
+    with running(FakeChat()) as (url, _):
+        monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        assert httpx.get(f"{url}/health").status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_client_that_goes_while_it_waits_is_never_computed():
