@@ -57,6 +57,9 @@ def conversation(messages: list[ChatMessage]) -> tuple[list[dict[str, str]], str
             raise RequestError(400, f"{where}.role: expected {_known()}, found {message.role!r}", param="messages")
         role = ROLES[message.role]
         if message.tool_calls:
+            if text.strip():
+                reason = "templates take either content or tool_calls; leave one of them out"
+                raise RequestError(400, f"{where}: {reason}", param="messages")
             role, text = "function", json.dumps([_call(call) for call in message.tool_calls], ensure_ascii=False)
         if role == "observation" and turns and turns[-1]["role"] == role:  # results of calls made at once
             turns[-1]["content"] += f"\n{text}"

@@ -19,7 +19,7 @@ from kt_sft.serving.errors import RequestError, unknown_model
 from kt_sft.serving.http import EventStream, or_disconnect, parse
 from kt_sft.serving.messages import ChatMessage, encode
 from kt_sft.serving.openai_schema import Seed
-from kt_sft.serving.sampling import room_for_answer, stop_strings, uses_adapter
+from kt_sft.serving.sampling import room_for_answer, stop_strings, top_k, uses_adapter
 
 NDJSON = "application/x-ndjson"
 Shape = Callable[[str, list[ToolCall]], dict[str, Any]]  # text and calls -> the fields that carry them
@@ -30,11 +30,11 @@ class Options(BaseModel):
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: Seed | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Seed | None = None  # negative: a random one
     stop: str | list[str] | None = None
     num_predict: Annotated[int, Field(ge=-2)] | None = None  # negative: as much as fits
 
@@ -155,7 +155,7 @@ async def _lines(
 async def _as_text(lines: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     try:
         async for line in lines:
-            yield json.dumps(line, ensure_ascii=False) + "\n"
+            yield json.dumps(line) + "\n"
     except RequestError as error:
         yield json.dumps(error_body(error)) + "\n"
 
@@ -216,11 +216,11 @@ def _sampling(facts: ModelFacts, body: Body, prompt: list[int]) -> Sampling:
         max_tokens=room_for_answer(facts, prompt, facts.context_length if fills else asked or None, cuts=True),
         temperature=options.temperature,
         top_p=options.top_p,
-        top_k=options.top_k or None,
+        top_k=top_k(options.top_k),
         repetition_penalty=options.repeat_penalty,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        seed=options.seed,
+        presence_penalty=options.presence_penalty or 0.0,
+        frequency_penalty=options.frequency_penalty or 0.0,
+        seed=None if options.seed is None or options.seed < 0 else options.seed,
         stop=stop_strings(options.stop),
         adapter=adapter,
     )

@@ -21,7 +21,7 @@ from kt_sft.serving.http import EventStream, or_disconnect, parse
 from kt_sft.serving.messages import encode
 from kt_sft.serving.openai_schema import ChatRequest, CompletionRequest
 from kt_sft.serving.openai_schema import Request as Body
-from kt_sft.serving.sampling import room_for_answer, stop_strings, uses_adapter
+from kt_sft.serving.sampling import room_for_answer, stop_strings, top_k, uses_adapter
 
 MAX_PROMPTS = 64
 DONE = "data: [DONE]\n\n"
@@ -55,7 +55,7 @@ class Reply:
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         """One event of a stream."""
         usage = {"usage": None} if self.body.includes_usage else {}
-        return f"data: {json.dumps(self.envelope(choices, **usage, **more), ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(self.envelope(choices, **usage, **more))}\n\n"
 
 
 def router(engine: Engine) -> APIRouter:
@@ -132,6 +132,11 @@ def _prompts(engine: Engine, prompt: str | list[Any]) -> list[list[int]]:
 def _submit(engine: Engine, body: Body, prompts: list[list[int]], adapter: bool) -> list[Generation]:
     """Queue `n` generations for every prompt, or none."""
     stop = stop_strings(body.stop)
+    count, most = len(prompts) * (body.n or 1), engine.capacity
+    if count > most:
+        param = "prompt" if len(prompts) > most else "n"
+        message = f"{param}: expected at most {most} answers, all that this server takes at a time, found {count}"
+        raise RequestError(400, message, param=param)
     limits = [room_for_answer(engine.backend.facts, prompt, body.limit, cuts=False) for prompt in prompts]
     generations: list[Generation] = []
     try:
@@ -141,7 +146,7 @@ def _submit(engine: Engine, body: Body, prompts: list[list[int]], adapter: bool)
                     max_tokens=max_tokens,
                     temperature=body.temperature,
                     top_p=body.top_p,
-                    top_k=body.top_k,
+                    top_k=top_k(body.top_k),
                     repetition_penalty=body.repetition_penalty,
                     presence_penalty=body.presence_penalty or 0.0,
                     frequency_penalty=body.frequency_penalty or 0.0,
@@ -221,7 +226,7 @@ def _last(generations: list[Generation], reply: Reply) -> str:
     if not reply.body.includes_usage:
         return DONE
     event = reply.envelope([], usage=_usage(generations))
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n{DONE}"
+    return f"data: {json.dumps(event)}\n\n{DONE}"
 
 
 async def _texts(generations: list[Generation]) -> list[str]:

@@ -11,19 +11,32 @@ from kt_sft.serving.messages import ChatMessage
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-# Field -> values that mean nothing is asked; any other is refused rather than ignored.
+# Field -> values that mean nothing is asked; any other is refused rather than ignored. Names of other servers as well.
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (None, []),
     "audio": (None,),
+    "bad_words": (None, []),
     "best_of": (None, 1),
+    "chat_template_kwargs": (None, {}),
     "echo": (None, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
+    "guided_choice": (None, []),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
     "logit_bias": (None, {}),
-    "logprobs": (None, False),
+    "logprobs": (None, False),  # 0 asks for those of the tokens that were taken
     "top_logprobs": (None, 0),
+    "min_p": (None, 0, 0.0),
+    "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True),
     "prediction": (None,),
+    "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
+    "stop_token_ids": (None, []),
+    "structured_outputs": (None,),
     "suffix": (None, ""),
     "web_search_options": (None,),
 }
@@ -47,7 +60,7 @@ class Request(BaseModel):
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -61,7 +74,8 @@ class Request(BaseModel):
     def refuse_unsupported(self) -> None:
         """Raise for a field that would change the answer and that this server cannot follow."""
         for name, value in (self.model_extra or {}).items():
-            if name in NOT_SUPPORTED and value not in NOT_SUPPORTED[name]:
+            idle = NOT_SUPPORTED.get(name)
+            if idle is not None and not any(type(one) is type(value) and one == value for one in idle):
                 raise RequestError(400, f"{name}: not supported by this server; leave it out", param=name)
 
     @property
@@ -73,7 +87,7 @@ class ChatRequest(Request):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
 
     @property
     def limit(self) -> int | None:

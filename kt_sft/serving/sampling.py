@@ -29,6 +29,11 @@ def stop_strings(value: str | list[str] | None) -> tuple[str, ...]:
     return tuple(words)
 
 
+def top_k(value: int | None) -> int | None:
+    """As `Sampling` has it, 0 for all tokens; other servers also write -1."""
+    return None if value is None else max(0, value)
+
+
 def room_for_answer(facts: ModelFacts, prompt_ids: Sequence[int], max_tokens: int | None, *, cuts: bool) -> int:
     """Tokens that the answer may have.
 

@@ -94,6 +94,21 @@ def test_num_predict_is_cut_to_what_fits(client, chat, asked, given):
     assert chat.samplings[-1].max_tokens == given  # 128 tokens of context less 7 of the prompt
 
 
+def test_options_that_ask_for_nothing_are_accepted(client, chat):
+    nothing = {"presence_penalty": None, "frequency_penalty": None, "seed": -1, "top_k": -1}
+    client.generate("demo", "hi", options=nothing)
+    seen = chat.samplings[-1]
+    assert (seen.presence_penalty, seen.frequency_penalty, seen.seed, seen.top_k) == (0.0, 0.0, None, 0)
+
+
+def test_lines_end_where_any_client_sees_their_end():
+    ollama = pytest.importorskip("ollama")
+    text = "a\u2028b\u2029c\x85d"
+    with running(FakeChat(text)) as (url, _):
+        parts = list(ollama.Client(host=url).generate("demo", "x", stream=True))
+    assert "".join(part.response for part in parts) == text
+
+
 def test_nothing_to_answer_means_load(client):
     assert client.generate("demo").done_reason == "load" and client.chat("demo").done_reason == "load"
 
@@ -114,6 +129,13 @@ def test_tools_are_called_with_an_object():
         assert chat.prompts[-1].endswith("|observation:3")
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_penalties_are_numbers(url, value):
+    content = f'{{"model": "demo", "prompt": "x", "options": {{"frequency_penalty": {value}}}}}'
+    response = httpx.post(f"{url}/api/generate", content=content)
+    assert response.status_code == 400 and "options.frequency_penalty" in response.json()["error"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
@@ -124,6 +146,12 @@ def test_tools_are_called_with_an_object():
         ("generate", {"model": "demo", "prompt": "x", "images": ["aGk="]}, 400, "images: not supported"),
         ("generate", {"model": "demo", "prompt": "x" * 10_000}, 400, "context length is 128 tokens"),
         ("generate", {"model": "demo", "prompt": "x", "options": {"temperature": "hot"}}, 400, "options.temperature"),
+        (
+            "generate",
+            {"model": "demo", "prompt": "x", "options": {"presence_penalty": 3}},
+            400,
+            "options.presence_penalty",
+        ),
         ("chat", {"model": "demo", "messages": [*HI, *HI]}, 400, "expected assistant"),
         ("pull", {"model": "demo"}, 404, "/api/pull"),
     ],

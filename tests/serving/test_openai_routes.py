@@ -12,6 +12,7 @@ from tests.helpers.fake_chat import ANSWER, FACTS, FakeChat, running
 
 HI = [{"role": "user", "content": "hi"}]
 LONG = {"max_tokens": 64}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 LONE_SURROGATE = rb'{"model": "demo", "messages": [{"role": "user", "content": "\ud800"}]}'
 
 
@@ -22,7 +23,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def url(chat):
-    with running(chat) as (address, _):
+    with running(chat, slots=2, max_waiting=4) as (address, _):
         yield address
 
 
@@ -165,7 +166,18 @@ def test_tools_are_called():
         ({"top_p": 2}, 400, "top_p", "less"),
         ({"n": 99}, 400, "n", "less"),
         ({"stop": [""]}, 400, "stop", "none of them empty"),
+        ({"n": 7}, 400, "n", "at most 6 answers, all that this server takes at a time, found 7"),
+        ({"top_k": -2}, 400, "top_k", "greater than or equal to -1"),
+        ({"messages": [*HI, CALL | {"content": "well"}, *HI]}, 400, "messages", "messages.1: templates take either"),
+        ({"tool_choice": "required"}, 400, "tool_choice", "'none' or 'auto'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice", "'none' or 'auto'"),
+        ({"parallel_tool_calls": False}, 400, "parallel_tool_calls", "not supported"),
+        ({"min_p": 0.5}, 400, "min_p", "not supported"),
+        ({"min_tokens": 5}, 400, "min_tokens", "not supported"),
+        ({"stop_token_ids": [97]}, 400, "stop_token_ids", "not supported"),
+        ({"guided_json": {}}, 400, "guided_json", "not supported"),
         ({"logprobs": True}, 400, "logprobs", "not supported"),
+        ({"logprobs": 0}, 400, "logprobs", "not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     ],
 )
@@ -175,6 +187,39 @@ def test_wrong_requests_get_an_error_that_names_the_field(url, changes, status, 
     error = response.json()["error"]
     assert response.status_code == status and error["param"] == param and words in error["message"], error
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"prompt": ["x"] * 7}, "prompt", "prompt: expected at most 6 answers"),
+        ({"prompt": ["x"] * 2, "n": 4}, "n", "found 8"),
+        ({"logprobs": 0}, "logprobs", "not supported"),
+    ],
+)
+def test_wrong_completions_get_an_error_that_names_the_field(url, changes, param, words):
+    response = post(url, "/v1/completions", **{"prompt": "x", **changes})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param) and words in error["message"], error
+
+
+def test_fields_that_ask_for_nothing_are_accepted(url, chat):
+    nothing = {"tool_choice": "auto", "parallel_tool_calls": True, "min_p": 0, "logprobs": False, "logit_bias": {}}
+    for top_k in (-1, 0):
+        assert post(url, **nothing, top_k=top_k).status_code == 200 and chat.samplings[-1].top_k == 0
+    spaces = [*HI, {**CALL, "content": " "}, {"role": "tool", "content": "3"}]
+    assert post(url, messages=spaces, tool_choice="none").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_lines_end_where_any_client_sees_their_end(path):
+    text = "a\u2028b\u2029c\x85d"
+    prompt = {"messages": HI} if "chat" in path else {"prompt": "x"}
+    body = {"model": "demo", "stream": True, "stream_options": {"include_usage": True}, **prompt}
+    with running(FakeChat(text)) as (url, _), httpx.stream("POST", url + path, json=body, timeout=60) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    choices = [choice for line in lines[:-1] for choice in json.loads(line)["choices"]]
+    assert "".join(one.get("text") or one.get("delta", {}).get("content") or "" for one in choices) == text
 
 
 def test_prompt_beyond_the_context_names_the_limit(url):
