@@ -21,6 +21,7 @@ from kt_sft.serving.text import TextStream
 from kt_sft.serving.turns import Turns
 
 logger = logging.getLogger(__name__)
+CONTEXT_TOKENS = 8  # of a text, enough for the characters at its end
 
 
 class Cancelled(Exception):
@@ -43,8 +44,8 @@ class Generation:
     `cancel` may come from any thread, any number of times, also after the end.
     """
 
-    def __init__(self, engine: Engine, prompt_ids: Sequence[int], sampling: Sampling):
-        self.prompt_ids, self.sampling = prompt_ids, sampling
+    def __init__(self, engine: Engine, prompt_ids: Sequence[int], sampling: Sampling, *, continues_text: bool):
+        self.prompt_ids, self.sampling, self.continues_text = prompt_ids, sampling, continues_text
         self.finish_reason: str | None = None
         self.completion_tokens = 0
         self.timing = Timing(time.perf_counter())
@@ -124,8 +125,11 @@ class Engine:
         """Generations that it takes at a time."""
         return self.slots + self.max_waiting
 
-    def submit(self, prompt_ids: Sequence[int], sampling: Sampling) -> Generation:
+    def submit(self, prompt_ids: Sequence[int], sampling: Sampling, *, continues_text: bool = False) -> Generation:
         """Queue a generation; call it from the event loop that will iterate over it.
+
+        Args:
+            continues_text: the answer goes on with the prompt's text, so it may begin with a space.
 
         Raises:
             RequestError: too many wait, or the server stops.
@@ -136,7 +140,7 @@ class Engine:
             if len(self._active) + len(self._waiting) >= self.capacity:
                 message = f"{self.slots} requests are being answered and {self.max_waiting} wait; try again later"
                 raise RequestError(503, message, code="overloaded")
-            generation = Generation(self, prompt_ids, sampling)
+            generation = Generation(self, prompt_ids, sampling, continues_text=continues_text)
             self._waiting.append(generation)
             self._changed.notify()
         return generation
@@ -193,7 +197,8 @@ class Engine:
 
     def _run(self, generation: Generation) -> None:
         timing = generation.timing
-        text = TextStream(self.backend.decode, generation.sampling.stop)
+        context = generation.prompt_ids[-CONTEXT_TOKENS:] if generation.continues_text else ()
+        text = TextStream(self.backend.decode, generation.sampling.stop, context=context)
 
         def on_token(token: int) -> bool:
             generation.completion_tokens += 1

@@ -109,7 +109,7 @@ def router(engine: Engine) -> APIRouter:
         else:
             turns = [{"role": "user", "content": body.prompt}]
             prompt = await asyncio.to_thread(engine.backend.encode_chat, turns, body.system or None, None)
-        return await _answer(engine, request, body, prompt, lambda text, _calls: {"response": text})
+        return await _answer(engine, request, body, prompt, _response, continues_text=bool(body.raw))
 
     @routes.post("/api/chat")
     async def chat(request: Request) -> Response:
@@ -125,10 +125,17 @@ def router(engine: Engine) -> APIRouter:
 
 
 async def _answer(
-    engine: Engine, request: Request, body: Body, prompt: list[int], shape: Shape, *, has_tools: bool = False
+    engine: Engine,
+    request: Request,
+    body: Body,
+    prompt: list[int],
+    shape: Shape,
+    *,
+    has_tools: bool = False,
+    continues_text: bool = False,
 ) -> Response:
     sampling = _sampling(engine.backend.facts, body, prompt)
-    generation = engine.submit(prompt, sampling)
+    generation = engine.submit(prompt, sampling, continues_text=continues_text)
     lines = _lines(engine, generation, body.model, shape, has_tools=has_tools)
     if body.stream is not False:
         return EventStream(_as_text(lines), NDJSON, close=generation.cancel)
@@ -169,6 +176,10 @@ async def _whole(engine: Engine, generation: Generation, model: str, shape: Shap
 def _text_or_calls(engine: Engine, text: str, shape: Shape) -> dict[str, Any]:
     calls = engine.backend.tool_calls(text)
     return shape("", calls) if calls else shape(text, [])
+
+
+def _response(text: str, _calls: list[ToolCall]) -> dict[str, Any]:
+    return {"response": text}
 
 
 def _message(text: str, calls: list[ToolCall]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def router(engine: Engine) -> APIRouter:
         body.refuse_unsupported()
         adapter = uses_adapter(engine.backend.facts, body.model)
         prompts = await asyncio.to_thread(_prompts, engine, body.prompt)
-        generations = _submit(engine, body, prompts, adapter)
+        generations = _submit(engine, body, prompts, adapter, continues_text=True)
         close = partial(_cancel, generations)
         reply = Reply.to(body, "cmpl", "text_completion")
         if body.stream:
@@ -129,7 +129,9 @@ def _prompts(engine: Engine, prompt: str | list[Any]) -> list[list[int]]:
     return found
 
 
-def _submit(engine: Engine, body: Body, prompts: list[list[int]], adapter: bool) -> list[Generation]:
+def _submit(
+    engine: Engine, body: Body, prompts: list[list[int]], adapter: bool, *, continues_text: bool = False
+) -> list[Generation]:
     """Queue `n` generations for every prompt, or none."""
     stop = stop_strings(body.stop)
     count, most = len(prompts) * (body.n or 1), engine.capacity
@@ -155,7 +157,7 @@ def _submit(engine: Engine, body: Body, prompts: list[list[int]], adapter: bool)
                     ignore_eos=body.ignore_eos,
                     adapter=adapter,
                 )
-                generations.append(engine.submit(prompt, sampling))
+                generations.append(engine.submit(prompt, sampling, continues_text=continues_text))
     except RequestError:
         _cancel(generations)
         raise

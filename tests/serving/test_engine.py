@@ -9,6 +9,7 @@ import time
 import weakref
 
 import pytest
+from tokenizers import decoders
 
 from kt_sft.chat import Sampling
 from kt_sft.serving.engine import Cancelled, Engine
@@ -40,6 +41,42 @@ def test_characters_of_several_tokens_come_whole():
 def test_bytes_that_are_no_text_are_not_held_back_for_ever():
     pieces, _ = pieces_of(b"\xf0" * 30)
     assert any(pieces[:10]) and set("".join(pieces)) == {"\N{REPLACEMENT CHARACTER}"}
+
+
+def test_text_whose_tokens_never_end_with_a_character_comes_whole_and_in_time():
+    text = "x" + "字🙂" * 30
+    parts = text.encode()
+    tokens = [parts[:2], *(parts[at : at + 7] for at in range(2, len(parts), 7))]
+    stream = TextStream(lambda ids: b"".join(tokens[at] for at in ids).decode("utf-8", "replace"))
+    pieces = [stream.push(at) for at in range(len(tokens))]
+    assert "".join([*pieces, stream.finish()]) == text and all(pieces)
+
+
+def test_bytes_of_a_tokenizer_that_reads_them_in_runs_come_as_characters():
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    text = "字🙂" * 6
+    tokens = [f"<0x{byte:02X}>" for byte in text.encode()]
+    stream = TextStream(lambda ids: decoder.decode([tokens[at] for at in ids]))
+    assert "".join([*(stream.push(at) for at in range(len(tokens))), stream.finish()]) == text
+
+
+def without_first_space(ids):
+    return decode(ids).removeprefix(" ")
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "expected"),
+    [("", " b c", "b c"), ("a", " b c", " b c"), ("a ", " b", " b")],
+)
+def test_text_keeps_its_first_space_where_it_goes_on(context, answer, expected):
+    stream = TextStream(without_first_space, context=context.encode())
+    assert "".join([*(stream.push(token) for token in answer.encode()), stream.finish()]) == expected
+
+
+def test_character_that_began_in_the_context_is_given():
+    first, second = "ï".encode()
+    stream = TextStream(decode, context=[*b"na", first])
+    assert stream.push(second) + stream.push(ord("v")) == "ïv"
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,17 @@ def test_completions(client, chat):
     assert "".join(chunk.choices[0].text for chunk in stream) == ANSWER
 
 
+def test_completions_go_on_with_the_text_and_chats_begin_one():
+    chat = FakeChat(" b")
+    chat.decode = lambda ids: bytes(ids).decode("utf-8", "replace").removeprefix(" ")  # as SentencePiece
+    with running(chat) as (url, _):
+        assert post(url).json()["choices"][0]["message"]["content"] == "b"
+        assert post(url, "/v1/completions", prompt="a").json()["choices"][0]["text"] == " b"
+        body = {"model": "demo", "prompt": "a", "stream": False}
+        for raw, text in ((True, " b"), (False, "b")):
+            assert httpx.post(f"{url}/api/generate", json={**body, "raw": raw}).json()["response"] == text
+
+
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
 
