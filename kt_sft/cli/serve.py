@@ -111,7 +111,7 @@ def bench_serve(
         reports = [_measure(Settings(prompt_tokens=tokens, **common)) for tokens in _lengths(prompt_lens)]
         if json_file is not None:
             _write(json_file, json.dumps({"measurements": reports}, indent=1) + "\n")
-    if any(report["num_errors"] == report["num_requests"] for report in reports):
+    if all(report["num_errors"] == report["num_requests"] for report in reports):
         raise typer.Exit(1)
 
 
@@ -159,5 +159,5 @@ def _require(command: str, *packages: str) -> None:
     if missing:
         raise ConfigError(
             f"kt-sft {command} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
-            "pip install 'kt_sft[serve,llamafactory]'"
+            "in a clone: pip install '.[serve,llamafactory]'"
         )

@@ -22,9 +22,11 @@ def create_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
         api_key: that requests have to bring as `Authorization: Bearer KEY`; None: nobody is asked.
     """
 
+    key = None if api_key is None else api_key.encode("utf-8", "surrogateescape")  # headers are bytes, read as latin-1
+
     async def check_key(request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if api_key is None or (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), api_key.encode())):
+        if key is None or (scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key)):
             return
         raise RequestError(401, "expected `Authorization: Bearer KEY` with this server's key", code="invalid_api_key")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from kt_sft.errors import KTError
+from kt_sft.errors import ConfigError, KTError
 
 # Common words, most of them one token in most vocabularies; a probe finds out how many tokens they really are.
 WORDS = (
@@ -65,12 +65,14 @@ class Record:
 
     Args:
         arrivals: of the pieces of text.
+        finished: when the finish_reason came.
         prompt_tokens, completion_tokens: as the server says, or estimated.
         counted_by: `usage` where the server said it; `chunks`: pieces of text were counted, several tokens may be one.
     """
 
     sent: float
     arrivals: list[float] = field(default_factory=list)
+    finished: float | None = None
     ended: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -84,6 +86,13 @@ class Record:
         return self.arrivals[0] - self.sent if self.arrivals else None
 
     @property
+    def last_token_at(self) -> float | None:
+        """The end-of-answer token, which usage counts, has no text: it comes with the finish_reason."""
+        if self.counted_by == "usage" and self.finish_reason == "stop" and self.finished is not None:
+            return self.finished
+        return self.arrivals[-1] if self.arrivals else None
+
+    @property
     def prefill_rate(self) -> float | None:
         """Prompt tokens per second up to the first token, time in the server's queue included."""
         seconds = self.first_token_s
@@ -92,7 +101,7 @@ class Record:
     @property
     def decode_rate(self) -> float | None:
         """Tokens per second after the first."""
-        seconds = self.arrivals[-1] - self.arrivals[0] if self.arrivals else 0.0
+        seconds = self.last_token_at - self.arrivals[0] if self.arrivals else 0.0
         return (self.completion_tokens - 1) / seconds if seconds > 0 and self.completion_tokens > 1 else None
 
     @property
@@ -130,9 +139,11 @@ class Bench:
 
         Raises:
             ServerUnusable: not even the probe was answered.
+            ConfigError: the address is none.
         """
         settings = self.settings
-        headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+        key = (settings.api_key or "").encode("utf-8", "surrogateescape")
+        headers = {b"Authorization": b"Bearer " + key} if key else {}
         limits = httpx.Limits(max_connections=settings.concurrent)
         async with httpx.AsyncClient(
             headers=headers, timeout=settings.timeout_s, limits=limits, transport=self._transport
@@ -196,6 +207,8 @@ class Bench:
                     return record
                 async for event in _events(response):
                     self._note(record, event)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"--api-url: expected http://HOST:PORT, found {self.settings.url!r} ({error})") from None
         except (httpx.HTTPError, OSError, ValueError) as error:
             record.error = f"{type(error).__name__}: {error}".rstrip(": ")
         else:
@@ -206,15 +219,17 @@ class Bench:
 
     def _note(self, record: Record, event: dict[str, Any]) -> None:
         """Take one event of the stream into the record."""
+        now = self._now()
         if "error" in event:
             record.error = _message(json.dumps(event))
         for choice in event.get("choices") or []:
             delta = choice.get("delta") or {}
             if any(delta.get(key) for key in ("content", "reasoning_content", "reasoning", "tool_calls")):
-                record.arrivals.append(self._now())
+                record.arrivals.append(now)
                 if record.counted_by == "chunks":
                     record.completion_tokens += 1
-            record.finish_reason = choice.get("finish_reason") or record.finish_reason
+            if reason := choice.get("finish_reason"):
+                record.finish_reason, record.finished = reason, now
         if usage := event.get("usage"):
             record.prompt_tokens = usage.get("prompt_tokens") or record.prompt_tokens
             if usage.get("completion_tokens") is not None:
@@ -226,11 +241,21 @@ class Bench:
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events."""
-    async for line in response.aiter_lines():
-        if line.startswith("data:") and (text := line[len("data:") :].strip()) and text != "[DONE]":
+    async for line in _lines(response):
+        if line.startswith(b"data:") and (text := line[len(b"data:") :].strip()) and text != b"[DONE]":
             event = json.loads(text)
             if isinstance(event, dict):
                 yield event
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """httpx's own would also end them at U+2028 and the like, which JSON may hold."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
 
 
 def _message(content: str) -> str:

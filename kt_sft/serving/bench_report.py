@@ -72,22 +72,25 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def _total(records: list[Record]) -> dict[str, Any]:
-    """Of all requests together; a prefill rate is up to the last first token, a decode rate from the earliest on."""
+    """Of all requests together; the rates are of those with text: prefill up to the last first token, decode from the
+    earliest on.
+    """
     if not records:
         return {}
     begin, end = min(record.sent for record in records), max(record.ended or record.sent for record in records)
     prompt = sum(record.prompt_tokens for record in records)
     completion = sum(record.completion_tokens for record in records)
-    firsts = [record.arrivals[0] for record in records if record.arrivals]
-    lasts = [record.arrivals[-1] for record in records if record.arrivals]
+    with_text = [record for record in records if record.arrivals]
+    firsts = [record.arrivals[0] for record in with_text]
     prefill_s = max(firsts) - begin if firsts else 0.0
-    decode_s = max(lasts) - min(firsts) if firsts else 0.0
+    decode_s = max(record.last_token_at for record in with_text) - min(firsts) if firsts else 0.0
+    further = sum(record.completion_tokens - 1 for record in with_text)
     return {
         "wall_s": end - begin,
         "prompt_tokens": prompt,
         "completion_tokens": completion,
-        "prefill_rate": prompt / prefill_s if prefill_s else None,
-        "decode_rate": (completion - len(firsts)) / decode_s if decode_s else None,
+        "prefill_rate": sum(record.prompt_tokens for record in with_text) / prefill_s if prefill_s else None,
+        "decode_rate": further / decode_s if decode_s else None,
         "output_rate": completion / (end - begin) if end > begin else 0.0,
         "requests_per_s": len(records) / (end - begin) if end > begin else 0.0,
     }

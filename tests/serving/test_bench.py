@@ -98,6 +98,33 @@ def test_failed_requests_are_reported_and_left_out_of_the_figures():
     assert report["total"]["completion_tokens"] == 1
 
 
+def test_end_that_usage_counts_is_waited_for():
+    times = {"sent": 0.0, "arrivals": [1.0, 2.0], "finished": 3.0, "ended": 3.5, "completion_tokens": 3}
+    assert Record(**times, counted_by="usage", finish_reason="stop").decode_rate == 1.0
+    assert Record(**times, counted_by="usage", finish_reason="length").decode_rate == 2.0
+    assert Record(**{**times, "completion_tokens": 2}, finish_reason="stop").decode_rate == 1.0
+    silent = Record(sent=0.0, finished=9.0, ended=9.0, prompt_tokens=7, completion_tokens=1, counted_by="usage")
+    stopped = Record(**times, prompt_tokens=4, counted_by="usage", finish_reason="stop")
+    total = summary(Settings("u", "m"), [stopped, silent])["total"]
+    assert (total["decode_rate"], total["prefill_rate"], total["completion_tokens"]) == (1.0, 4.0, 4)
+
+
+def test_finish_reason_is_noted_with_its_time():
+    def reply(body):
+        return 200, event({"content": "a"}) + event({"content": "b"}) + event({}, "stop")
+
+    (record,), _ = measure(reply)
+    assert record.finish_reason == "stop" and record.arrivals[-1] <= record.finished <= record.ended
+
+
+def test_lines_of_other_servers_end_at_newlines_only():
+    choice = {"index": 0, "delta": {"content": "a\u2028b\x85c"}, "finish_reason": "stop"}
+    line = f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}"
+    for end in ("\n\n", "\r\n\r\n", ""):
+        (record,), _ = measure(lambda body, end=end: (200, line + end))
+        assert record.error is None and len(record.arrivals) == 1
+
+
 @pytest.mark.parametrize("reply", [(404, '{"error": "model not found"}'), (200, "data: {not json\n\n"), (502, "")])
 def test_server_that_cannot_be_probed_is_an_error(reply):
     with pytest.raises(ServerUnusable, match="http://x/v1/chat/completions: "):
@@ -156,9 +183,17 @@ def test_command_fails_if_every_request_does(tmp_path):
     assert json.loads(file.read_text())["measurements"][0]["num_errors"] == 1
 
 
+def test_command_is_content_if_one_length_is_answered():
+    with running(FakeChat(facts=dataclasses.replace(FACTS, context_length=1000)), api_key="schlüssel") as (url, _):
+        words = ["--api-url", url, "--model", "demo", "--prompt-lens", "100,5000", "--max-tokens", "4"]
+        done = CliRunner().invoke(app, ["bench", "serve", *words, "--api-key", "schlüssel"])
+    assert done.exit_code == 0 and "context length is 1000 tokens" in " ".join(done.output.split()), done.output
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--api-url", "http://x:abc", "--model", "m"], "--api-url: expected http://HOST:PORT, found 'http://x:abc'"),
         (["--api-url", "http://127.0.0.1:9", "--model", "m"], "ConnectError"),
         (["--api-url", "http://x", "--model", "m", "--prompt-lens", "many"], "--prompt-lens: expected numbers"),
     ],

@@ -269,6 +269,13 @@ def test_key_is_asked_for():
         assert httpx.get(f"{url}/health").status_code == 200
 
 
+def test_key_may_have_any_letters():
+    with running(FakeChat(), api_key="schlüssel") as (url, _):
+        for given, status in (("schlüssel", 200), ("schlussel", 401)):
+            headers = {b"Authorization": f"Bearer {given}".encode()}
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
+
+
 def test_fault_in_mid_stream_is_an_error_event():
     openai = pytest.importorskip("openai")
     chat = FakeChat(fail_at=4)
