@@ -60,9 +60,8 @@ sanitize: $(STAMPS)/packages  ## native tests under the address, undefined behav
 bench: setup  ## quick speed measurement, minutes: expert layer, decoding, single products; results in benchmarks/results/
 	$(PY) -m benchmarks.bench_moe_layer $(BENCH_ARGS)
 	$(PY) -m benchmarks.bench_decode $(BENCH_ARGS)
-	$(PY) -m benchmarks.bench_overhead
-	$(PY) -m benchmarks.bench_gemm --plot $(BENCH_ARGS)
-	$(PY) -m benchmarks.report
+	$(PY) -m benchmarks.bench_overhead $(filter --no-save,$(BENCH_ARGS)); status=$$?; \
+	  $(PY) -m benchmarks.bench_gemm --plot $(BENCH_ARGS) && $(PY) -m benchmarks.report && exit $$status
 
 targets: setup  ## every speed and memory target with its measured figure; fails if one is missed; under 5 minutes
 	$(PY) -m benchmarks.targets $(BENCH_ARGS); status=$$?; $(PY) -m benchmarks.report; exit $$status
