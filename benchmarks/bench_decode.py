@@ -109,9 +109,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def mode_of(options: argparse.Namespace) -> str:
+    """`part` where models are left out."""
+    if set(options.models) != set(MODELS):
+        return "part"
+    return "full" if options.full else "quick"
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    running = session.open_session(options, "decode", "full" if options.full else "quick")
+    running = session.open_session(options, "decode", mode_of(options))
     cases, overhead = [], {}
     for key in options.models:
         name = MODELS[key].whole.model

@@ -101,9 +101,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def mode_of(options: argparse.Namespace) -> str:
+    """`part` where models, kernels or rows per expert are left out."""
+    models = MODELS if options.full else QUICK_MODELS
+    if options.kernels or not (set(options.models) >= set(models) and set(options.rows) >= set(ROWS_PER_EXPERT)):
+        return "part"
+    return "full" if options.full else "quick"
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    running = session.open_session(options, "gemm", "full" if options.full else "quick")
+    running = session.open_session(options, "gemm", mode_of(options))
     kernels = [one for one in available_kernels(running.library, scalar=options.scalar) if options.kernels in one.name]
     cases: list[GemmCase] = []
     shapes = shapes_of(options.models)

@@ -20,6 +20,7 @@ from benchmarks.layer_bench import BASE_ONLY, FORMATS, MODELS, OURS, LayerBench,
 
 SHORT = {"forward": "fwd", "forward + backward": "fwd + bwd"}
 FULL_TOKENS, QUICK_TOKENS = (1, 16, 512, 2048), (16, 512)
+OTHER_FORMATS = ("int8", "int4")
 
 
 def run_model(
@@ -128,7 +129,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS)
     )
     parser.add_argument(
-        "--formats", nargs="*", choices=("int8", "int4"), default=["int8", "int4"], help="of ours, beside bf16"
+        "--formats", nargs="*", choices=OTHER_FORMATS, default=list(OTHER_FORMATS), help="of ours, beside bf16"
     )
     parser.add_argument(
         "--opponents",
@@ -152,9 +153,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def mode_of(options: argparse.Namespace) -> str:
+    """`part` where models, token counts, formats or opponents are left out."""
+    is_whole = (
+        set(options.models) == set(MODELS)
+        and set(options.tokens) >= set(FULL_TOKENS if options.full else QUICK_TOKENS)
+        and set(options.formats) == set(OTHER_FORMATS)
+        and set(options.opponents) == set(moe_layer.OPPONENTS)
+    )
+    if not is_whole:
+        return "part"
+    return "full" if options.full else "quick"
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    running = session.open_session(options, "moe_layer", "full" if options.full else "quick")
+    running = session.open_session(options, "moe_layer", mode_of(options))
     deadline = running.start + (options.seconds or (1800 if options.full else 90))
     cases: list[CaseResult] = []
     planned = len(options.models) * len(options.tokens)

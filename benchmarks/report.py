@@ -1,6 +1,7 @@
 """docs/performance.md from benchmarks/results: `python -m benchmarks.report [--check]`.
 
-Takes the latest run of each benchmark on each machine (--full before quick) and benchmarks/notes.md as it is.
+Takes the latest run of each benchmark on each machine (--full before quick, and those before runs that left something
+out) and benchmarks/notes.md as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import bench_loading, bench_overhead
+from benchmarks import bench_generate, bench_loading, bench_overhead
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.target_lines import HEADINGS, MISS, PASS, UNKNOWN, rows_of
 
@@ -26,7 +27,9 @@ COMMANDS = {
     "gemm": "python -m benchmarks.bench_gemm",
     "blocks": "python -m benchmarks.bench_blocks --threads 1",
     "loading": "python -m benchmarks.bench_loading",
+    "generate": "python -m benchmarks.bench_generate",
 }
+RANKS = {"full": 2, "part": 0}  # of modes; all others are between
 RECORD = {
     "cpu": "CPU",
     "cores_used": "cores used",
@@ -47,8 +50,8 @@ Answers are checked before anything is timed. Weights are cold: the probe betwee
 
 `T` is the number of tokens of the whole layer; a quick run takes fewer experts and tokens at the true sizes, so that
 every expert has as many rows as in the whole layer. Rates count the products with the frozen weights only, 6 x hidden x
-inter per (token, expert) forward and twice that forward + backward. The commands are run again by `make targets` and
-`make bench`.
+inter per (token, expert) forward and twice that forward + backward. `make targets` and `make bench` run the commands
+again, but for bench_blocks, bench_loading and bench_generate, which one calls as their sections show.
 """
 
 
@@ -60,11 +63,11 @@ def table(headings: list[str], rows: Iterable[Iterable[str]], text_columns: int 
 
 
 def latest_runs(folder: Path) -> dict[str, tuple[str, Mapping]]:
-    """(date, run) by benchmark: the latest full run, else the latest quick one."""
+    """(date, run) by benchmark: the latest full run, else the latest quick one, else the latest of a part."""
     best: dict[str, tuple[tuple, str, Mapping]] = {}
     for path in sorted(folder.glob("*.json")):
         for index, run in enumerate(json.loads(path.read_text())["runs"]):
-            rank = (run["mode"] == "full", path.stem, index)
+            rank = (RANKS.get(run["mode"], 1), path.stem, index)
             if run["bench"] not in best or rank > best[run["bench"]][0]:
                 best[run["bench"]] = (rank, path.stem, run)
     return {bench: (date, run) for bench, (_, date, run) in best.items()}
@@ -195,6 +198,18 @@ def loading_section(run: Mapping) -> str:
     return f"{bench_loading.title_of(cases)}.\n\n{intro}{text_table}"
 
 
+def generate_section(run: Mapping) -> str:
+    intro = (
+        "Greedy, through `generate`; every contender in the same rounds. `faster by`: its time per token / that of "
+        "kt_sft BF16.\n\n"
+    )
+    parts = (
+        f"**{bench_generate.title_of(one)}**\n\n{table(bench_generate.HEADINGS, bench_generate.rows_of(one))}"
+        for one in run["cases"]
+    )
+    return intro + "\n".join(parts)
+
+
 SECTIONS = {
     "targets": ("Targets", targets_section),
     "moe_layer": ("MoE layer", layer_section),
@@ -203,6 +218,7 @@ SECTIONS = {
     "gemm": ("Single products", gemm_section),
     "blocks": ("Block types of GGUF files", blocks_section),
     "loading": ("Converting and loading", loading_section),
+    "generate": ("Generation with whole models", generate_section),
 }
 
 

@@ -246,9 +246,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def mode_of(options: argparse.Namespace) -> str:
+    """`part` where lines or models are left out."""
+    if options.only or set(options.models) != set(MODELS):
+        return "part"
+    return "full" if options.full else "quick"
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    running = session.open_session(options, "targets", "full" if options.full else "quick", quiet=options.json)
+    running = session.open_session(options, "targets", mode_of(options), quiet=options.json)
     run = Run(running, options)
     run.trials_left = sum(len(wanted_trials(options, key)) for key in options.models)
     for key in options.models:
