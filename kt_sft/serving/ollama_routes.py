@@ -138,7 +138,8 @@ async def _answer(
     generation = engine.submit(prompt, sampling, continues_text=continues_text)
     lines = _lines(engine, generation, body.model, shape, has_tools=has_tools)
     if body.stream is not False:
-        return EventStream(_as_text(lines), NDJSON, close=generation.cancel)
+        alive = json.dumps({"model": body.model, "created_at": _now(), **shape("", []), "done": False}) + "\n"
+        return EventStream(_as_text(lines), NDJSON, close=generation.cancel, alive=alive)
     return await or_disconnect(
         request, _whole(engine, generation, body.model, shape, has_tools), close=generation.cancel
     )

@@ -39,11 +39,19 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+def _address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"--host {host} --port {port}"
+
+
 class Server(uvicorn.Server):
     """Ends on the first signal without waiting for answers: they would take minutes.
 
     Args:
         sock: of `bind`.
+
+    Raises:
+        ConfigError: another server that was loading, too, listens there by now.
     """
 
     def __init__(self, engine: Engine, sock: socket.socket, *, api_key: str | None = None, log_level: str = "info"):
@@ -56,6 +64,10 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine, self._sock = engine, sock
+        try:
+            sock.listen(config.backlog)
+        except OSError as error:
+            raise ConfigError(f"{_address(sock)}: cannot listen there any more ({error}); choose another") from None
 
     def serve_until_stopped(self) -> bool:
         """Answer requests until a signal comes or `stop` is called.

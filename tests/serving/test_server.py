@@ -18,13 +18,13 @@ import pytest
 
 from kt_sft.errors import ConfigError
 from kt_sft.serving import http
-from kt_sft.serving.server import bind
-from tests.helpers.fake_chat import FakeChat, running, wait_until
+from kt_sft.serving.engine import Engine
+from kt_sft.serving.server import Server, bind
+from tests.helpers.fake_chat import HI, FakeChat, running, wait_until
 from tests.helpers.llamafactory_runs import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = "a" * 100_000
-HI = [{"role": "user", "content": "hi"}]
 ROUTES = {
     "/v1/chat/completions": {"model": "demo", "messages": HI, "max_tokens": 100},
     "/v1/completions": {"model": "demo", "prompt": "hi", "max_tokens": 100},
@@ -103,6 +103,20 @@ def test_every_stream_of_many_has_its_own_answer():
     assert not chat.overlapped
 
 
+def test_silent_stream_of_ollama_sends_empty_pieces(monkeypatch):
+    monkeypatch.setattr(http, "SILENCE_S", 0.05)
+    chat = FakeChat("ab")
+    with running(chat) as (url, _):
+        chat.gate.clear()
+        with httpx.stream("POST", f"{url}/api/chat", json=ROUTES["/api/chat"], timeout=60) as response:
+            parts = (json.loads(line) for line in response.iter_lines())
+            seen = [next(parts), next(parts)]
+            chat.gate.set()
+            seen += parts
+    texts = [part["message"]["content"] for part in seen]
+    assert "" in texts[:2] and "".join(texts) == "ab" and [part["done"] for part in seen[-2:]] == [False, True]
+
+
 def test_silent_stream_says_that_it_is_alive(monkeypatch):
     monkeypatch.setattr(http, "SILENCE_S", 0.05)
     chat = FakeChat("ab")
@@ -165,6 +179,15 @@ def test_address_in_use_is_an_error_of_one_sentence():
             bind("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(ConfigError, match="cannot listen there"):
         bind("no such host", 0)
+
+
+def test_address_that_another_server_took_while_this_one_loaded_is_an_error_of_one_sentence():
+    engine = Engine(FakeChat(), slots=1)
+    with bind("127.0.0.1", 0) as first, bind("127.0.0.1", first.getsockname()[1]) as second:
+        Server(engine, first)
+        with pytest.raises(ConfigError, match="cannot listen there any more"):
+            Server(engine, second)
+    engine.close()
 
 
 SERVE_FAKE = """
