@@ -22,6 +22,7 @@ FACTS = ModelFacts(
     created=1.7e9,
     digest="ab" * 32,
 )
+HI = [{"role": "user", "content": "hi"}]
 ANSWER = "The answer is 4, naïve 🙂 friend."
 
 
@@ -122,9 +123,9 @@ def running(chat: FakeChat, *, api_key: str | None = None, **limits: float) -> I
         assert not thread.is_alive(), "the server did not stop"
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0, *, every: float = 0.005) -> None:
     """Return when it holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
+        time.sleep(every)

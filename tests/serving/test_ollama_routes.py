@@ -8,21 +8,9 @@ import json
 import httpx
 import pytest
 
-from tests.helpers.fake_chat import ANSWER, FACTS, FakeChat, running
+from tests.helpers.fake_chat import ANSWER, FACTS, HI, FakeChat, running
 
-HI = [{"role": "user", "content": "hi"}]
 LONG = {"num_predict": 64}
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return FakeChat()
-
-
-@pytest.fixture(scope="module")
-def url(chat):
-    with running(chat) as (address, _):
-        yield address
 
 
 @pytest.fixture(scope="module")

@@ -8,23 +8,11 @@ import json
 import httpx
 import pytest
 
-from tests.helpers.fake_chat import ANSWER, FACTS, FakeChat, running
+from tests.helpers.fake_chat import ANSWER, FACTS, HI, FakeChat, running
 
-HI = [{"role": "user", "content": "hi"}]
 LONG = {"max_tokens": 64}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 LONE_SURROGATE = rb'{"model": "demo", "messages": [{"role": "user", "content": "\ud800"}]}'
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return FakeChat()
-
-
-@pytest.fixture(scope="module")
-def url(chat):
-    with running(chat, slots=2, max_waiting=4) as (address, _):
-        yield address
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.helpers.fake_chat import wait_until
 from tests.helpers.llamafactory_runs import drive, environment, infer_config, train_config, workspace
 
 TRAIN_AND_ANSWER = """
@@ -80,14 +80,13 @@ def free_port() -> int:
 
 
 def wait_for(url: str, server: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 900
-    while time.monotonic() < deadline:
+    def answers() -> bool:
         assert server.poll() is None, "the server ended before it answered"
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url, timeout=60).status_code == 200:
-                return
-        time.sleep(0.3)
-    raise AssertionError("the server did not start")
+            return httpx.get(url, timeout=60).status_code == 200
+        return False
+
+    wait_until(answers, 900, every=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +168,7 @@ def complete(url: str, prompt: str, **changes) -> httpx.Response:
 
 
 def wait_for_active(url: str, number: int) -> None:
-    deadline = time.monotonic() + 600
-    while httpx.get(f"{url}/health", timeout=60).json()["active"] != number:
-        assert time.monotonic() < deadline, f"expected {number} generations with a slot"
-        time.sleep(0.02)
+    wait_until(lambda: httpx.get(f"{url}/health", timeout=60).json()["active"] == number, 600, every=0.02)
 
 
 def test_prompt_of_ten_thousand_tokens_is_answered_and_lets_others_pass(served):
