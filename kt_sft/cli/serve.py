@@ -97,7 +97,7 @@ def bench_serve(
 ) -> None:
     """Measure prefill, decoding and latencies of any OpenAI-compatible server.
 
-    Exit code 1 if no request was answered, 2 if the server cannot be measured.
+    Exit code 1 if no request of any length was answered, 2 if the server cannot be measured.
     """
     with errors_in_one_line("bench serve"):
         _require("bench serve", "httpx")
