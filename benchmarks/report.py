@@ -199,10 +199,7 @@ def loading_section(run: Mapping) -> str:
 
 
 def generate_section(run: Mapping) -> str:
-    intro = (
-        "Greedy, through `generate`; every contender in the same rounds. `faster by`: its time per token / that of "
-        "kt_sft BF16.\n\n"
-    )
+    intro = "Greedy, through `generate`; all contenders in the same rounds, times per token after the first.\n\n"
     parts = (
         f"**{bench_generate.title_of(one)}**\n\n{table(bench_generate.HEADINGS, bench_generate.rows_of(one))}"
         for one in run["cases"]
