@@ -2,6 +2,9 @@
 
 #include <dlfcn.h>
 
+#include <strings.h>
+
+#include <cstdlib>
 #include <cstring>
 
 namespace kts {
@@ -20,10 +23,18 @@ PauseFn find_pause() {
   return reinterpret_cast<PauseFn>(symbol);
 }
 
+// Whether libgomp was told to put idle threads to sleep by itself; it reads the environment when it is loaded.
+bool sleeps_when_idle() {
+  const char* policy = std::getenv("OMP_WAIT_POLICY");
+  const char* spins = std::getenv("GOMP_SPINCOUNT");
+  if (spins != nullptr) return std::strcmp(spins, "0") == 0;  // it goes before the policy
+  return policy != nullptr && strcasecmp(policy, "passive") == 0;
+}
+
 }  // namespace
 
 void rest_openmp_threads() {
-  static const PauseFn pause = find_pause();
+  static const PauseFn pause = sleeps_when_idle() ? nullptr : find_pause();
   if (pause != nullptr) pause(kPauseSoft);
 }
 
