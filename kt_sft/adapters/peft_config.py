@@ -19,6 +19,8 @@ PARAMETERS = ("gate_up_proj", "down_proj")
 # PEFT 0.19 takes target_modules that end so for the matrices of experts, dense and shared MLPs included; as
 # target_parameters they are left alone, and their tensors are the same.
 _TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
+# Ways to begin that move a part of the weights into the factors: such an adapter belongs to what was left of them.
+_RESIDUAL = ("pissa", "olora", "corda", "loftq")
 _UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens")
 
 
@@ -37,6 +39,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name in _UNSUPPORTED:
         if values.get(name):
             raise FormatError(path, name, expected="plain LoRA", found=values[name], remedy="it has no other form")
+    begun = values.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_RESIDUAL):
+        raise FormatError(
+            path,
+            "init_lora_weights",
+            expected="LoRA of the base model's own weights",
+            found=f"{begun!r}, LoRA of what it left of them",
+            remedy="save it with PEFT's path_initial_model_for_weight_conversion",
+        )
     if values.get("bias", "none") != "none":
         raise FormatError(
             path, "bias", expected="none", found=values["bias"], remedy="trained biases are not converted"

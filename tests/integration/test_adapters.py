@@ -279,6 +279,12 @@ DAMAGE = [
     ("vllm", damaged(lambda t: {**t, "base_model.model.x.lora_magnitude_vector": torch.ones(1)}), "plain LoRA"),
     ("vllm", lambda folder: edit(folder, peft_type="IA3"), "peft_type: expected LORA, found IA3"),
     ("vllm", lambda folder: edit(folder, use_dora=True), "use_dora: expected plain LoRA"),
+    (
+        "vllm",
+        lambda folder: edit(folder, init_lora_weights="pissa_niter_4"),
+        "base model's own weights, found 'pissa_n",
+    ),
+    ("vllm", lambda folder: edit(folder, init_lora_weights="OLoRA"), "init_lora_weights: .* found 'OLoRA'"),
     ("vllm", lambda folder: edit(folder, r=0), "r: expected a positive number, found 0"),
     ("vllm", lambda folder: (folder / "adapter_config.json").write_text("{"), "damaged: expected JSON"),
     ("vllm", lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json in it"),
