@@ -59,7 +59,7 @@ def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: Bas
                 ranks[f"{module}.{projection}"] = rank
                 scales[f"{module}.{projection}"] = entry.scale
     linear = LinearReader(tensors, config, base, known)
-    whole = check_whole(tensors, linear.rest)
+    whole = check_whole(tensors, linear.rest, base)
     widths = {name: _widths(tensors, entry, name, base) for name, entry in stored.items()}
     swapped = _is_swapped(widths, base, config)
     for name, found in widths.items():

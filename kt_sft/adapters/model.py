@@ -62,6 +62,7 @@ class BaseModel:
         layers: where checkpoints keep the experts of each module.
         linears: all `nn.Linear` by module name, `(out, in)`.
         hub_names: what checkpoints call a Linear, where that is not its module name.
+        parameters: shapes by name, tied ones under each of theirs.
     """
 
     path: str | None
@@ -71,6 +72,7 @@ class BaseModel:
     layers: Mapping[str, LayerSource]
     linears: Mapping[str, tuple[int, int]]
     hub_names: Mapping[str, str]
+    parameters: Mapping[str, tuple[int, ...]]
 
     def expert_shape(self, module: str, projection: str) -> tuple[int, int]:
         """`(out, in)` of gate, up or down of one expert."""
@@ -91,7 +93,7 @@ class Adapter:
         scales: likewise.
         read_linear: by module name.
         read_experts: by module name: gate, up and down where the adapter has them; several experts per tensor.
-        whole: tensors that are trained as a whole (modules_to_save), by parameter name.
+        whole: tensors that are trained as a whole (modules_to_save) or stored along, by parameter name.
     """
 
     source: Path

@@ -68,7 +68,7 @@ def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: Bas
             found[projection] = Lora(a, b, scales[f"{module}.{projection}"])
         return found
 
-    whole = check_whole(tensors, linear.rest)
+    whole = check_whole(tensors, linear.rest, base)
     return Adapter(folder, "per-expert", base, config, ranks, scales, linear, experts, whole=whole)
 
 

@@ -70,17 +70,27 @@ class LinearReader:
         return Lora(a, b, self.scales[name])
 
 
-def check_whole(tensors: TensorFile, rest: list[str]) -> dict[str, Callable[[], Tensor]]:
-    """Modules trained as a whole: what is left over, which must be weights.
+def check_whole(tensors: TensorFile, rest: list[str], base: BaseModel) -> dict[str, Callable[[], Tensor]]:
+    """Modules trained as a whole: what is left over, which must be parameters of the model.
 
     Raises:
-        FormatError: something else, as the vectors of DoRA.
+        FormatError: something else, as the vectors of DoRA; no parameter of the model, or one of another shape.
     """
+    found: dict[str, Callable[[], Tensor]] = {}
     for key in rest:
         if ".lora_" in key or not key.endswith((".weight", ".bias")):
             what = f"tensor {key}"
             raise FormatError(tensors.path, what, expected="lora_A and lora_B of plain LoRA", found="something else")
-    return {key.replace(".modules_to_save.default", ""): partial(tensors.read, key) for key in rest}
+        name = key.replace(".modules_to_save.default", "").replace(".base_layer.", ".")
+        expected, shape = base.parameters.get(name), tensors.shape(key)
+        if expected is None:
+            what, remedy = f"tensor {key}", "name the model of the adapter with --base-model"
+            raise FormatError(tensors.path, what, expected="a parameter of the model", found="none", remedy=remedy)
+        if shape != expected:
+            what, remedy = f"tensor {key}", "name the model that it was trained on, with the vocabulary of that time"
+            raise FormatError(tensors.path, what, expected=list(expected), found=list(shape), remedy=remedy)
+        found[name] = partial(tensors.read, key)
+    return found
 
 
 def linear_tensors(
@@ -95,6 +105,7 @@ def linear_tensors(
 
 
 def whole_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Modules trained as a whole."""
+    """Modules trained as a whole; PEFT keeps the weight of one that has LoRA, too, in its base layer."""
     for name, read in adapter.whole.items():
-        yield f"{PREFIX}{name}", read()
+        module, _, kind = name.rpartition(".")
+        yield f"{PREFIX}{module}{'.base_layer' if module in adapter.ranks else ''}.{kind}", read()

@@ -53,12 +53,15 @@ def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    written = 0
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)))
         stream.write(text)
-        for piece in pieces:
-            data = piece.detach().contiguous().view(-1).view(torch.uint8).numpy()
-            written += stream.write(data.data)
-    if written != end:
-        raise ValueError(f"{path}: expected {end} bytes of tensor data, got {written}; plan and pieces disagree")
+        rest = iter(pieces)
+        for tensor in plan:
+            written = 0
+            while written < tensor.num_bytes and (piece := next(rest, None)) is not None:
+                written += stream.write(piece.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            if written != tensor.num_bytes:
+                raise ValueError(f"{path}, tensor {tensor.name}: expected {tensor.num_bytes} bytes, got {written}")
+        if extra := sum(piece.nbytes for piece in rest):
+            raise ValueError(f"{path}: expected the tensors of the plan, got {extra} bytes more")

@@ -63,7 +63,9 @@ def describe(model: nn.Module, path: str | None = None) -> BaseModel:
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "_name_or_path", None) or None
     layers = hub_layers(model, specs)
-    return BaseModel(name, config.model_type, values, specs, layers, linears, _hub_names(model, linears))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
+    return BaseModel(name, config.model_type, values, specs, layers, linears, _hub_names(model, linears), shapes)
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:

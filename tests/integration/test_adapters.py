@@ -303,6 +303,42 @@ def test_damaged_adapters_give_one_clear_error(roots, tmp_path, form, change, ma
     assert "\n" not in str(caught.value)
 
 
+def with_whole(root: Path, folder: Path, **tensors: torch.Tensor) -> Path:
+    """A copy of the adapter with modules that were trained as a whole; `__` stands for a dot in their names."""
+    shutil.copytree(root / "adapter", folder)
+    damaged(lambda t: {**t, **{f"base_model.model.{n.replace('__', '.')}": v for n, v in tensors.items()}})(folder)
+    return folder
+
+
+def test_modules_trained_as_a_whole_are_compared_with_the_model(roots, tmp_path):
+    root = roots("qwen3_moe")
+    rows, hidden = load_file(root / "base" / "model.safetensors")["lm_head.weight"].shape
+    cases = [
+        ("lm_head__weight", rf"lm_head\.weight: expected \[{rows}, {hidden}\], found \[{rows + 8}, {hidden}\]"),
+        ("nonsense__weight", r"nonsense\.weight: expected a parameter of the model, found none"),
+    ]
+    for name, match in cases:
+        folder = with_whole(root, tmp_path / name, **{name: torch.ones(rows + 8, hidden)})
+        with pytest.raises(FormatError, match=match):
+            opened(folder, root)
+        code, text = run("merge", "--adapter", folder, "--output", tmp_path / "merged")
+        assert code == 2 and "Traceback" not in text and not (tmp_path / "merged").exists()
+
+
+def test_stored_base_layer_of_a_module_with_lora(roots, tmp_path):
+    """What PEFT writes for LoRA on a head: the factors, and the head itself."""
+    root = roots("qwen3_moe")
+    head = load_file(root / "base" / "model.safetensors")["lm_head.weight"]
+    names = {"lm_head__lora_A__weight": torch.ones(3, head.shape[1]), "lm_head__base_layer__weight": 2 * head}
+    folder = with_whole(root, tmp_path / "head", **names, lm_head__lora_B__weight=torch.ones(head.shape[0], 3))
+    assert torch.equal(opened(folder, root).whole["lm_head.weight"](), 2 * head)
+    assert "lm_head" in opened(folder, root).ranks
+    written = load_file(
+        forms.convert(opened(folder, root), "peft-0.18", tmp_path / "out") / "adapter_model.safetensors"
+    )
+    assert torch.equal(written["base_model.model.lm_head.base_layer.weight"], 2 * head)
+
+
 def test_adapters_of_other_models(roots, tmp_path):
     file = convert(roots("mixtral"), "gguf", tmp_path / "m.gguf")
     with pytest.raises(FormatError, match="general.architecture: expected qwen3moe, found 'llama'"):

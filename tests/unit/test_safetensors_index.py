@@ -147,9 +147,20 @@ def test_written_file_is_read_by_safetensors(tmp_path, tensors):
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
 
 
-def test_writer_refuses_pieces_that_do_not_add_up(tmp_path):
-    with pytest.raises(ValueError, match="expected 8 bytes of tensor data, got 4"):
-        write(tmp_path / "out.safetensors", [PlannedTensor("a", "torch.float32", (2,))], [torch.zeros(1)])
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ([1, 2], "tensor a: expected 8 bytes, got 12"),
+        ([2], "tensor b: expected 4 bytes, got 0"),
+        ([3], "tensor a: expected 8 bytes, got 12"),
+        ([1, 1, 1, 5], "expected the tensors of the plan, got 20 bytes more"),
+    ],
+)
+def test_writer_refuses_pieces_that_do_not_add_up(tmp_path, sizes, match):
+    plan = [PlannedTensor(name, "torch.float32", shape) for name, shape in (("a", (2,)), ("none", (0,)), ("b", (1,)))]
+    write(tmp_path / "out.safetensors", plan, map(torch.zeros, [1, 1, 0, 1]))
+    with pytest.raises(ValueError, match=match):
+        write(tmp_path / "out.safetensors", plan, map(torch.zeros, sizes))
 
 
 @pytest.mark.parametrize("dtype", ["", " F32", "F33"])
