@@ -5,22 +5,40 @@ Keys: docs/gguf.md of the ggml project and the writers of llama.cpp's convert_hf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
 
-_SIGMOID = 2  # expert_gating_func
+_SOFTMAX, _SIGMOID = 1, 2  # expert_gating_func
+_REMEDY = "use the model directory of its safetensors version, and the GGUF file as kt_weight_path"
+# Keys that change nothing: what tensors' shapes say, too, and notes of the converter.
+_INERT = {
+    "vocab_size",
+    "tensor_data_layout",
+    "attention.value_length",
+    "attention.head_count_kv",
+    "attention.layer_norm_epsilon",
+    "expert_shared_feed_forward_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+}
 
 
 @dataclass
 class Metadata:
-    """The keys of one architecture, `qwen3moe.block_count` as `block_count`, with their types checked."""
+    """The keys of one architecture, `qwen3moe.block_count` as `block_count`, with their types checked.
+
+    Args:
+        asked: the keys that anybody has asked for.
+    """
 
     index: GgufIndex
     architecture: str
+    asked: set[str] = field(default_factory=set)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number; one number for all layers where the file lists one per layer.
@@ -29,10 +47,10 @@ class Metadata:
             FormatError: missing without a default, no whole number, or different from layer to layer.
         """
         value = self._value(key, default)
-        values = {int(item) for item in value} if hasattr(value, "__len__") and not isinstance(value, str) else {value}
-        if len(values) != 1 or type(next(iter(values))) is not int:
+        items = value.tolist() if hasattr(value, "tolist") else [value]
+        if not items or any(type(item) is not int for item in items) or len(set(items)) != 1:
             raise self._fault(key, "one whole number", value)
-        return values.pop()
+        return items[0]
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number, as the shortest decimal that is the same in float32.
@@ -41,15 +59,55 @@ class Metadata:
             FormatError: missing without a default, or no number.
         """
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self._fault(key, "a number", value)
         return float(f"{value:.7g}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false.
+
+        Raises:
+            FormatError: something else.
+        """
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self._fault(key, "true or false", value)
+        return value
 
     def has(self, key: str) -> bool:
         """Whether the file has the key."""
         return f"{self.architecture}.{key}" in self.index.metadata
 
+    def expect(self, key: str, *allowed: float) -> None:
+        """Raise where the file states anything but what the model does anyway.
+
+        Raises:
+            UnsupportedModel: names the key.
+        """
+        self.asked.add(key)
+        value = self.index.metadata.get(f"{self.architecture}.{key}", allowed[0])
+        if not isinstance(value, int | float) or value not in allowed:
+            raise self.unsupported(key, " or ".join(map(str, allowed)), value)
+
+    def expect_known(self) -> None:
+        """Raise where the file has a key of the architecture that nobody asked for: the model might need it.
+
+        Raises:
+            UnsupportedModel: names it.
+        """
+        own = (name for name in self.index.metadata if name.startswith(f"{self.architecture}."))
+        unknown = sorted(key for _, _, key in (name.partition(".") for name in own) if key not in self.asked | _INERT)
+        if unknown:
+            value = self.index.metadata[f"{self.architecture}.{unknown[0]}"]
+            raise self.unsupported(unknown[0], "keys of a model that is read from one GGUF file", value)
+
+    def unsupported(self, key: str, expected: str, found: object) -> UnsupportedModel:
+        """Of a key whose value is not followed."""
+        what = f"{self.index.source}: metadata {self.architecture}.{key}"
+        return UnsupportedModel(what, expected=expected, found=repr(found)[:80], remedy=_REMEDY)
+
     def _value(self, key: str, default: Any) -> Any:
+        self.asked.add(key)
         value = self.index.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
             raise self._fault(key, "present", "missing")
@@ -65,7 +123,7 @@ def model_config(index: GgufIndex) -> dict[str, Any]:
 
     Raises:
         FormatError: a key is missing or of a wrong type.
-        UnsupportedModel: another architecture, or a dense model.
+        UnsupportedModel: another architecture, a dense model, or a key that is not known.
     """
     architecture = index.metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
@@ -73,7 +131,7 @@ def model_config(index: GgufIndex) -> dict[str, Any]:
             f"{index.source}: general.architecture",
             expected=f"{', '.join(_ARCHITECTURES)} as the only model file",
             found=repr(architecture),
-            remedy="use the model directory of its safetensors version, and the GGUF file as kt_weight_path",
+            remedy=_REMEDY,
         )
     meta = Metadata(index, architecture)
     if meta.integer("expert_count", 0) < 1:
@@ -93,8 +151,13 @@ def model_config(index: GgufIndex) -> dict[str, Any]:
         **_special_ids(index),
         **_ARCHITECTURES[architecture](meta),
     }
-    if meta.index.metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
-        config["rope_scaling"] = _rope_scaling(meta)
+    if (scaling := _rope_scaling(meta)) is not None:
+        config["rope_scaling"] = scaling
+    window = meta.integer("attention.sliding_window", 0)
+    if 0 < window < config["max_position_embeddings"]:
+        raise meta.unsupported("attention.sliding_window", "attention to all of the context", window)
+    meta.expect("attention.causal", True)
+    meta.expect_known()
     return config
 
 
@@ -104,29 +167,48 @@ def _special_ids(index: GgufIndex) -> dict[str, int]:
     return {name: value for name, value in found.items() if type(value) is int}
 
 
-def _rope_scaling(meta: Metadata) -> dict[str, Any]:
-    kind = meta.index.metadata[f"{meta.architecture}.rope.scaling.type"]
-    if kind not in ("yarn", "linear"):
+def _rope_scaling(meta: Metadata) -> dict[str, Any] | None:
+    """As llama.cpp reads it: linear where a factor stands alone, under its old name, too."""
+    for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"):
+        meta.expect(key, 1.0)
+    factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 0.0))
+    fast, slow = meta.number("rope.scaling.yarn_beta_fast", 32.0), meta.number("rope.scaling.yarn_beta_slow", 1.0)
+    # DeepSeek: a tenth of mscale_all_dim
+    mscale = float(f"{meta.number('rope.scaling.yarn_log_multiplier', 0.0) * 10:.6g}")
+    meta.asked.add("rope.scaling.type")
+    kind = meta.index.metadata.get(f"{meta.architecture}.rope.scaling.type", "linear")
+    if kind not in ("yarn", "linear", "none"):
         raise UnsupportedModel(f"{meta.index.source}: rope scaling", expected="none, linear or yarn", found=repr(kind))
-    scaling: dict[str, Any] = {"rope_type": kind, "type": kind, "factor": meta.number("rope.scaling.factor")}
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return None
+    scaling: dict[str, Any] = {"rope_type": kind, "type": kind, "factor": factor}
     if kind == "yarn":
+        scaling["factor"] = meta.number("rope.scaling.factor")
         scaling["original_max_position_embeddings"] = meta.integer("rope.scaling.original_context_length")
-        if meta.has("rope.scaling.yarn_log_multiplier"):  # DeepSeek: a tenth of mscale_all_dim
-            mscale = float(f"{meta.number('rope.scaling.yarn_log_multiplier') * 10:.6g}")
-            scaling |= {"mscale": mscale, "mscale_all_dim": mscale, "beta_fast": 32, "beta_slow": 1}
+        scaling |= {"beta_fast": _plain(fast), "beta_slow": _plain(slow)}
+        if meta.has("rope.scaling.yarn_log_multiplier"):
+            scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
     return scaling
 
 
+def _plain(value: float) -> float | int:
+    return int(value) if value.is_integer() else value
+
+
 def _qwen3_moe(meta: Metadata) -> dict[str, Any]:
+    head_dim = meta.integer("attention.key_length")
+    meta.expect("rope.dimension_count", head_dim)
+    meta.expect("expert_gating_func", _SOFTMAX)
+    meta.expect("expert_shared_count", 0)
     return {
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
         "num_key_value_heads": meta.integer("attention.head_count_kv"),
-        "head_dim": meta.integer("attention.key_length"),
+        "head_dim": head_dim,
         "intermediate_size": meta.integer("feed_forward_length"),
         "moe_intermediate_size": meta.integer("expert_feed_forward_length"),
         "num_experts": meta.integer("expert_count"),
-        "norm_topk_prob": True,  # llama.cpp has no key for it and always normalises
+        "norm_topk_prob": meta.flag("expert_weights_norm", True),  # llama.cpp always normalises
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "attention_bias": False,
@@ -135,11 +217,15 @@ def _qwen3_moe(meta: Metadata) -> dict[str, Any]:
 
 def _mixtral(meta: Metadata) -> dict[str, Any]:
     heads = meta.integer("attention.head_count")
+    rope = meta.integer("rope.dimension_count", meta.integer("embedding_length") // heads)
+    meta.expect("attention.key_length", rope)
+    meta.expect("expert_gating_func", _SOFTMAX)
+    meta.expect("expert_shared_count", 0)
     return {
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],
         "num_key_value_heads": meta.integer("attention.head_count_kv", heads),
-        "head_dim": meta.integer("rope.dimension_count", meta.integer("embedding_length") // heads),
+        "head_dim": rope,
         "intermediate_size": meta.integer("feed_forward_length"),
         "num_local_experts": meta.integer("expert_count"),
         "sliding_window": None,
@@ -147,7 +233,8 @@ def _mixtral(meta: Metadata) -> dict[str, Any]:
 
 
 def _deepseek(meta: Metadata) -> dict[str, Any]:
-    is_v3 = meta.integer("expert_gating_func", 1) == _SIGMOID
+    meta.expect("expert_gating_func", _SOFTMAX, _SIGMOID)
+    is_v3 = meta.integer("expert_gating_func", _SOFTMAX) == _SIGMOID
     rope = meta.integer("rope.dimension_count")
     # Files with split kv_b state the sizes of the decompressed heads under names of their own.
     key = meta.integer("attention.key_length_mla", meta.integer("attention.key_length"))
@@ -168,7 +255,7 @@ def _deepseek(meta: Metadata) -> dict[str, Any]:
         "n_shared_experts": meta.integer("expert_shared_count", 0),
         "first_k_dense_replace": meta.integer("leading_dense_block_count", 0),
         "routed_scaling_factor": meta.number("expert_weights_scale", 1.0),
-        "norm_topk_prob": bool(meta.index.metadata.get("deepseek2.expert_weights_norm", is_v3)),
+        "norm_topk_prob": meta.flag("expert_weights_norm", is_v3),
         "n_group": groups,
         "topk_group": meta.integer("expert_group_used_count", groups),
         "attention_bias": False,

@@ -79,9 +79,39 @@ def test_kinds_of_deepseek(tmp_path):
         ({"rope.freq_base": "x"}, "deepseek2.rope.freq_base: expected a number, found x", FormatError),
         ({"attention.head_count": [16, 8]}, r"expected one whole number, found \[16  8\]", FormatError),
         ({"rope.scaling.type": "longrope"}, "rope scaling: expected none, linear or yarn, found 'longrope'", None),
+        ({"expert_count": ["a", "b"]}, r"expert_count: expected one whole number, found \['a', 'b'\]", FormatError),
+        ({"some_new_key": 7}, "deepseek2.some_new_key: expected keys of a model .* found 7; use the model dir", None),
+        ({"attention.sliding_window": 4096}, "sliding_window: expected attention to all of the .* found 4096", None),
+        ({"attention.causal": False}, "attention.causal: expected True, found False", None),
+        ({"rope.scaling.yarn_attn_factor": 0.5}, "yarn_attn_factor: expected 1.0, found 0.5", None),
+        ({"expert_gating_func": [2, 2]}, "expert_gating_func: expected 1 or 2, found array", None),
         ({"expert_count": 0}, "expected a mixture of experts, found a dense model", None),
     ],
 )
 def test_keys_that_do_not_fit(tmp_path, changes, match, error):
     with pytest.raises(error or UnsupportedModel, match=match):
         config_of(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaling"),
+    [
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "type": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "type": "linear", "factor": 4.0}),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, None),
+        ({}, None),
+    ],
+)
+def test_rope_scaling_without_a_type_is_linear(tmp_path, changes, scaling):
+    """As llama.cpp reads such files, and those with the key's old name."""
+    yarn = dict.fromkeys(key for key in V2_LITE if key.startswith("rope.scaling"))
+    assert config_of(tmp_path, **{**yarn, **changes}).get("rope_scaling") == scaling
+
+
+def test_keys_of_newer_converters(tmp_path):
+    """Those that repeat what the tensors say, change nothing, or refine yarn."""
+    inert = {"vocab_size": 102400, "attention.sliding_window": 0, "attention.causal": True}
+    yarn = {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 1.5, "rope.scaling.finetuned": True}
+    scaling = config_of(tmp_path, **inert, **yarn, expert_group_count=1, expert_group_used_count=1)["rope_scaling"]
+    assert (scaling["beta_fast"], scaling["beta_slow"]) == (16, 1.5)
