@@ -17,6 +17,8 @@ from kt_sft.cli.console import errors_in_one_line, progress_bar
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adapters: what they hold, and other forms of them.")
 _BASE = typer.Option("--base-model", help="Directory of the base model; default: the one that the adapter names.")
 
+_TRUST = typer.Option("--trust-remote-code", help="Let the code beside the model's config.json run.")
+
 
 @app.command("convert")
 def convert_adapter(
@@ -24,6 +26,7 @@ def convert_adapter(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory; for gguf a file or a directory.")],
     to: Annotated[str, typer.Option(help="peft-0.18, peft-0.19, vllm, sglang or gguf.")],
     base_model: Annotated[str | None, _BASE] = None,
+    trust_remote_code: Annotated[bool, _TRUST] = False,
 ) -> None:
     """Write an adapter in the form that another engine or another release of PEFT reads.
 
@@ -33,7 +36,7 @@ def convert_adapter(
         from kt_sft.adapters.forms import convert
         from kt_sft.integrations.adapters import open_with_base
 
-        adapter = open_with_base(source, base_model)
+        adapter = open_with_base(source, base_model, trust_remote_code=trust_remote_code)
         written = convert(adapter, to, output)
         held = f"{len(adapter.experts)} layers of experts, {len(adapter.linears)} linear layers"
         Console().print(escape(f"{written}: {adapter.form} -> {to}, {held}"), soft_wrap=True)
@@ -43,6 +46,7 @@ def convert_adapter(
 def inspect_adapter(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Adapter directory of any form, or GGUF adapter.")],
     base_model: Annotated[str | None, _BASE] = None,
+    trust_remote_code: Annotated[bool, _TRUST] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Say what an adapter holds: form, base model, ranks, scales, targets, sizes of the deltas, and what is wrong.
@@ -52,7 +56,7 @@ def inspect_adapter(
     with errors_in_one_line("adapter inspect"):
         from kt_sft.integrations.adapters import inspect
 
-        report = inspect(source, base_model)
+        report = inspect(source, base_model, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -65,6 +69,7 @@ def merge(
     output: Annotated[Path, typer.Option(help="New directory; for GGUF a file or a directory.")],
     model: Annotated[Path | None, typer.Option(help="Directory of the base model; default: the adapter's own.")] = None,
     to: Annotated[str, typer.Option(help="hf, gguf-q8_0 or gguf-bf16.")] = "hf",
+    trust_remote_code: Annotated[bool, _TRUST] = False,
 ) -> None:
     """Merge adapters into a checkpoint, tensor by tensor: the model is never loaded.
 
@@ -74,7 +79,8 @@ def merge(
         from kt_sft.integrations.merging import merge as merge_into
 
         console = Console()
-        written = merge_into(model, adapter, output, to, partial(progress_bar, console))
+        bar = partial(progress_bar, console)
+        written = merge_into(model, adapter, output, to, bar, trust_remote_code=trust_remote_code)
         console.print(escape(f"{written}: written"), soft_wrap=True)
 
 

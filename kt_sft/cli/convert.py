@@ -28,6 +28,9 @@ def convert(
     int4_group_size: Annotated[int, typer.Option(help="Weights that share a scale in int4: 32, 64 or 128.")] = 32,
     verify: Annotated[bool, typer.Option("--verify", help="Read all of it back and compare with the source.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a container of other settings.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the code beside config.json run.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Threads; default: the physical cores.")] = None,
 ) -> None:
     """Pack the experts of a checkpoint once, for `kt_weight_path`: loads in seconds, shared by all processes.
@@ -41,6 +44,7 @@ def convert(
     with errors_in_one_line("convert"):
         config = KTConfig(method=quant_method, int4_group_size=int4_group_size, threads=threads)
         options = {"input_type": input_type, "overwrite": overwrite, "check": verify}
+        options["trust_remote_code"] = trust_remote_code
         result = convert_checkpoint(input_path, output, config, **options, bar=partial(progress_bar, console))
     console.print(_error_table(result.manifest))
     amount = result.manifest.blob_bytes

@@ -11,20 +11,23 @@ from kt_sft.errors import KTError
 from kt_sft.integrations.base_model import default_name, find_base_model
 
 
-def open_with_base(path: str | os.PathLike[str], base_model: str | None = None) -> Adapter:
+def open_with_base(
+    path: str | os.PathLike[str], base_model: str | None = None, *, trust_remote_code: bool = False
+) -> Adapter:
     """Open an adapter of any form.
 
     Args:
         base_model: directory of its model; None: the one that it names.
+        trust_remote_code: whether code beside the model's config.json may run.
     Raises:
         KTError: no adapter, a damaged one, no base model, or the two do not fit.
     """
     source = adapter_file(path)
     name = base_model or default_name(base_name(source), source)
-    return open_adapter(source, find_base_model(name, adapter=source))
+    return open_adapter(source, find_base_model(name, adapter=source, trust_remote_code=trust_remote_code))
 
 
-def inspect(path: str | os.PathLike[str], base_model: str | None = None) -> Report:
+def inspect(path: str | os.PathLike[str], base_model: str | None = None, *, trust_remote_code: bool = False) -> Report:
     """What an adapter holds and what is wrong with it; without its model only what its own files tell.
 
     Raises:
@@ -34,7 +37,7 @@ def inspect(path: str | os.PathLike[str], base_model: str | None = None) -> Repo
     report = begin_report(source)
     name = base_model or default_name(base_name(source), source)
     try:
-        base = find_base_model(name, adapter=source)
+        base = find_base_model(name, adapter=source, trust_remote_code=trust_remote_code)
     except KTError as error:
         if base_model is not None:
             raise

@@ -8,51 +8,65 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from kt_sft.adapters.model import BaseModel
-from kt_sft.errors import ConfigError, FormatError
+from kt_sft.errors import ConfigError, FormatError, KTError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations.auto_class import auto_class
-from kt_sft.integrations.gguf_model import is_gguf_model, read_config
-from kt_sft.integrations.model_files import drop_quantization, find_config_file
+from kt_sft.integrations import gguf_model, placing
+from kt_sft.integrations.model_files import find_config_file, read_config_file
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
 
 
-def find_base_model(name: str | os.PathLike[str] | None, *, adapter: object = "adapter") -> BaseModel:
+def find_base_model(
+    name: str | os.PathLike[str] | None, *, adapter: object = "adapter", trust_remote_code: bool = False
+) -> BaseModel:
     """Of a directory, hub name or GGUF file; only config.json, or the metadata, is read.
 
     Args:
         adapter: names the adapter in messages.
+        trust_remote_code: whether code beside config.json may run.
     Raises:
         ConfigError: no name, or nothing there.
         FormatError: a damaged config.json.
-        UnsupportedModel: no routed experts, or experts that are not known.
+        UnsupportedModel: no routed experts, or a model or experts that are not known.
     """
     if name is None:
         raise ConfigError(f"{adapter}: names no base model; name its directory with --base-model")
-    return describe(meta_model(name, adapter=adapter), str(name))
-
-
-def meta_model(name: str | os.PathLike[str], *, adapter: object = "adapter") -> PreTrainedModel:
-    """The model without weights, as transformers builds it.
-
-    Raises:
-        As `find_base_model`.
-    """
-    if is_gguf_model(name):
-        config = read_config(GgufIndex.from_path(name))
-    else:
+    if not gguf_model.is_gguf_model(name):
         try:
             find_config_file(name, {})
         except FormatError as error:
             raise ConfigError(f"{adapter}: base model: {error}; name its directory with --base-model") from None
-        config = AutoConfig.from_pretrained(name)
-    drop_quantization(config)
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
+    return describe(meta_model(name, trust_remote_code=trust_remote_code), str(name))
+
+
+def meta_model(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a directory, hub name or GGUF file without weights, as transformers builds it.
+
+    Raises:
+        FormatError: nothing there, or a damaged config.json.
+        UnsupportedModel: a model that transformers does not know, or a config that it cannot build one of.
+    """
+    is_gguf = gguf_model.is_gguf_model(name)
+    file = Path(name) if is_gguf else find_config_file(name, {})
+    if not is_gguf:
+        read_config_file(file)
+    try:
+        if is_gguf:
+            config = gguf_model.read_config(GgufIndex.from_path(file))
+        else:
+            config = placing.read_config(name, {"trust_remote_code": trust_remote_code})
+        return placing.meta_model(config, trust_remote_code)
+    except KTError:
+        raise
+    except Exception as error:  # of transformers' checks of the values, or of the model's own code
+        found = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        needs_trust = not trust_remote_code and "trust_remote_code" in str(error)
+        remedy = "allow the code beside it with --trust-remote-code, if you trust it" if needs_trust else ""
+        raise UnsupportedModel(str(file), expected="the config of a known model", found=found, remedy=remedy) from error
 
 
 def describe(model: nn.Module, path: str | None = None) -> BaseModel:

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoConfig
-
 from kt_sft.config import KTConfig
 from kt_sft.convert.plan import ConvertPlan, finished_manifest, plan_conversion
 from kt_sft.convert.run import Progress, convert
@@ -20,11 +17,10 @@ from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.packed_manifest import Manifest
-from kt_sft.integrations.auto_class import auto_class
+from kt_sft.integrations.base_model import meta_model
 from kt_sft.integrations.expert_sources import ExpertSource, open_experts, open_weight_path
 from kt_sft.integrations.gguf_experts import GgufExperts
-from kt_sft.integrations.gguf_model import read_config
-from kt_sft.integrations.model_files import check_config_file, drop_quantization, find_config_file
+from kt_sft.integrations.model_files import check_config_file, find_config_file
 from kt_sft.integrations.transformers import prepare_native
 from kt_sft.models.spec import find_experts
 
@@ -52,6 +48,7 @@ def convert_checkpoint(
     input_type: str = "auto",
     overwrite: bool = False,
     check: bool = False,
+    trust_remote_code: bool = False,
     bar: Callable[[str, int], AbstractContextManager[Progress]],
 ) -> Converted:
     """Pack all experts of a checkpoint.
@@ -60,6 +57,7 @@ def convert_checkpoint(
         config: weight format and threads.
         input_type: what the checkpoint must hold; `auto` takes any.
         check: read the container back afterwards (or the one that is there already).
+        trust_remote_code: whether code beside the checkpoint's config.json may run.
         bar: shows progress: (what, experts) -> context that gives the function to call.
 
     Raises:
@@ -71,7 +69,7 @@ def convert_checkpoint(
             f"quant-method: expected bf16, int8 or int4, found {found}; load such a checkpoint without a container"
         )
     prepare_native(config)
-    source, specs, model_type = open_source(input_path, input_type)
+    source, specs, model_type = open_source(input_path, input_type, trust_remote_code=trust_remote_code)
     plan = plan_conversion(source, specs, output, config.weight_format, config.int4_group_size, model_type)
     is_new = overwrite or finished_manifest(plan) is None
     if is_new:
@@ -86,16 +84,17 @@ def convert_checkpoint(
 
 
 def open_source(
-    path: str | os.PathLike[str], input_type: str = "auto"
+    path: str | os.PathLike[str], input_type: str = "auto", *, trust_remote_code: bool = False
 ) -> tuple[ExpertSource, dict[str, ExpertsSpec], str]:
     """The experts of a checkpoint, their shapes and the model type.
 
     Args:
         path: a directory with config.json and weights in safetensors or GGUF, a GGUF file in such a directory, or one
             that holds a whole model (docs/sources.md).
+        trust_remote_code: whether code beside config.json may run.
     Raises:
         FormatError: files missing or damaged.
-        UnsupportedModel: no routed experts, or experts that the kernels cannot compute.
+        UnsupportedModel: no routed experts, or a model or experts that are not known.
         ConfigError: the checkpoint is not of the input type, or is a container already.
     """
     path = Path(path)
@@ -107,14 +106,11 @@ def open_source(
     folder = path.parent if path.is_file() else path
     if path.suffix == SUFFIX and not (folder / "config.json").is_file():
         weights = GgufIndex.from_path(path)
-        model_config = read_config(weights)
+        model = meta_model(path)
     else:
         check_config_file(find_config_file(str(folder), {}))
         weights = open_weight_path(path)
-        model_config = AutoConfig.from_pretrained(folder)
-    drop_quantization(model_config)
-    with torch.device("meta"):
-        model = auto_class(model_config).from_config(model_config)
+        model = meta_model(folder, trust_remote_code=trust_remote_code)
     specs = find_experts(model)
     if isinstance(weights, GgufIndex):
         source: ExpertSource = GgufExperts(weights, specs)
@@ -123,7 +119,7 @@ def open_source(
             files = sorted({str(file) for name in weights for file in weights.files(name)})
         source = open_experts(model, specs, files, KTConfig())
     check_input_type(source, input_type)
-    return source, specs, model_config.model_type
+    return source, specs, model.config.model_type
 
 
 def check_input_type(source: ExpertSource, input_type: str) -> None:

@@ -42,17 +42,24 @@ class MergedCheckpoint:
     Args:
         folder: a safetensors checkpoint, quantised or not.
         adapters: of any form; several are added up.
+        trust_remote_code: whether code beside the checkpoint's config.json may run.
     Raises:
         ConfigError: a folder without such a checkpoint.
         FormatError: files missing or damaged; an adapter that does not fit.
         UnsupportedModel: a model or a quantisation that is not known.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]]):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        adapters: Sequence[str | os.PathLike[str]],
+        *,
+        trust_remote_code: bool = False,
+    ):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ConfigError(f"model: expected a directory with safetensors files to merge into, found {folder}")
-        model = meta_model(self.folder, adapter="merge")
+        model = meta_model(self.folder, trust_remote_code=trust_remote_code)
         self.index: QuantizedIndex = open_checkpoint(str(self.folder))
         self.base: BaseModel = describe(model, str(self.folder))
         keys = KeyMap(model, self.base.specs)
@@ -206,13 +213,20 @@ def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None) ->
 
 
 def merge(
-    model: str | os.PathLike[str] | None, adapters: Sequence[str | os.PathLike[str]], output: Path, to: str, bar: Bar
+    model: str | os.PathLike[str] | None,
+    adapters: Sequence[str | os.PathLike[str]],
+    output: Path,
+    to: str,
+    bar: Bar,
+    *,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Merge adapters into a checkpoint and write the result, aside and then renamed.
 
     Args:
         model: directory of the base model; None: the one that the first adapter names.
         to: `hf`, `gguf-q8_0` or `gguf-bf16`.
+        trust_remote_code: whether code beside the model's config.json may run.
     Raises:
         KTError: see `MergedCheckpoint`, `staged` and `gguf_merging.write_gguf`.
     """
@@ -224,7 +238,7 @@ def merge(
         model = default_name(base_name(adapters[0]), Path(adapters[0]))
         if model is None:
             raise ConfigError(f"{adapters[0]}: names no base model; name its directory with --model")
-    merged = MergedCheckpoint(model, adapters)
+    merged = MergedCheckpoint(model, adapters, trust_remote_code=trust_remote_code)
     if to == "hf":
         with staged(output, is_file=False) as staging:
             write_merged(merged, staging, bar)

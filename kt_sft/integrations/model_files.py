@@ -55,6 +55,23 @@ def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -
         ) from error
 
 
+def read_config_file(config_file: Path) -> dict[str, Any]:
+    """Values of a config.json.
+
+    Raises:
+        FormatError: no JSON object.
+    """
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a JSON {type(values).__name__}")
+        return values
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(
+            config_file, "config", expected="a JSON object", found=str(error), remedy="download it again"
+        ) from None
+
+
 def check_config_file(config_file: Path) -> Quantization | None:
     """How the weights beside a config.json are quantised; None: they are not.
 
@@ -62,13 +79,7 @@ def check_config_file(config_file: Path) -> Quantization | None:
         FormatError: no JSON object.
         UnsupportedModel: weights quantised in a way that is not read.
     """
-    try:
-        quantization = json.loads(config_file.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise FormatError(
-            config_file, "config", expected="a JSON object", found=str(error), remedy="download it again"
-        ) from None
-    return read_quantization(quantization, config_file)
+    return read_quantization(read_config_file(config_file).get("quantization_config"), config_file)
 
 
 def open_checkpoint(files: Iterable[str | Path] | str) -> QuantizedIndex:
