@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ SINGLE_NAME = "model.safetensors"
 _AGAIN = "download or copy the file again"
 # The format's own limit; a larger number means that the file is not safetensors.
 _MAX_HEADER_BYTES = 100_000_000
+# torch has room for more, checkpoints have not; a product of many would take minutes.
+_MAX_AXES = 8
 # Others may exist; what they hold is not checked here, and no model of ours needs them.
 _DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
 _DTYPE_BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32}
@@ -66,7 +69,8 @@ class SafetensorsIndex(TensorIndex[TensorInfo]):
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> SafetensorsIndex:
-        """Open `model.safetensors.index.json` with its shards, or `model.safetensors`.
+        """Open `model.safetensors`, or `model.safetensors.index.json` with its shards; where both are there the former,
+        as transformers does.
 
         Raises:
             FormatError: directory or shard missing, no safetensors, file damaged, index and shard disagree.
@@ -77,21 +81,21 @@ class SafetensorsIndex(TensorIndex[TensorInfo]):
             raise FormatError(
                 directory, "model directory", expected="a directory", found=found, remedy="correct the path"
             )
+        if (directory / SINGLE_NAME).is_file():
+            return cls.from_files([directory / SINGLE_NAME], directory)
         index_path = directory / INDEX_NAME
         if index_path.is_file():
             weight_map = _read_weight_map(index_path)
             index = cls.from_files([directory / name for name in sorted(set(weight_map.values()))], directory)
             index._check_weight_map(index_path, weight_map)
             return index
-        if (directory / SINGLE_NAME).is_file():
-            return cls.from_files([directory / SINGLE_NAME], directory)
         others = sorted(
             p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
         )
         raise FormatError(
             directory,
             "weights",
-            expected=f"{INDEX_NAME} or {SINGLE_NAME}",
+            expected=f"{SINGLE_NAME} or {INDEX_NAME}",
             found=", ".join(others[:4]) or "no weight file",
             remedy="use a checkpoint in safetensors format (save_pretrained writes one)",
         )
@@ -250,8 +254,8 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:80]!r} is there twice")
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{name[:80]!r} is there twice")
     return values
 
 
@@ -261,6 +265,8 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     numbers = [*shape, begin, end]
     if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError(f"tensor {name[:80]!r} has no dtype, shape and offsets of whole numbers")
+    if len(shape) > _MAX_AXES or any(extent >= 1 << 63 for extent in shape):
+        raise ValueError(f"tensor {name[:80]!r} has {len(shape)} axes, {max(shape)} long at most")
     elements = 1
     for extent in shape:
         elements *= extent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def test_sharded_and_single_files_give_equal_tensors(sharded, tensors, tmp_path_
             assert set(index) == set(tensors) and len(index) == 3 and "a" in index
             for name, value in tensors.items():
                 assert torch.equal(index.read(name), value)
+
+
+def test_single_file_goes_before_an_index(sharded, tensors):
+    """transformers takes it so: what is trained has to be what it loads."""
+    save_file({"a": tensors["a"] + 1}, sharded / "model.safetensors")
+    with SafetensorsIndex.from_directory(sharded) as index:
+        assert list(index) == ["a"] and torch.equal(index.read("a"), tensors["a"] + 1)
 
 
 def test_slice_of_a_fused_tensor_equals_the_slice(sharded, tensors):
@@ -161,6 +169,17 @@ def test_writer_refuses_pieces_that_do_not_add_up(tmp_path, sizes, match):
     write(tmp_path / "out.safetensors", plan, map(torch.zeros, [1, 1, 0, 1]))
     with pytest.raises(ValueError, match=match):
         write(tmp_path / "out.safetensors", plan, map(torch.zeros, sizes))
+
+
+@pytest.mark.parametrize("shape", [[1 << 62] * 50000, [1] * 9, [0, 1 << 63]])
+def test_shapes_that_no_tensor_has(tmp_path, shape):
+    """The first would take half a minute to multiply."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    begun = time.monotonic()
+    with pytest.raises(FormatError, match=r"header at byte 8: .* axes, \d+ long at most"):
+        SafetensorsIndex.from_directory(tmp_path)
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("dtype", ["", " F32", "F33"])
