@@ -121,7 +121,7 @@ def _is_swapped(widths: Mapping[str, tuple[int, int]], base: BaseModel, config: 
         out, into = _parameter_shape(name, base)
         if out != into and not base.specs[name.rpartition(".")[0]].is_transposed:
             votes.add(found == (out, into))
-    release = tuple(int(part) for part in str(config.get("peft_version") or "0.18").split(".")[:2] if part.isdigit())
+    release = tuple(int(part) for part in str(config.get("peft_version") or "0.18").split(".")[:2] if part.isdecimal())
     swaps = votes.pop() if len(votes) == 1 else release < (0, 19)
 
     def swapped(name: str) -> bool:

@@ -22,7 +22,6 @@ from kt_sft.formats.gguf_encode import encode
 from kt_sft.formats.gguf_names import ARCHITECTURES, block_name, layer_of, permute, unpermute
 from kt_sft.formats.gguf_writer import PlannedGguf
 from kt_sft.models.expert_keys import PROJECTIONS
-from kt_sft.native import native
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,22 +187,12 @@ def _check_pair(index: GgufIndex, stem: str, shape: tuple[int, ...]) -> int:
         if name not in index or index.info(name).shape != expected:
             shown = list(index.info(name).shape) if name in index else "missing"
             raise FormatError(index.source, f"tensor {name}", expected=list(expected), found=shown)
-        if not native().can_dequantize_gguf(index.info(name).type.name):
-            what = f"tensor {name}"
-            raise FormatError(index.source, what, expected="a type with numbers", found=index.info(name).type.name)
+        index.expect_numbers(name)
     return rank
 
 
 def _factors(index: GgufIndex, stem: str) -> tuple[Tensor, Tensor]:
-    import torch
-
-    factors = []
-    for role in "ab":
-        info = index.info(f"{stem}.lora_{role}")
-        out = torch.empty(info.num_bytes // info.row_bytes, info.shape[-1], dtype=torch.float32)
-        native().dequantize_gguf(info.type.name, index.blocks(f"{stem}.lora_{role}"), out)
-        factors.append(out.view(info.shape))
-    return factors[0], factors[1]
+    return index.read(f"{stem}.lora_a"), index.read(f"{stem}.lora_b")
 
 
 def _row_order(base: BaseModel, order: Callable[[int], Callable]) -> Callable[[str], Callable[[Tensor], Tensor]]:

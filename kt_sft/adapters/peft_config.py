@@ -52,14 +52,33 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FormatError(
             path, "bias", expected="none", found=values["bias"], remedy="trained biases are not converted"
         )
-    for name, kinds in (("r", int), ("lora_alpha", (int, float))):
-        value = values.get(name)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < (name == "r"):
-            raise FormatError(path, name, expected="a positive number", found=repr(value))
+    _check_number(path, "r", values.get("r"), is_whole=True)
+    _check_number(path, "lora_alpha", values.get("lora_alpha"))
     for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(values.get(name) or {}, dict):
-            raise FormatError(path, name, expected="an object", found=type(values[name]).__name__)
+        _check_pattern(path, name, values.get(name) or {})
+    parameters = values.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(entry, str) for entry in parameters):
+        raise FormatError(path, "target_parameters", expected="a list of names", found=repr(parameters)[:80])
     return values
+
+
+def _check_number(path: Path, name: str, value: Any, *, is_whole: bool = False) -> None:
+    """Zero would be an adapter that does nothing, and is something else to llama.cpp: its scale is then 1."""
+    kinds = int if is_whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+        raise FormatError(path, name, expected="a positive number", found=repr(value)[:80])
+
+
+def _check_pattern(path: Path, name: str, patterns: Any) -> None:
+    if not isinstance(patterns, dict):
+        raise FormatError(path, name, expected="an object", found=type(patterns).__name__)
+    for pattern, value in patterns.items():
+        try:
+            re.compile(_whole_name(pattern))
+        except re.error as error:
+            what = f"{name}, key {pattern[:80]!r}"
+            raise FormatError(path, what, expected="a regular expression", found=str(error)) from None
+        _check_number(path, f"{name}, {pattern[:80]!r}", value, is_whole=name == "rank_pattern")
 
 
 def read_side_file(folder: Path) -> dict[str, Any]:
@@ -95,9 +114,14 @@ def scale_of(config: Mapping[str, Any], target: str, rank: int) -> float:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, target: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", target):
+        if re.match(_whole_name(pattern), target):
             return value
     return default
+
+
+def _whole_name(pattern: str) -> str:
+    """What PEFT makes of a key of a pattern."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def named_parameters(config: Mapping[str, Any], module: str) -> list[str]:

@@ -12,7 +12,6 @@ from kt_sft.adapters.forms import is_per_expert
 from kt_sft.adapters.model import Adapter, Lora
 from kt_sft.adapters.tensor_file import TensorFile
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.native import native
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +64,7 @@ def begin_report(source: Path) -> Report:
         kinds = sorted({index.info(name).type.name for name in index})
         name = index.metadata.get(gguf.BASE_KEY)
         report = Report(str(source), "gguf", name, tensors=len(index), size_bytes=source.stat().st_size, dtypes=kinds)
-        report.problems += _not_finite((name, _numbers(index, name)) for name in index)
+        report.problems += _not_finite((name, index.read(name)) for name in index)
         return report
     config = peft_config.read_config(source)
     tensors = TensorFile(source)
@@ -76,15 +75,6 @@ def begin_report(source: Path) -> Report:
     report.model_type = peft_config.read_side_file(source).get("model_type")
     report.problems += _not_finite((name, tensors.read(name)) for name in tensors)
     return report
-
-
-def _numbers(index: GgufIndex, name: str) -> Tensor:
-    import torch
-
-    info = index.info(name)
-    out = torch.empty(info.num_bytes // info.row_bytes, info.shape[-1], dtype=torch.float32)
-    native().dequantize_gguf(info.type.name, index.blocks(name), out)
-    return out
 
 
 def _not_finite(tensors: Iterator[tuple[str, Tensor]]) -> list[str]:

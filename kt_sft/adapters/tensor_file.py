@@ -60,9 +60,10 @@ class TensorFile:
         return self._index.info(key).shape if self._index is not None else tuple(self._tensors[key].shape)
 
     def read(self, name: str) -> Tensor:
-        """The tensor; a view of the mapped file."""
+        """The tensor; a view of the mapped file, but fp8 as bf16: nothing computes with it."""
         key = self._keys[name]
-        return self._index.read(key) if self._index is not None else self._tensors[key]
+        tensor = self._index.read(key) if self._index is not None else self._tensors[key]
+        return tensor.bfloat16() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
     def dtypes(self) -> set[str]:
         """Names of the element types."""

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from kt_sft.errors import FormatError
-from kt_sft.formats.ggml_types import GGML_TYPE_BY_NUMBER, GgmlType
+from kt_sft.formats.ggml_types import GGML_TYPE_BY_NUMBER, GGML_TYPES, GgmlType
 from kt_sft.formats.tensor_errors import check_shape, repeated_tensor
 from kt_sft.formats.tensor_index import TensorIndex
+from kt_sft.native import native
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SUFFIX = ".gguf"
@@ -135,8 +137,42 @@ class GgufIndex(TensorIndex[GgufTensor]):
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(part)
 
+    def expect_numbers(self, name: str) -> None:
+        """Check that a tensor is of a type that `dequantize` reads.
+
+        Raises:
+            FormatError: integers, or a type that is only for computing.
+        """
+        info = self.info(name)
+        if not native().can_dequantize_gguf(info.type.name):
+            expected, remedy = "a floating point or quantised type", "use another quantisation of the model"
+            raise FormatError(info.file, f"tensor {name}", expected=expected, found=info.type.name, remedy=remedy)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """All numbers of a tensor in its shape, bf16 or (None) f32.
+
+        Raises:
+            FormatError: there is no such tensor, or it is of a type without numbers.
+        """
+        import torch
+
+        self.expect_numbers(name)
+        info = self.info(name)
+        return dequantize(info.type.name, self.blocks(name), dtype or torch.float32).view(info.shape)
+
     def close(self) -> None:
         self._maps.clear()
+
+
+def dequantize(kind: str, blocks: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of raw blocks uint8 `[rows, row_bytes]` of a GGUF type, (None) bf16 or f32 `[rows, cols]`."""
+    import torch
+
+    size = GGML_TYPES[kind]
+    columns = blocks.shape[1] // size.block_bytes * size.block_elements
+    out = torch.empty(blocks.shape[0], columns, dtype=dtype or torch.bfloat16)
+    native().dequantize_gguf(kind, blocks, out)
+    return out
 
 
 class _Header:

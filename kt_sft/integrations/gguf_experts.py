@@ -12,12 +12,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from kt_sft.errors import FormatError, UnsupportedModel
-from kt_sft.formats.ggml_types import GGML_TYPES
-from kt_sft.formats.gguf import GgufIndex
+from kt_sft.errors import UnsupportedModel
+from kt_sft.formats.gguf import GgufIndex, dequantize
 from kt_sft.formats.gguf_names import layer_of
 from kt_sft.integrations.expert_files import UnchangedFiles
 from kt_sft.models.expert_keys import PROJECTIONS, WeightSlice
@@ -132,15 +130,8 @@ class GgufExperts:
         for expert in range(spec.num_experts):
             parts = self._parts(name, expert)
             for part, shape in zip(parts, (into, into, out), strict=True):
-                info = self._index.expect(part.key, (spec.num_experts, *shape) if part.rows else shape)
-                if not native().can_dequantize_gguf(info.type.name):
-                    raise FormatError(
-                        info.file,
-                        f"tensor {part.key}",
-                        expected="a floating point or quantised type",
-                        found=info.type.name,
-                        remedy="use another quantisation of the model",
-                    )
+                self._index.expect(part.key, (spec.num_experts, *shape) if part.rows else shape)
+                self._index.expect_numbers(part.key)
             if all(part.rows for part in parts):
                 break  # the same tensors hold all experts
         gate, up, down = (self._index.info(part.key).type.name for part in self._parts(name, 0))
@@ -153,11 +144,3 @@ def native_format(kind: str) -> str:
     if kind.lower() in {"f16", *(known["name"] for known in native().block_types())}:
         return kind.lower()
     return "bf16" if kind in ("BF16", "F32") else "int8"
-
-
-def dequantize(kind: str, blocks: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Numbers of raw blocks uint8 `[rows, row_bytes]` of a GGUF type, bf16 or f32 `[rows, cols]`."""
-    size = GGML_TYPES[kind]
-    out = torch.empty(blocks.shape[0], blocks.shape[1] // size.block_bytes * size.block_elements, dtype=dtype)
-    native().dequantize_gguf(kind, blocks, out)
-    return out

@@ -26,7 +26,7 @@ from kt_sft.formats.gguf_config import model_config
 from kt_sft.formats.gguf_names import PlainTensor, plain_tensors
 from kt_sft.formats.safetensors_index import SINGLE_NAME
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
-from kt_sft.integrations.gguf_experts import GgufExperts, dequantize
+from kt_sft.integrations.gguf_experts import GgufExperts
 from kt_sft.integrations.gguf_tokenizer import read_tokenizer
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.spec import find_experts
@@ -107,7 +107,7 @@ def _dtype(name: str) -> str:
 def _pieces(index: GgufIndex, tensors: list[PlainTensor]) -> Iterator[Tensor]:
     for tensor in tensors:
         dtype = getattr(torch, _dtype(tensor.name).removeprefix("torch."))
-        parts = [dequantize(index.info(name).type.name, index.blocks(name), dtype) for name in tensor.sources]
+        parts = [index.read(name, dtype) for name in tensor.sources]
         yield (parts[0] if tensor.make is None else tensor.make(*parts)).reshape(tensor.shape)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kt_sft
+from kt_sft.adapters import forms
 from kt_sft.adapters.model import Adapter, Lora
+from kt_sft.integrations.base_model import find_base_model
 from tests.helpers import tiny_models
 
 
@@ -85,3 +89,29 @@ def zeroed(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
     file = target / "adapter_model.safetensors"
     save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+
+
+def opened(path: Path, root: Path) -> Adapter:
+    """An adapter of any form, of the base model in `root`."""
+    return forms.open_adapter(path, find_base_model(root / "base"))
+
+
+def convert(root: Path, form: str, output: Path) -> Path:
+    """The adapter in `root` in another form."""
+    return forms.convert(opened(root / "adapter", root), form, output)
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change values of an adapter_config.json."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def damaged(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    """What changes the tensors of an adapter directory."""
+
+    def apply(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}, file)
+
+    return apply

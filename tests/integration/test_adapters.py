@@ -19,6 +19,7 @@ from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations.adapters import open_with_base
 from kt_sft.integrations.base_model import find_base_model
 from tests.helpers import adapters, tiny_models
+from tests.helpers.adapters import convert, edit, opened
 
 FAMILIES = (*tiny_models.FAMILIES, "gpt_oss")
 PREFIX = "base_model.model.model.layers"
@@ -36,14 +37,6 @@ def roots(tmp_path_factory):
         return made[family]
 
     return of
-
-
-def opened(path: Path, root: Path):
-    return forms.open_adapter(path, find_base_model(root / "base"))
-
-
-def convert(root: Path, form: str, output: Path) -> Path:
-    return forms.convert(opened(root / "adapter", root), form, output)
 
 
 def refuses(family: str, form: str) -> bool:
@@ -172,11 +165,6 @@ def separate(root: Path, tmp_path: Path, **changes) -> Path:
     return folder
 
 
-def edit(folder: Path, **changes) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
 @pytest.mark.parametrize("form", ["peft-0.18", "peft-0.19"])
 def test_separate_gate_and_up_need_twice_the_rank(roots, tmp_path, form):
     root = roots("qwen3_moe")
@@ -247,98 +235,6 @@ def test_scales_and_ranks_that_differ(roots, tmp_path):
         adapters.assert_same(adapters.deltas(opened(written, root)), wanted)
 
 
-def damaged(change):
-    """Tensors of the adapter changed by `change`."""
-
-    def apply(folder: Path) -> None:
-        file = folder / "adapter_model.safetensors"
-        save_file({name: t.contiguous() for name, t in change(load_file(file)).items()}, file)
-
-    return apply
-
-
-def drop(part: str):
-    return damaged(lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name})
-
-
-DAMAGE = [
-    ("vllm", drop("experts.3.gate_proj"), "gate of model.layers.0.mlp.experts: expected 7 experts, found 1 missing"),
-    ("vllm", drop("experts.3.up_proj.lora_B"), r"experts\.3\.up_proj\.lora_B\.weight: expected present, found missing"),
-    ("peft-0.19", drop("base_layer.lora_A"), r"base_layer\.lora_A\.weight: expected present, found missing"),
-    (
-        "peft-0.19",
-        damaged(lambda t: {n: v[:-1] if ".experts." in n else v for n, v in t.items()}),
-        r"expected 21 \(experts times rank\)",
-    ),
-    (
-        "vllm",
-        damaged(lambda t: {n: v[:, :-1] for n, v in t.items()}),
-        r"lora_A\.weight: expected \[3, 48\], found \[3, 47\]",
-    ),
-    ("vllm", damaged(lambda t: {**t, "base_model.model.x.lora_A.weight": torch.ones(1)}), "expected a LoRA target"),
-    ("vllm", damaged(lambda t: {**t, "base_model.model.x.lora_magnitude_vector": torch.ones(1)}), "plain LoRA"),
-    ("vllm", lambda folder: edit(folder, peft_type="IA3"), "peft_type: expected LORA, found IA3"),
-    ("vllm", lambda folder: edit(folder, use_dora=True), "use_dora: expected plain LoRA"),
-    (
-        "vllm",
-        lambda folder: edit(folder, init_lora_weights="pissa_niter_4"),
-        "base model's own weights, found 'pissa_n",
-    ),
-    ("vllm", lambda folder: edit(folder, init_lora_weights="OLoRA"), "init_lora_weights: .* found 'OLoRA'"),
-    ("vllm", lambda folder: edit(folder, r=0), "r: expected a positive number, found 0"),
-    ("vllm", lambda folder: (folder / "adapter_config.json").write_text("{"), "damaged: expected JSON"),
-    ("vllm", lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json in it"),
-    ("vllm", lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter weights"),
-    ("vllm", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), "safetensors file"),
-]
-
-
-@pytest.mark.parametrize(("form", "change", "match"), DAMAGE)
-def test_damaged_adapters_give_one_clear_error(roots, tmp_path, form, change, match):
-    root = roots("qwen3_moe")
-    folder = convert(root, form, tmp_path / "adapter")
-    change(folder)
-    with pytest.raises(FormatError, match=match) as caught:
-        open_with_base(folder, str(root / "base"))
-    assert "\n" not in str(caught.value)
-
-
-def with_whole(root: Path, folder: Path, **tensors: torch.Tensor) -> Path:
-    """A copy of the adapter with modules that were trained as a whole; `__` stands for a dot in their names."""
-    shutil.copytree(root / "adapter", folder)
-    damaged(lambda t: {**t, **{f"base_model.model.{n.replace('__', '.')}": v for n, v in tensors.items()}})(folder)
-    return folder
-
-
-def test_modules_trained_as_a_whole_are_compared_with_the_model(roots, tmp_path):
-    root = roots("qwen3_moe")
-    rows, hidden = load_file(root / "base" / "model.safetensors")["lm_head.weight"].shape
-    cases = [
-        ("lm_head__weight", rf"lm_head\.weight: expected \[{rows}, {hidden}\], found \[{rows + 8}, {hidden}\]"),
-        ("nonsense__weight", r"nonsense\.weight: expected a parameter of the model, found none"),
-    ]
-    for name, match in cases:
-        folder = with_whole(root, tmp_path / name, **{name: torch.ones(rows + 8, hidden)})
-        with pytest.raises(FormatError, match=match):
-            opened(folder, root)
-        code, text = run("merge", "--adapter", folder, "--output", tmp_path / "merged")
-        assert code == 2 and "Traceback" not in text and not (tmp_path / "merged").exists()
-
-
-def test_stored_base_layer_of_a_module_with_lora(roots, tmp_path):
-    """What PEFT writes for LoRA on a head: the factors, and the head itself."""
-    root = roots("qwen3_moe")
-    head = load_file(root / "base" / "model.safetensors")["lm_head.weight"]
-    names = {"lm_head__lora_A__weight": torch.ones(3, head.shape[1]), "lm_head__base_layer__weight": 2 * head}
-    folder = with_whole(root, tmp_path / "head", **names, lm_head__lora_B__weight=torch.ones(head.shape[0], 3))
-    assert torch.equal(opened(folder, root).whole["lm_head.weight"](), 2 * head)
-    assert "lm_head" in opened(folder, root).ranks
-    written = load_file(
-        forms.convert(opened(folder, root), "peft-0.18", tmp_path / "out") / "adapter_model.safetensors"
-    )
-    assert torch.equal(written["base_model.model.lm_head.base_layer.weight"], 2 * head)
-
-
 def test_adapters_of_other_models(roots, tmp_path):
     file = convert(roots("mixtral"), "gguf", tmp_path / "m.gguf")
     with pytest.raises(FormatError, match="general.architecture: expected qwen3moe, found 'llama'"):
@@ -396,26 +292,3 @@ def test_command_line(roots, tmp_path):
     assert targets["experts.down"]["matrices"] == 10 and targets["experts.down"]["ranks"] == [3]
     code, text = run("adapter", "convert", "--to", "sglan", root / "adapter", tmp_path / "x")
     assert code == 2 and "did you mean 'sglang'" in text and not (tmp_path / "x").exists()
-
-
-def test_inspect_names_problems(roots, tmp_path):
-    root = roots("qwen3_moe")
-    folder = convert(root, "vllm", tmp_path / "adapter")
-
-    def spoil(tensors):
-        del tensors[f"{PREFIX}.1.mlp.experts.2.down_proj.lora_B.weight"]
-        tensors[f"{PREFIX}.0.mlp.experts.0.gate_proj.lora_A.weight"][0, 0] = float("nan")
-        return tensors
-
-    damaged(spoil)(folder)
-    code, text = run("adapter", "inspect", "--json", folder)
-    problems = json.loads(text)["problems"]
-    assert code == 1 and len(problems) == 2
-    assert "1 tensors with NaN or infinity, first model.layers.0.mlp.experts.0.gate_proj.lora_A.weight" in problems[0]
-    assert "experts.2.down_proj.lora_B.weight: expected present, found missing" in problems[1]
-    edit(folder, base_model_name_or_path="gone/away")
-    code, text = run("adapter", "inspect", "--json", folder)
-    assert "were not compared with the model" in json.loads(text)["notes"][0]
-    code, text = run("adapter", "inspect", folder)
-    assert code == 1 and "problem" in text
-    assert run("adapter", "inspect", tmp_path / "nothing")[0] == 2
