@@ -30,9 +30,9 @@ _MAX_HEADER_BYTES = 100_000_000
 # torch has room for more, checkpoints have not; a product of many would take minutes.
 _MAX_AXES = 8
 # Others may exist; what they hold is not checked here, and no model of ours needs them.
-_DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
-_DTYPE_BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32}
-_DTYPE_BITS |= {"U64": 64, "I64": 64, "F64": 64, "F4": 4}
+DTYPE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
+DTYPE_BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32}
+DTYPE_BITS |= {"U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         data_bytes = end
     if 8 + header_bytes + data_bytes != file_bytes:
         raise _wrong_length(file, 8 + header_bytes + data_bytes, file_bytes)
-    if any(dtype not in _DTYPE_BITS for _, dtype, *_ in entries):
+    if any(dtype not in DTYPE_BITS for _, dtype, *_ in entries):
         _map(file).__exit__(None, None, None)
     for name, dtype, shape, _, _ in entries:
         yield name, TensorInfo(file, dtype, shape)
@@ -270,7 +270,7 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     elements = 1
     for extent in shape:
         elements *= extent
-    bits = _DTYPE_BITS.get(dtype)
+    bits = DTYPE_BITS.get(dtype)
     if bits is not None and elements * bits != 8 * (end - begin):
         raise ValueError(f"tensor {name[:80]!r} of {dtype} {shape[:8]} has {end - begin} bytes")
     return dtype, tuple(shape), begin, end

@@ -9,10 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kt_sft.formats.safetensors_index import DTYPE_BITS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DTYPES = {"torch.bfloat16": ("BF16", 2), "torch.float16": ("F16", 2), "torch.float32": ("F32", 4)}
+# The format's names -> torch's, of all types that both have.
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "C64": "complex64"}
+TORCH_NAMES |= {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
+TORCH_NAMES |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+TORCH_NAMES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
+_NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class PlannedTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes of the data."""
-        size = _DTYPES[self.dtype][1]
+        size = DTYPE_BITS[_NAMES[self.dtype]] // 8
         for extent in self.shape:
             size *= extent
         return size
@@ -47,7 +55,7 @@ def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -
     for tensor in plan:
         begin, end = end, end + tensor.num_bytes
         header[tensor.name] = {
-            "dtype": _DTYPES[tensor.dtype][0],
+            "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }

@@ -74,7 +74,7 @@ def gguf_plan(merged: MergedCheckpoint, kind: str) -> GgufModelFile:
     metadata |= tokenizer_metadata(merged.folder, config["vocab_size"])
     entries: list[_Entry] = []
     for key in merged.index:
-        if merged.is_plain(key) and not _is_left_out(key, config):
+        if merged.is_plain(key) and not _is_left_out(key, config, unties_head=merged.unties_head):
             entries.append(_plain(merged, key, kind, config))
     for module, spec in merged.base.specs.items():
         for projection in PROJECTIONS:
@@ -89,11 +89,11 @@ def _planned(name: str, kind: str, shape: tuple[int, ...]) -> PlannedGguf:
     return PlannedGguf(name, "F32" if is_full else type_for(kind, shape[-1]), shape)
 
 
-def _is_left_out(key: str, config: dict[str, Any]) -> bool:
-    """Prediction layers behind the last one, tables that are computed, and a head that is the embedding."""
+def _is_left_out(key: str, config: dict[str, Any], *, unties_head: bool) -> bool:
+    """Prediction layers behind the last one, tables that are computed, and a head that is still the embedding."""
     parts = key.split(".")
     is_extra = parts[:2] == ["model", "layers"] and int(parts[2]) >= config["num_hidden_layers"]
-    is_tied = key == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
+    is_tied = key == "lm_head.weight" and bool(config.get("tie_word_embeddings")) and not unties_head
     return is_extra or is_tied or key.endswith("rotary_emb.inv_freq")
 
 

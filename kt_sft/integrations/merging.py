@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kt_sft.adapters.forms import base_name, open_adapter, staged
 from kt_sft.adapters.model import BaseModel, Lora
-from kt_sft.errors import ConfigError, FormatError
+from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
 from kt_sft.formats.quantized_index import FLOAT_DTYPES, QuantizedIndex
 from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME
-from kt_sft.formats.safetensors_writer import PlannedTensor, write
+from kt_sft.formats.safetensors_writer import TORCH_NAMES, PlannedTensor, write
 from kt_sft.integrations.base_model import default_name, describe, meta_model
 from kt_sft.integrations.expert_files import READABLE
 from kt_sft.integrations.model_files import open_checkpoint
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # what, total -> context that gives the function to call: (done, total, name)
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int, str], None]]]
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_HEAD = "lm_head.weight"
 
 
 class MergedCheckpoint:
@@ -84,17 +84,32 @@ class MergedCheckpoint:
                 raise FormatError(adapter.source, "target", expected=expected, found="no such tensor")
 
     def dtype(self, key: str, wanted: torch.dtype | None = None) -> torch.dtype:
-        """What a tensor is written as: as it is stored, bf16 if it was quantised; or as wanted, but for routing biases,
-        which decide by small differences.
+        """What a tensor is written as: as it is stored, bf16 if it was quantised; weights as wanted, but for routing
+        biases, which decide by small differences.
+
+        Raises:
+            UnsupportedModel: stored in a type that torch has not.
         """
-        stored = _DTYPES.get(self.index.info(key).dtype, torch.bfloat16)
-        if wanted is not None and not (stored is torch.float32 and key.endswith("e_score_correction_bias")):
-            return wanted
-        return torch.bfloat16 if key in self.index.quantized else stored
+        info = self.index.info(key)
+        if key in self.index.quantized:
+            return wanted or torch.bfloat16
+        if info.dtype not in TORCH_NAMES:
+            expected = f"one of {', '.join(TORCH_NAMES)}"
+            raise UnsupportedModel(f"{info.file}: tensor {key}", expected=expected, found=info.dtype)
+        is_exact = info.dtype == "F32" and key.endswith("e_score_correction_bias")
+        if wanted is None or is_exact or info.dtype not in FLOAT_DTYPES:
+            return getattr(torch, TORCH_NAMES[info.dtype])
+        return wanted
 
     def is_plain(self, key: str) -> bool:
         """Whether a tensor is none of the experts'."""
         return key not in self._parts
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether the adapters make a head of its own of one that was the embedding."""
+        is_changed = any("lm_head" in adapter.ranks or _HEAD in adapter.whole for adapter in self.adapters)
+        return is_changed and bool(self.base.config.get("tie_word_embeddings"))
 
     def plain(self, key: str) -> Tensor:
         """A tensor outside the experts, in its own type."""
@@ -104,7 +119,7 @@ class MergedCheckpoint:
                 weight = adapter.whole[target]().to(weight.dtype)
             name = target.removesuffix(".weight")
             if name in adapter.ranks and target != name:
-                weight = weight.float() + adapter.read_linear(name).delta()
+                weight = _wide(weight) + adapter.read_linear(name).delta()
         return weight
 
     def matrix(self, name: str, index: int, projection: str) -> Tensor:
@@ -114,7 +129,7 @@ class MergedCheckpoint:
         if self._experts is None or self._experts[0] != name:
             self._experts = (name, [adapter.read_experts(name) for adapter in self.adapters])
         deltas = [loras[projection].delta(index) for loras in self._experts[1] if projection in loras]
-        return sum(deltas, start=weight.float()) if deltas else weight
+        return sum(deltas, start=_wide(weight)) if deltas else weight
 
     def pieces(self, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
         """The parts of a tensor in the order of the file, rounded once."""
@@ -158,6 +173,11 @@ class MergedCheckpoint:
         return PlannedTensor(key, str(self.dtype(key, dtype)), self.index.info(key).shape)
 
 
+def _wide(weight: Tensor) -> Tensor:
+    """What deltas are added to: f32, or f64 of a weight in f64."""
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
 def write_merged(
     merged: MergedCheckpoint,
     folder: Path,
@@ -193,11 +213,15 @@ def write_merged(
     if len(shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    copy_beside(merged.folder, folder, dtype)
+    copy_beside(merged.folder, folder, dtype, unties_head=merged.unties_head)
 
 
-def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """config.json, without the quantisation that is gone, and the other small files of a model directory."""
+def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None, *, unties_head: bool = False) -> None:
+    """config.json, without the quantisation that is gone, and the other small files of a model directory.
+
+    Args:
+        unties_head: whether the head is no longer the embedding.
+    """
     for path in sorted(source.iterdir()):
         is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         if path.is_file() and not is_weights and not (folder / path.name).exists():
@@ -209,6 +233,8 @@ def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None) ->
             for name in ("dtype", "torch_dtype"):
                 if dtype is not None and name in part:
                     part[name] = str(dtype).removeprefix("torch.")
+            if unties_head and (part is values or "tie_word_embeddings" in part):
+                part["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

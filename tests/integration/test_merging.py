@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -92,6 +93,45 @@ def test_hf_checkpoint_is_w_plus_delta_rounded_once(roots, tmp_path, family):
     wanted, logits = adapters.peft_model(root)(ids).logits, merged(ids).logits
     base = stock(ids).logits
     assert (logits - wanted).norm() < 0.05 * (base - wanted).norm()
+
+
+def test_types_that_no_weight_has_are_copied(tmp_path):
+    """Buffers of whole numbers bit by bit, and a weight in f64 with its delta."""
+    adapters.make("qwen3_moe", tmp_path)
+    name, file = "model.layers.0.self_attn.q_proj.weight", tmp_path / "base" / "model.safetensors"
+    before = weights(tmp_path / "base")
+    before[name] = before[name].double() + 1e-9
+    before |= {"model.position_ids": torch.arange(2000), "model.mask": torch.tensor([True, False])}
+    before |= {"model.scale": torch.tensor([1.5, -3.0]).to(torch.float8_e5m2), "model.wave": torch.tensor([1 + 2j])}
+    save_file(before, file, {"format": "pt"})
+    after, deltas = weights(merge(tmp_path, tmp_path / "merged")), adapters.peft_deltas(tmp_path)
+    assert {key: tensor.dtype for key, tensor in after.items()} == {key: t.dtype for key, t in before.items()}
+    for key in ("model.position_ids", "model.mask", "model.scale", "model.wave"):
+        assert torch.equal(after[key].view(torch.uint8), before[key].view(torch.uint8)), key
+    assert (after[name] - (before[name] + deltas[name])).abs().max() < 1e-7 * deltas[name].abs().max() + 1e-12
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["lora", "modules_to_save"])
+def test_head_that_was_the_embedding_gets_its_own_weight(roots, tmp_path, whole):
+    """A checkpoint that stores it although its config says that it is tied."""
+    root = shutil.copytree(roots("mixtral"), tmp_path / "root")
+    config = root / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
+    head = weights(root / "base")["lm_head.weight"]
+    a, b = torch.full((3, head.shape[1]), 0.25), torch.full((head.shape[0], 3), 0.5)
+    stem, wanted = "base_model.model.lm_head.", 2 * head
+    trained = {f"{stem}weight": wanted}
+    if not whole:
+        trained = {f"{stem}lora_A.weight": a, f"{stem}lora_B.weight": b}
+        wanted = (head.float() + 5 / 3 * b @ a).bfloat16()
+    adapters.damaged(lambda tensors: {**tensors, **trained})(root / "adapter")
+    adapters.edit(root / "adapter", base_model_name_or_path=str(root / "base"))
+    folder = merge(root, tmp_path / "merged")
+    assert torch.equal(tiny_models.load_stock(folder).lm_head.weight, wanted.float())
+    index = GgufIndex.from_path(merge(root, tmp_path / "m.gguf", "gguf-bf16"))
+    assert torch.equal(index.read("output.weight"), wanted.float())
+    adapters.damaged(lambda tensors: {n: t for n, t in tensors.items() if "lm_head" not in n})(root / "adapter")
+    assert "output.weight" not in GgufIndex.from_path(merge(root, tmp_path / "tied.gguf", "gguf-bf16"))
 
 
 def test_several_adapters_are_added(roots, tmp_path):
