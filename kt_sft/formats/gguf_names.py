@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kt_sft.errors import UnsupportedModel
+from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ ARCHITECTURES = {
 _GGUF_NAMES = {name: source for source, name in (_TOP | _BLOCK_NAMES).items()}
 _GGUF_NAMES["block_sparse_moe.gate.weight"] = "ffn_gate_inp.weight"
 # The two halves of kv_b in newer DeepSeek files.
-_KEY_HALF, _VALUE_HALF = "attn_k_b.weight", "attn_v_b.weight"
+_KEY_HALF, _VALUE_HALF, _WHOLE = "attn_k_b.weight", "attn_v_b.weight", "attn_kv_b.weight"
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def plain_tensors(index: GgufIndex, config: dict[str, Any]) -> Iterator[PlainTen
     Args:
         config: of `gguf_config.model_config`.
     Raises:
+        FormatError: halves of kv_b that do not fit together.
         UnsupportedModel: a tensor that is not known: the model would be computed without it.
     """
     is_mixtral = config["model_type"] == "mixtral"
@@ -87,6 +88,8 @@ def plain_tensors(index: GgufIndex, config: dict[str, Any]) -> Iterator[PlainTen
             yield PlainTensor(_TOP[source], index.info(source).shape, (source,))
             continue
         layer, part = (f"model.layers.{block[1]}.", block[2]) if block else ("", "")
+        if part in (_KEY_HALF, _VALUE_HALF) and f"blk.{block[1]}.{_WHOLE}" in index:
+            continue  # files of some months have both
         if part == _VALUE_HALF:
             continue  # comes with the other half
         if part == _KEY_HALF:
@@ -155,7 +158,11 @@ def permute(heads: int) -> Callable[[Tensor], Tensor]:
 def _joined_kv_b(index: GgufIndex, block: str, name: str) -> PlainTensor:
     """k_b `[heads, kv_rank, nope]` and v_b `[heads, v, kv_rank]` -> kv_b_proj `[heads * (nope + v), kv_rank]`."""
     keys, values = index.info(block + _KEY_HALF).shape, index.info(block + _VALUE_HALF).shape
-    index.expect(block + _VALUE_HALF, (keys[0], values[-2], keys[1]) if len(keys) == 3 else keys)
+    for half, shape in ((_KEY_HALF, keys), (_VALUE_HALF, values)):
+        if len(shape) != 3:
+            what = f"tensor {block}{half}"
+            raise FormatError(index.source, what, expected="three axes, heads first", found=list(shape))
+    index.expect(block + _VALUE_HALF, (keys[0], values[1], keys[1]))
 
     def make(k: Tensor, v: Tensor) -> Tensor:
         import torch

@@ -59,6 +59,10 @@ def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
+    if len(header) != len(plan) + 1:
+        raise ValueError(
+            f"{path}: expected a plan in which every tensor is once, got {len(plan) + 1 - len(header)} more"
+        )
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:

@@ -34,6 +34,8 @@ from kt_sft.models.spec import find_experts
 logger = logging.getLogger(__name__)
 
 _CACHE = Path(".cache") / "kt_sft" / "gguf"
+# Of what is written into the directories: another number where it changes, or those that are there stay in use.
+_VERSION = 2
 
 
 def is_gguf_model(path: str | os.PathLike[str]) -> bool:
@@ -52,8 +54,8 @@ def model_directory(file: str | os.PathLike[str], cache: str | os.PathLike[str] 
     """
     with GgufIndex.from_path(file) as index:
         files = sorted({index.info(name).file for name in index})
-        marks = [(str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns) for part in files]
-        identity = hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
+        marks = [[str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns] for part in files]
+        identity = hashlib.sha256(json.dumps([_VERSION, marks]).encode()).hexdigest()[:16]
         folder = Path(cache).expanduser() if cache is not None else Path.home() / _CACHE
         target = folder / f"{Path(file).stem}-{identity}"
         if not target.is_dir():

@@ -69,6 +69,32 @@ def test_trains_with_quantised_experts(tmp_path):
     model(ids, labels=ids).loss.backward()
 
 
+def contents(file):
+    """Metadata and tensors of a file, as `gguf_files.write` takes them."""
+    index = GgufIndex.from_path(file)
+    tensors = {
+        name: (info.type.name, info.shape, index.blocks(name).numpy().reshape(-1).copy())
+        for name, info in ((name, index.info(name)) for name in index)
+    }
+    return {key: v.tolist() if hasattr(v, "tolist") else v for key, v in index.metadata.items()}, tensors
+
+
+def test_kv_b_whole_and_in_halves(tmp_path):
+    """Files of some months of llama.cpp have both; halves alone have to be what they are taken for."""
+    plain = tiny_models.build("deepseek_v3", tmp_path / "plain")
+    _, whole = contents(gguf_models.write_model(plain, tmp_path / "whole.gguf"))
+    metadata, halves = contents(gguf_models.write_model(plain, tmp_path / "halves.gguf", split_kv_b=True))
+    both = gguf_files.write(tmp_path / "both.gguf", metadata, halves | whole)
+    ours, wanted = kt_sft.load_model(both), kt_sft.load_model(plain)
+    parameters = dict(wanted.named_parameters())
+    assert all(torch.equal(parameter, parameters[name]) for name, parameter in ours.named_parameters())
+    for name in ("blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight"):
+        kind, shape, data = halves[name]
+        flat = {name: (kind, (shape[0] * shape[1], shape[2]), data)}
+        gguf_files.write(both, metadata, halves | flat)
+        refused(both, f"tensor {name}: expected three axes, heads first, found")
+
+
 def refused(file, match, error=FormatError):
     with pytest.raises(error, match=match) as caught:
         kt_sft.load_model(file)
@@ -84,13 +110,7 @@ def test_files_that_are_no_such_model(tmp_path, cache):
     refused(tmp_path / "none.gguf", "GGUF file: expected a file, found nothing")
     plain = tiny_models.build("mixtral", tmp_path / "plain")
     gguf_models.write_model(plain, file)
-    whole = GgufIndex.from_path(file)
-    tensors = {
-        name: (info.type.name, info.shape, whole.blocks(name).numpy().reshape(-1).copy())
-        for name, info in ((name, whole.info(name)) for name in whole)
-    }
-    metadata = {key: list(v) if hasattr(v, "tolist") else v for key, v in whole.metadata.items()}
-    metadata = {k: [int(i) for i in v] if k.endswith("token_type") else v for k, v in metadata.items()}
+    metadata, tensors = contents(file)
 
     def rewritten(match, error=FormatError, change=None, **tensor):
         gguf_files.write(file, metadata | (change or {}), {**tensors, **tensor} if tensor else tensors)

@@ -169,6 +169,8 @@ def test_writer_refuses_pieces_that_do_not_add_up(tmp_path, sizes, match):
     write(tmp_path / "out.safetensors", plan, map(torch.zeros, [1, 1, 0, 1]))
     with pytest.raises(ValueError, match=match):
         write(tmp_path / "out.safetensors", plan, map(torch.zeros, sizes))
+    with pytest.raises(ValueError, match="every tensor is once, got 1 more"):
+        write(tmp_path / "out.safetensors", [*plan, plan[0]], map(torch.zeros, [2, 1, 2]))
 
 
 @pytest.mark.parametrize("shape", [[1 << 62] * 50000, [1] * 9, [0, 1 << 63]])
