@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOCK_NAME = "convert.lock"
 # Left free on the disk for the manifest, the journal and everybody else.
 _SPARE_BYTES = 64 << 20
-_SPLIT = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
+_OWN_FILES = re.compile(r"layer-\d{5,}\.bin(\.part)?")
 
 
 class Experts(Protocol):
@@ -39,6 +39,13 @@ class Experts(Protocol):
     def read(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def close(self) -> None: ...
+
+
+class Checkpoint(Experts, Protocol):
+    """The same of a source in files."""
+
+    @property
+    def files(self) -> Sequence[Path]: ...
 
 
 class LayerPlan(Protocol):
@@ -129,32 +136,22 @@ def file_bytes(spec: ExpertsSpec, weight_format: str, group: int) -> int:
 
 
 def plan_conversion(
-    source: Experts,
+    source: Checkpoint,
     specs: Mapping[str, ExpertsSpec],
     output: str | os.PathLike[str],
     weight_format: str,
     group: int,
     model_type: str,
 ) -> ConvertPlan:
-    """Plan a conversion; reads headers and the ends of the source's files only."""
+    """Plan a conversion; reads headers and the ends of the source's files only.
+
+    Raises:
+        FormatError: a file of the source cannot be read any more.
+    """
     formats = sorted({name for names in source.formats.values() for name in names})
-    files = tuple(hash_source(path) for path in source_files(source.path))
+    files = tuple(hash_source(path) for path in source.files)
     group = group if weight_format == "int4" else 0
     return ConvertPlan(Path(output), weight_format, group, model_type, tuple(formats), files, dict(specs))
-
-
-def source_files(path: Path) -> list[Path]:
-    """The weight files of a checkpoint: of a directory all, of a split GGUF its parts."""
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
-    if split := _SPLIT.fullmatch(path.name):
-        return sorted(file for file in path.parent.glob("*.gguf") if _same_split(file, split[1]))
-    return [path]
-
-
-def _same_split(file: Path, stem: str) -> bool:
-    found = _SPLIT.fullmatch(file.name)
-    return found is not None and found[1] == stem
 
 
 def finished_manifest(plan: ConvertPlan) -> Manifest | None:
@@ -182,15 +179,20 @@ def finished_manifest(plan: ConvertPlan) -> Manifest | None:
                 "output, or replace it with --overwrite"
             )
         return manifest
-    if names and JOURNAL_NAME not in names:
-        raise OutputError(
-            folder,
-            "output",
-            expected="a new or empty directory, or an unfinished conversion",
-            found=f"{len(names)} files, {min(names)} among them",
-            remedy="choose another",
-        )
+    check_own_files(folder, names, "a new or empty directory, or an unfinished conversion")
     return None
+
+
+def check_own_files(folder: Path, names: set[str], expected: str) -> None:
+    """Raise if a folder holds none of a conversion's records but other files; layers alone are left of a stop.
+
+    Raises:
+        OutputError: names one of them.
+    """
+    strangers = sorted(name for name in names if not _OWN_FILES.fullmatch(name))
+    if strangers and not names & {MANIFEST_NAME, JOURNAL_NAME}:
+        found = f"{len(strangers)} files, {strangers[0]} among them"
+        raise OutputError(folder, "output", expected=expected, found=found, remedy="choose another")
 
 
 def describe_difference(other: Manifest, plan: ConvertPlan) -> str:

@@ -25,6 +25,7 @@ from kt_sft.convert.plan import (
     ConvertPlan,
     Experts,
     LayerPlan,
+    check_own_files,
     check_space,
     finished_manifest,
     name_of,
@@ -67,15 +68,17 @@ def convert(
     """
     folder = plan.output
     try:
-        if not overwrite:
-            finished_manifest(plan)  # before anything is written
+        if not overwrite and (manifest := finished_manifest(plan)) is not None:  # before anything is written
+            with contextlib.suppress(OSError), _locked(folder, wait=False):  # it may be on a read-only disk
+                _tidy(folder, manifest)
+            return manifest
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, wait):
             if not overwrite and (manifest := finished_manifest(plan)) is not None:
                 _tidy(folder, manifest)
                 return manifest
             if overwrite:
-                _clear(folder)
+                _clear(plan)
             return _write(source, plan, progress)
     except OSError as error:
         if isinstance(error, OutputError):
@@ -286,25 +289,23 @@ def _tidy(folder: Path, manifest: Manifest) -> None:
             stray.unlink()
 
 
-def _clear(folder: Path) -> None:
-    """Make the folder no container, so that nobody takes old and new files for one; the manifest goes first.
+def _clear(plan: ConvertPlan) -> None:
+    """Make the folder no container, so that nobody takes old and new files for one; what was begun by the same command
+    is kept.
 
     Processes that have mapped the old files keep them: files are replaced by new ones, never written over.
 
     Raises:
         OutputError: it holds files of others.
     """
-    names = set(os.listdir(folder)) - {LOCK_NAME}
-    if names and not names & {MANIFEST_NAME, JOURNAL_NAME}:
-        raise OutputError(
-            folder,
-            "output",
-            expected="a container to overwrite",
-            found=f"{len(names)} other files, {min(names)} among them",
-            remedy="choose another",
-        )
-    for name in (MANIFEST_NAME, JOURNAL_NAME):
-        (folder / name).unlink(missing_ok=True)
+    names = set(os.listdir(plan.output)) - {LOCK_NAME}
+    check_own_files(plan.output, names, "a container to overwrite")
+    if MANIFEST_NAME not in names:
+        with contextlib.suppress(ConfigError):
+            _finished_layers(plan)
+            return
+    for name in (JOURNAL_NAME, MANIFEST_NAME):  # the manifest last: until then it is the old container, and whole
+        (plan.output / name).unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

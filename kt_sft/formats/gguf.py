@@ -76,8 +76,9 @@ class GgufIndex(TensorIndex[GgufTensor]):
     `metadata` maps keys to int, float, bool, str, or for arrays to a numpy array or a list.
     """
 
-    def __init__(self, source: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor]):
+    def __init__(self, source: Path, files: list[Path], metadata: dict[str, Any], tensors: dict[str, GgufTensor]):
         super().__init__(source, tensors)
+        self.files = files
         self.metadata = metadata
         self._maps: dict[Path, np.ndarray] = {}
 
@@ -104,7 +105,7 @@ class GgufIndex(TensorIndex[GgufTensor]):
         total = metadata.get("split.tensors.count")
         if len(files) > 1 and total is not None and total != len(tensors):
             raise FormatError(files[0], "tensors of all parts", expected=total, found=len(tensors), remedy=_AGAIN)
-        return cls(path, metadata, tensors)
+        return cls(path, files, metadata, tensors)
 
     def expect(self, name: str, shape: Sequence[int]) -> GgufTensor:
         """Check a tensor against the shape that the model needs.
@@ -340,7 +341,7 @@ def _set_of(path: Path) -> list[Path]:
 
 
 def _only_model(directory: Path) -> Path:
-    found = sorted(file for file in directory.iterdir() if file.suffix == SUFFIX)
+    found = sorted(file for file in directory.iterdir() if file.suffix == SUFFIX and file.is_file())
     firsts = [file for file in found if not (m := _SPLIT_NAME.fullmatch(file.name)) or int(m["number"]) == 1]
     if len(firsts) != 1:
         names = ", ".join(file.name for file in (firsts or found)[:4]) or "none"

@@ -40,13 +40,20 @@ def layer_header(identity: str, name: str, file_bytes: int) -> bytes:
 
 
 def hash_source(path: Path) -> SourceFile:
-    """Name, size and cheap digest of a file: enough to tell another or an edited checkpoint, not a forged one."""
-    with path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
-        digest.update(stream.read(1 << 20))
-        stream.seek(max(stream.tell(), size - (1 << 20)))
-        digest.update(stream.read(1 << 20))
+    """Name, size and cheap digest of a file: enough to tell another or an edited checkpoint, not a forged one.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            digest = hashlib.sha256(size.to_bytes(8, "little"))
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(stream.tell(), size - (1 << 20)))
+            digest.update(stream.read(1 << 20))
+    except OSError as error:
+        raise FormatError(path, "weights", expected="a readable file", found=error.strerror) from None
     return SourceFile(path.name, size, digest.hexdigest())
 
 

@@ -64,6 +64,7 @@ class SafetensorsExperts:
         self._files = UnchangedFiles()
         self._mapped: set[Path] = set()
         self.path = index.source
+        self.files = sorted({file for key in index for file in index.files(key)})
         for layer in self._layers.values():
             for key, shape in layer.expected_shapes().items():
                 index.expect(key, shape, READABLE if key in index.quantized else FLOAT_DTYPES)

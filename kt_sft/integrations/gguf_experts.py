@@ -45,6 +45,7 @@ class GgufExperts:
         self._specs = dict(specs)
         self._layers = {name: layer_of(name) for name in specs}
         self.path = index.source
+        self.files = index.files
         self.formats = {name: self._check(name, spec) for name, spec in specs.items()}
         self._is_said = False
 

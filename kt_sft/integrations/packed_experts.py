@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kt_sft.config import KTConfig
-from kt_sft.convert.plan import Experts, check_shapes, name_of, source_files
+from kt_sft.convert.plan import Checkpoint, Experts, check_shapes, name_of
 from kt_sft.convert.slot import ExpertSlot
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.formats.packed import PackedContainer, hash_source
@@ -42,7 +42,7 @@ class PackedExperts:
         config: KTConfig,
         *,
         original: Experts | None = None,
-        open_original: Callable[[], Experts] | None = None,
+        open_original: Callable[[], Checkpoint] | None = None,
     ):
         self._container = PackedContainer(directory)
         self.path = self._container.path
@@ -81,7 +81,7 @@ class PackedExperts:
             return None
         with suppress(KTError, OSError):  # a model directory without experts will do
             original = self._open_original()
-            files, held = source_files(original.path), self._container.manifest.source_files
+            files, held = original.files, self._container.manifest.source_files
             sizes = {(file.name, file.stat().st_size) for file in files}
             if sizes == {(file.name, file.size) for file in held} and {hash_source(f) for f in files} == set(held):
                 return original

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,7 @@ def save_full_model(
         )
     target = Path(save_directory)
     target.mkdir(parents=True, exist_ok=True)
-    staging = target / f".saving-{os.getpid()}"
-    staging.mkdir()
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         with saving_packed_weights(model):
             type(model).save_pretrained(

@@ -31,7 +31,8 @@ class RandomExperts:
         self.formats = {name: ("BF16",) * 3 for name in specs}
         self.reads: list[tuple[str, int]] = []
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model.safetensors").write_bytes(f"checkpoint {seed}".encode())
+        self.files = [folder / "model.safetensors"]
+        self.files[0].write_bytes(f"checkpoint {seed}".encode())
 
     def read(self, name: str, expert: int) -> Matrices:
         self.reads.append((name, expert))

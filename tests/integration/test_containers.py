@@ -20,6 +20,7 @@ from kt_sft import KTConfig, memory
 from kt_sft.cli import app
 from kt_sft.convert import run as running
 from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, OutputError
+from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations import weight_cache
@@ -297,3 +298,16 @@ def test_gguf_converts(tmp_path):
     assert torch.equal(logits(kt_sft.load_model(plain, cached)), logits(packed))
     with pytest.raises(ConfigError, match="found a packed container"):
         convert(tmp_path / "out", tmp_path / "again")
+
+
+def test_files_that_are_no_part_of_the_checkpoint_do_not_matter(tmp_path):
+    """A link to nowhere, a folder and a part of another split beside it: what was opened is what is hashed."""
+    source = tiny_models.build("mixtral", tmp_path / "source")
+    convert(source, tmp_path / "out")
+    (source / "extra.safetensors").symlink_to(tmp_path / "nowhere")
+    (source / "more.safetensors").mkdir()
+    assert not convert(source, tmp_path / "out").is_new
+    values, tensors = {"general.architecture": "x"}, {"x": gguf_files.random_blocks("F32", (3,))}
+    parts = gguf_files.write_split(tmp_path, "m", values, tensors | {"y": tensors["x"]}, 2)
+    (tmp_path / "m-00001-of-00003.gguf").write_bytes(parts[0].read_bytes())
+    assert GgufIndex.from_path(parts[0]).files == parts

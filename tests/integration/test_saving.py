@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -98,6 +99,12 @@ def test_failed_save_leaves_the_earlier_one_untouched(tmp_path, loaded, monkeypa
     with pytest.raises(OSError, match="disk full"):
         loaded[1].save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_a_killed_save_has_left_is_no_obstacle(tmp_path, loaded):
+    (tmp_path / f".saving-{os.getpid()}").mkdir()
+    loaded[1].save_pretrained(tmp_path)
+    assert tensors_of(tmp_path).keys() == tensors_of(loaded[0]).keys()
 
 
 def test_other_processes_write_nothing(tmp_path, loaded):

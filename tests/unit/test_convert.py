@@ -19,6 +19,7 @@ import pytest
 
 from kt_sft.convert import plan as planning
 from kt_sft.convert import run as running
+from kt_sft.convert.plan import LOCK_NAME
 from kt_sft.convert.run import convert
 from kt_sft.convert.verify import verify
 from kt_sft.errors import ConfigError, FormatError, OutputError
@@ -242,6 +243,46 @@ def test_a_complete_container_is_kept_and_a_different_one_is_not_replaced_unaske
     convert(source, plan_for(source, folder, "bf16"), overwrite=True)
     assert bytes(mapped) == before  # who uses the old files keeps them
     assert PackedContainer(folder).manifest.weight_format == "bf16"
+
+
+def test_an_interrupted_overwrite_goes_on(monkeypatch, source, tmp_path, whole):
+    folder = tmp_path / "out"
+    convert(source, plan_for(source, folder))
+    with monkeypatch.context() as patch:
+
+        def stop(*_):
+            raise Interrupted
+
+        patch.setattr(running, "_publish", stop)
+        with pytest.raises(Interrupted):
+            convert(source, plan_for(source, folder), overwrite=True)
+    assert not (folder / "manifest.json").exists()
+    source.reads.clear()
+    convert(source, plan_for(source, folder), overwrite=True)
+    assert not source.reads and files_of(folder) == whole
+    convert(source, plan_for(source, folder), overwrite=True)  # a complete one is made anew
+    assert len(source.reads) == sum(spec.num_experts for spec in SPECS.values())
+
+
+def test_layers_that_a_stop_has_left_alone_are_written_over(source, tmp_path, whole):
+    """An overwrite has removed the records of the old container, and not yet begun its own."""
+    for overwrite in (False, True):
+        folder = tmp_path / f"out-{overwrite}"
+        convert(source, plan_for(source, folder, "bf16"))
+        (folder / "manifest.json").unlink()
+        convert(source, plan_for(source, folder), overwrite=overwrite)
+        assert files_of(folder) == whole
+
+
+def test_a_complete_container_needs_no_lock(source, tmp_path, whole):
+    """As on a disk that is mounted read-only; a folder in the lock's place stands for it."""
+    folder = tmp_path / "out"
+    convert(source, plan_for(source, folder))
+    (folder / LOCK_NAME).unlink()
+    (folder / LOCK_NAME).mkdir()
+    source.reads.clear()
+    assert convert(source, plan_for(source, folder), wait=True).identity == plan_for(source, folder).identity
+    assert not source.reads
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
