@@ -46,6 +46,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
     ),
     "deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3),
 }
+# These take a token that is a whole word without merging, and begin a text with its first token unless told otherwise.
+_LLAMA3_NAMES = ("llama-bpe", "llama3")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
 
@@ -65,8 +67,7 @@ def read_tokenizer(index: GgufIndex) -> PreTrainedTokenizerFast:
         tokenizer = _sentence_piece(values, tokens)
     else:
         raise values.unsupported("model", "gpt2 or llama", kind)
-    types = [int(number) for number in values.get("token_type", [])]
-    for number, token in zip(types, tokens, strict=bool(types)) if len(types) in (0, len(tokens)) else ():
+    for number, token in zip(values.numbers("token_type", len(tokens)), tokens, strict=False):
         if number == CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif number == USER_DEFINED:
@@ -92,9 +93,20 @@ class _Keys:
     def strings(self, key: str) -> list[str]:
         value = self.get(key)
         if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            what = f"metadata tokenizer.ggml.{key}"
-            raise FormatError(self._index.source, what, expected="a list of texts", found=type(value).__name__)
+            raise self.fault(key, "a list of texts", type(value).__name__)
         return value
+
+    def numbers(self, key: str, count: int) -> list[float]:
+        """One per token; empty where the file has none."""
+        value = self.get(key, [])
+        items = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(items, list) or len(items) not in (0, count) or any(isinstance(i, str | list) for i in items):
+            found = f"{len(items)} values" if isinstance(items, list) else type(items).__name__
+            raise self.fault(key, f"{count} numbers, one per token", found)
+        return items
+
+    def fault(self, key: str, expected: str, found: object) -> FormatError:
+        return FormatError(self._index.source, f"metadata tokenizer.ggml.{key}", expected=expected, found=found)
 
     def special(self, num_tokens: int) -> dict[str, int]:
         names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -104,8 +116,7 @@ class _Keys:
             if number is None:
                 continue
             if type(number) is not int or not 0 <= number < num_tokens:
-                what = f"metadata tokenizer.ggml.{name}_token_id"
-                raise FormatError(self._index.source, what, expected=f"a number below {num_tokens}", found=number)
+                raise self.fault(f"{name}_token_id", f"a number below {num_tokens}", number)
             found[argument] = number
         return found
 
@@ -123,8 +134,13 @@ def _byte_level(values: _Keys, tokens: list[str]) -> Tokenizer:
     if pre not in SPLITS:
         raise values.unsupported("pre", " or ".join(SPLITS), pre)
     vocab = {token: number for number, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in values.strings("merges")]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in ("llama-bpe", "llama3")))
+    merges = []
+    for merge in values.strings("merges"):
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocab.keys():
+            raise values.fault("merges", "pairs of tokens that make a token", repr(merge[:80]))
+        merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _LLAMA3_NAMES))
     tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -138,7 +154,7 @@ def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
 
 def _sentence_piece(values: _Keys, tokens: list[str]) -> Tokenizer:
     """SentencePiece BPE: a merge for every way to put a token together of two others, best score first."""
-    scores = [float(score) for score in values.get("scores", [])]
+    scores = values.numbers("scores", len(tokens))
     if len(scores) != len(tokens):
         raise values.unsupported("scores", f"{len(tokens)} numbers", f"{len(scores)}")
     vocab = {token: number for number, token in enumerate(tokens)}
@@ -163,8 +179,9 @@ def _sentence_piece(values: _Keys, tokens: list[str]) -> Tokenizer:
 
 
 def _add_edges(tokenizer: Tokenizer, values: _Keys, special: dict[str, str]) -> None:
-    """Begin and end tokens around every text, where the file asks for them."""
-    first = special.get("bos_token") if values.get("add_bos_token", values.get("model") == "llama") else None
+    """Begin and end tokens around every text, where the file asks for them, or llama.cpp adds them unasked."""
+    adds_first = values.get("model") == "llama" or values.get("pre") in _LLAMA3_NAMES
+    first = special.get("bos_token") if values.get("add_bos_token", adds_first) else None
     last = special.get("eos_token") if values.get("add_eos_token", False) else None
     if first is None and last is None:
         return

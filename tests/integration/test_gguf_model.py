@@ -119,6 +119,9 @@ def test_files_that_are_no_such_model(tmp_path, cache):
     rewritten("metadata llama.block_count: expected one whole number, found x", change={"llama.block_count": "x"})
     rewritten("found 'strange'", UnsupportedModel, change={"tokenizer.ggml.pre": "strange"})
     rewritten("tokenizer.ggml.merges: expected a list of texts", change={"tokenizer.ggml.merges": 3})
+    rewritten("merges: expected pairs of tokens .* found 'zz q'", change={"tokenizer.ggml.merges": ["a b", "zz q"]})
+    rewritten("token_type: expected 131 numbers.* found 3 values", change={"tokenizer.ggml.token_type": [3, 3, 3]})
+    rewritten("token_type: expected 131 numbers", change={"tokenizer.ggml.token_type": ["x"] * 131})
     rewritten("eos_token_id: expected a number below 131, found 131", change={"tokenizer.ggml.eos_token_id": 131})
     spare = gguf_files.random_blocks("F32", (3,))
     rewritten("tensor rope_freqs.weight: expected tensors of", UnsupportedModel, **{"rope_freqs.weight": spare})
@@ -144,6 +147,18 @@ def test_tokenizer_of_a_real_file():
     for text in TEXTS:
         assert ours(text).input_ids == theirs(text).input_ids, text
         assert ours.decode(ours(text).input_ids) == text
+
+
+@pytest.mark.parametrize(
+    ("pre", "add_bos", "begins"), [("llama-bpe", None, True), ("llama3", False, False), ("qwen2", None, False)]
+)
+def test_first_token_where_the_file_says_nothing_of_it(tmp_path, pre, add_bos, begins):
+    """As llama.cpp does it."""
+    metadata = gguf_models.tokenizer(131) | {"tokenizer.ggml.pre": pre}
+    metadata |= {} if add_bos is None else {"tokenizer.ggml.add_bos_token": add_bos}
+    file = gguf_files.write(tmp_path / "t.gguf", metadata, {"x": gguf_files.random_blocks("F32", (3,))})
+    ids = read_tokenizer(GgufIndex.from_path(file))("ab").input_ids
+    assert ids == ([1] if begins else []) + [5]
 
 
 def test_sentence_piece_tokenizer(tmp_path):
