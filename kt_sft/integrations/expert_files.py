@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from kt_sft.models.expert_keys import LayerSource, WeightSlice
 
 if TYPE_CHECKING:
     from kt_sft.nn.routed_experts import RoutedExperts
+
+logger = logging.getLogger(__name__)
 
 READABLE = (*FLOAT_DTYPES, FP8, INT4, MXFP4)
 
@@ -69,9 +72,11 @@ class SafetensorsExperts:
             for key, shape in layer.expected_shapes().items():
                 index.expect(key, shape, READABLE if key in index.quantized else FLOAT_DTYPES)
         self.formats = {name: self._formats(layer) for name, layer in self._layers.items()}
+        self._is_said = False
 
     def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`; an expert whose packed form rounds remembers where it came from."""
+        self._say()
         slot = expert if slot is None else slot
         if experts.weight_format == "rawint4":
             experts.load_expert_int4(slot, *(self._index.int4(part.key) for part in self._open(name, expert)))
@@ -84,6 +89,14 @@ class SafetensorsExperts:
         parts = self._open(name, expert)
         gate, up, down = (part.matrix(self._index.read(part.key, part.rows)).to(torch.bfloat16) for part in parts)
         return gate, up, down
+
+    def _say(self) -> None:
+        """Once, where reading the experts rounds them."""
+        wider = sorted({kind for kinds in self.formats.values() for kind in kinds} & {"F16", "F32", "F64"})
+        if wider and not self._is_said:
+            text = "experts of %s are stored as %s and rounded to bf16 as they are loaded: so will be what is saved; "
+            logger.warning(text + "kt-sft merge starts from the stored numbers", self.path, " and ".join(wider))
+        self._is_said = True
 
     @property
     def int4_group(self) -> int | None:

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import kt_sft
 from kt_sft.errors import ConfigError
@@ -67,6 +68,16 @@ def test_experts_are_saved_in_the_models_dtype(tmp_path, loaded, dtype):
     model.save_pretrained(tmp_path)
     assert {tensor.dtype for tensor in tensors_of(tmp_path).values()} == {dtype}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_experts_that_loading_rounds_are_said(tmp_path, caplog, kind):
+    source = tiny_models.build("mixtral", tmp_path / "source")
+    file = source / "model.safetensors"
+    save_file({name: tensor.to(kind) for name, tensor in tensors_of(source).items()}, file, {"format": "pt"})
+    kt_sft.load_model(source)
+    said = [record.message for record in caplog.records if "rounded to bf16" in record.message]
+    assert len(said) == (kind is torch.float32) and all("stored as F32" in text for text in said)
 
 
 def test_fused_form_on_request(tmp_path, loaded):
