@@ -68,7 +68,14 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
         values["rope.scaling.original_context_length"] = int(original)
+        if rope.get("attention_factor") is not None:
+            raise _refuse("attention_factor", "that of yarn", rope["attention_factor"])
+        for name, default in (("beta_fast", 32), ("beta_slow", 1)):
+            if (rope.get(name) or default) != default:
+                values[f"rope.scaling.yarn_{name}"] = float(rope[name])
         if config["model_type"].startswith(("deepseek", "kimi")):
+            if rope.get("mscale") != rope.get("mscale_all_dim"):
+                raise _refuse("mscale", f"{rope.get('mscale_all_dim')}, as mscale_all_dim", rope.get("mscale"))
             values["rope.scaling.yarn_log_multiplier"] = 0.1 * float(rope.get("mscale_all_dim") or 0.0)
     return values
 

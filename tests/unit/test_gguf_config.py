@@ -8,6 +8,7 @@ from transformers import AutoConfig, DeepseekV2Config
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_config import model_config
+from kt_sft.formats.gguf_export import model_metadata
 from tests.helpers import gguf_files
 
 # As llama.cpp's converter writes them for DeepSeek-V2-Lite.
@@ -115,3 +116,17 @@ def test_keys_of_newer_converters(tmp_path):
     yarn = {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 1.5, "rope.scaling.finetuned": True}
     scaling = config_of(tmp_path, **inert, **yarn, expert_group_count=1, expert_group_used_count=1)["rope_scaling"]
     assert (scaling["beta_fast"], scaling["beta_slow"]) == (16, 1.5)
+
+
+def test_yarn_leaves_as_it_came(tmp_path):
+    """config.json of a file, and the keys that such a config becomes; what no key states is refused."""
+    yarn = {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 1.5}
+    config = AutoConfig.for_model(**config_of(tmp_path, **yarn)).to_dict()
+    values = model_metadata(config, "name", "BF16")
+    for key, value in {**V2_LITE, **yarn}.items():
+        if key.startswith("rope."):
+            assert values[f"deepseek2.{key}"] == pytest.approx(value), key
+    for name in ("mscale", "attention_factor"):
+        changed = {**config, "rope_parameters": {**config["rope_parameters"], name: 0.5}}
+        with pytest.raises(UnsupportedModel, match=f"GGUF model: {name}: expected .* found 0.5; merge into hf"):
+            model_metadata(changed, "name", "BF16")
