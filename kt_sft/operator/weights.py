@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import Matrices, RoutedExperts, WeightFormats
 from kt_sft.operator.placement import Placement, logical_experts
 
+# Layers of one model share an open checkpoint, which one load at a time reads and closes.
+_files_lock = threading.Lock()
 _OTHER_MODEL = "correct the sizes or weight_path"
 
 
@@ -52,20 +56,21 @@ def load_from_path(
         UnsupportedModel: experts that the kernels cannot compute without the rest of the model.
         ValueError: a map that does not fit.
     """
-    source, name, spec, config = _open_layer(path, sizes, config)
-    logical = logical_experts(physical_to_logical_map, sizes.num_experts, spec.num_experts)
-    experts = _empty(spec, placement, config, weight_formats(source, config)[name])
-    if experts is None:
-        return None
-    for slot, expert in enumerate(placement.on_cpu):
-        try:
-            source.load(experts, name, logical[expert], slot=slot)
-        except FormatError:
-            raise
-        except ValueError as error:
-            raise unpackable(source.path, name, logical[expert], error, instead="use method BF16") from None
-    source.close()
-    return experts
+    with _files_lock, contextlib.ExitStack() as stack:
+        source, name, spec, config = _open_layer(path, sizes, config)
+        stack.callback(source.close)
+        logical = logical_experts(physical_to_logical_map, sizes.num_experts, spec.num_experts)
+        experts = _empty(spec, placement, config, weight_formats(source, config)[name])
+        if experts is None:
+            return None
+        for slot, expert in enumerate(placement.on_cpu):
+            try:
+                source.load(experts, name, logical[expert], slot=slot)
+            except FormatError:
+                raise
+            except ValueError as error:
+                raise unpackable(source.path, name, logical[expert], error, instead="use method BF16") from None
+        return experts
 
 
 class TensorExperts:
@@ -160,6 +165,8 @@ def _open_layer(path: str, sizes: LayerSizes, config: KTConfig) -> tuple[ExpertS
             config = dataclasses.replace(config, int4_group_size=weights.manifest.group)
         name = _layer_name(specs, sizes.layer_idx, path)
         spec = specs[name]
+        if spec.activation == "clamped_swiglu":
+            raise _incomplete(name, f"{spec.activation} in a container, which has neither its biases nor its limits")
         source = PackedExperts(path, specs, config)
     else:
         source, specs = _open_checkpoint(str(Path(path).resolve()), _marks(Path(path)))
@@ -177,10 +184,14 @@ def _open_layer(path: str, sizes: LayerSizes, config: KTConfig) -> tuple[ExpertS
             remedy=_OTHER_MODEL,
         )
     if spec.has_bias:
-        raise UnsupportedModel(
-            f"experts of {name}", expected="experts without biases", found="biases", remedy="use kt_sft.load_model"
-        )
+        raise _incomplete(name, "biases")
     return source, name, spec, config
+
+
+def _incomplete(name: str, found: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"experts of {name}", expected="experts without biases", found=found, remedy="use kt_sft.load_model"
+    )
 
 
 @functools.lru_cache(maxsize=1)

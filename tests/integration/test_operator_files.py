@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import threading
+import time
 
 import pytest
 import torch
 
 import kt_sft
-from kt_sft.errors import ConfigError, FormatError, KTError
+from kt_sft.errors import ConfigError, FormatError, KTError, UnsupportedModel
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.integrations.converting import convert_checkpoint
+from kt_sft.integrations.expert_files import SafetensorsExperts
 from tests.helpers import gguf_models, quantized_checkpoints, tiny_models
 from tests.helpers.operators import inputs_of, loaded, operator_of, problem_of, weights_of
 
@@ -96,6 +99,53 @@ def test_files_that_do_not_fit_are_refused(files, source, method, sizes, error):
     )
     with pytest.raises(KTError, match=re.escape(error)):
         wrapper.load_weights()
+
+
+@pytest.mark.parametrize(("stored", "found"), [("checkpoint", "found biases"), ("container", "found clamped_swiglu")])
+def test_experts_with_biases_are_refused(tmp_path, stored, found):
+    path = tiny_models.build("gpt_oss", tmp_path / "model")
+    if stored == "container":
+        path = convert(path, tmp_path / "packed", "BF16")
+    sizes = tiny_models.config("gpt_oss")
+    count, hidden, inter = sizes.num_local_experts, sizes.hidden_size, sizes.intermediate_size
+    with pytest.raises(UnsupportedModel, match=found):
+        kt_sft.KTMoEWrapper(LAYER, count, 2, hidden, inter, weight_path=str(path)).load_weights()
+
+
+def test_layers_of_one_model_are_read_one_after_another(files, monkeypatch):
+    """They share the open files, which the end of each load closes, also of one that failed."""
+    events, stock_load, stock_close = [], SafetensorsExperts.load, SafetensorsExperts.close
+
+    def load(self, experts, name, expert, **arguments):
+        events.append(name)
+        time.sleep(0.002)
+        if expert == 2 and name.startswith("model.layers.1."):
+            raise ValueError("planted")
+        stock_load(self, experts, name, expert, **arguments)
+
+    def close(self):
+        events.append("close")
+        stock_close(self)
+
+    monkeypatch.setattr(SafetensorsExperts, "load", load)
+    monkeypatch.setattr(SafetensorsExperts, "close", close)
+    count = tiny_models.config("qwen3_moe").num_experts
+    layers = [kt_sft.KTMoEWrapper(i, count, 2, 64, 32, weight_path=files["model"]) for i in (0, 1)]
+
+    def load_quietly(layer):
+        with contextlib.suppress(FormatError):
+            layer.load_weights()
+
+    threads = [threading.Thread(target=load_quietly, args=(layer,)) for layer in layers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, second = (f"model.layers.{i}.mlp.experts" for i in (0, 1))
+    runs = [first] * count, [second] * 3
+    in_turn = [name for name in events if name != "close"]
+    assert in_turn in ([*runs[0], *runs[1]], [*runs[1], *runs[0]])
+    assert events[-1] == "close" and "close" in events[: len(in_turn)]
 
 
 def test_another_number_of_experts_needs_a_map(files):
