@@ -102,10 +102,15 @@ class PackedLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A weight in the state dict is packed; without one the weight stays."""
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and weight.shape == self.weight.shape:
-            self.layer.load(weight.detach().to("cpu", torch.bfloat16).contiguous())
-            state_dict = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
+        name = f"{prefix}weight"
+        if name in state_dict:
+            shape, found = list(self.weight.shape), list(state_dict[name].shape)
+            if found == shape:
+                self.layer.load(state_dict[name].detach().to("cpu", torch.bfloat16).contiguous())
+            else:
+                *_, errors = args
+                errors.append(f"size mismatch for {name}: expected {shape}, found {found}")
+            state_dict = {key: value for key, value in state_dict.items() if key != name}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __deepcopy__(self, memo):

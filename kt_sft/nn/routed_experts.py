@@ -267,11 +267,15 @@ class RoutedExperts(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         """Biases are taken; `load_expert` fills the layer: expert weights in a state dict are unexpected."""
         unexpected_keys.extend(f"{prefix}{name}" for name in PLACEHOLDERS if f"{prefix}{name}" in state_dict)
-        for name in self.spec.bias_shapes:
-            if f"{prefix}{name}" in state_dict:
-                self._parameters[name].data.copy_(state_dict[f"{prefix}{name}"])
-            elif strict:
-                missing_keys.append(f"{prefix}{name}")
+        for name, shape in self.spec.bias_shapes.items():
+            given = state_dict.get(f"{prefix}{name}")
+            if given is None:
+                missing_keys.extend([f"{prefix}{name}"] if strict else ())
+            elif tuple(given.shape) != shape:
+                errors.append(f"size mismatch for {prefix}{name}: expected {list(shape)}, found {list(given.shape)}")
+            else:
+                with torch.no_grad():
+                    self._parameters[name].copy_(given)
 
     def __reduce_ex__(self, protocol):
         raise TypeError(

@@ -272,6 +272,9 @@ def test_state_dict_with_a_weight_is_packed():
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer.stored_weight(), other.weight) and torch.equal(layer.bias, other.bias)
     layer.load_state_dict({"bias": other.bias})
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"size mismatch for weight: expected \[20, 36\], found \[36, 20\]"):
+            layer.load_state_dict({"weight": other.weight.mT, "bias": other.bias}, strict=strict)
 
 
 def test_copies_are_ordinary_layers_and_pickles_are_refused():

@@ -297,6 +297,21 @@ def test_moves_and_state_dicts_hold_no_experts():
         model.load_state_dict({"0.down_proj": torch.zeros(EXPERTS, HIDDEN, INTER)})
 
 
+def test_biases_in_a_state_dict_take_effect_or_name_their_size(inputs):
+    experts, _ = make_experts()
+    model = nn.Sequential(RoutedExperts(ExpertsSpec(EXPERTS, HIDDEN, INTER, has_bias=True)).eval())
+    for expert in range(EXPERTS):
+        model[0].load_expert(expert, *experts.unpack_expert(expert))
+    biases = {name: torch.ones_like(bias) for name, bias in model.state_dict().items()}
+    with torch.no_grad():
+        before = model[0](*inputs)
+        model.load_state_dict(biases)
+        assert not torch.equal(model[0](*inputs), before)
+    for rows in (1, EXPERTS - 1):
+        with pytest.raises(RuntimeError, match=rf"size mismatch for 0.down_proj_bias.*found \[{rows}, {HIDDEN}\]"):
+            model.load_state_dict(biases | {"0.down_proj_bias": torch.ones(rows, HIDDEN)}, strict=False)
+
+
 def test_calls_from_two_threads_while_the_pool_is_replaced(inputs):
     experts, _ = make_experts()
     want, wrong = fresh(experts, inputs), []
