@@ -235,6 +235,7 @@ def test_wrong_configuration_is_refused_before_the_model_loads(work):
         "nowhere/at/all: no such adapter directory; check the path": {"adapter_name_or_path": "nowhere/at/all"},
         "gone: no such adapter directory": {"adapter_name_or_path": str(work / "gone"), "use_kt": None},
         "model_name_or_path: missing": {"model_name_or_path": None},
+        "num_beams: expected 1, found 3": {"num_beams": 3},
         "did you mean 'chunk_size'?": {"chunk_sise": 3},
     }
     configs = [infer_config(work, **change) for change in changes.values()]

@@ -58,6 +58,11 @@ def load(config: dict[str, Any], *, model_name: str | None = None, prefill_chunk
     """
     if not config.get("model_name_or_path"):
         raise ConfigError("model_name_or_path: missing; name the model that is to be served")
+    if config.get("num_beams") not in (None, 1):
+        raise ConfigError(
+            f"num_beams: expected 1, found {config['num_beams']!r}; an answer is sent token by token, before a beam "
+            "search has chosen it"
+        )
     if config.get("use_kt"):
         autoload.install()
     for adapter in adapter_paths(config):
