@@ -7,13 +7,14 @@ manifest comes last, written aside and renamed; only a folder that has one is a 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import functools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
 
 JOURNAL_VERSION = 1
+_MANIFEST_PART = f"{MANIFEST_NAME}.part"
 # done experts, all experts, name of the layer
 Progress = Callable[[int, int, str], None]
 
@@ -101,8 +103,10 @@ def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, wait=True):
             layers = _appendable_layers(plan)
+            # A layer that is replaced keeps its file until the manifest names the new one.
+            plan = dataclasses.replace(plan, number=_free_number(plan.number, layers))
             layers[plan.name] = _write_layer(source, plan, plan.name, plan.spec, lambda done: None)
-            ordered = dict(sorted(layers.items(), key=lambda item: item[1].file))
+            ordered = {name: layers[name] for name in sorted(layers, key=_by_number)}
             manifest = Manifest(plan.identity, plan.weight_format, plan.group, "", ("tensors",), (), ordered)
             _publish(folder, manifest)
             return manifest
@@ -115,7 +119,8 @@ def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
 def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
     names = set(os.listdir(plan.output)) - {LOCK_NAME}
     if MANIFEST_NAME not in names:
-        strangers = sorted(name for name in names if not name.startswith("layer-"))  # of a first layer that was cut off
+        # The others are of a first layer that was cut off.
+        strangers = sorted(name for name in names if not name.startswith("layer-") and name != _MANIFEST_PART)
         if strangers:
             raise OutputError(
                 plan.output,
@@ -134,6 +139,17 @@ def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
             f"{'from tensors' if not manifest.source_files else 'from a checkpoint'}; choose another"
         )
     return dict(manifest.layers)
+
+
+def _free_number(number: int, layers: Mapping[str, PackedLayer]) -> int:
+    """The number, or the highest one, that names no file of these layers."""
+    held = {layer.file for layer in layers.values()}
+    return next(n for n in (number, *range(99_999, -1, -1)) if f"layer-{n:05d}.bin" not in held)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts `model.layers.10` behind `model.layers.9`."""
+    return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
 
 
 def _write(source: Experts, plan: ConvertPlan, progress: Progress) -> Manifest:
@@ -270,7 +286,7 @@ def _append(stream: IO[bytes], values: dict[str, Any]) -> None:
 
 
 def _publish(folder: Path, manifest: Manifest) -> None:
-    part = folder / f"{MANIFEST_NAME}.part"
+    part = folder / _MANIFEST_PART
     with part.open("wb") as stream:
         stream.write(manifest.dumps())
         stream.flush()

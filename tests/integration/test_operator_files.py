@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import threading
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import kt_sft
+from kt_sft.convert import run
 from kt_sft.errors import ConfigError, FormatError, KTError, UnsupportedModel
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.integrations.converting import convert_checkpoint
@@ -189,6 +191,43 @@ def test_a_layer_that_is_saved_again_takes_the_place_of_the_first(tmp_path):
     wrapper = operator_of(problem, weight_path=path)
     wrapper.load_weights()
     assert torch.equal(wrapper.forward(*inputs_of(problem)), loaded(problem).forward(*inputs_of(problem)))
+
+
+class Killed(BaseException):
+    """What ends a process between two steps."""
+
+
+@pytest.mark.parametrize("step", ["_publish", "replace"])
+def test_a_stop_while_a_layer_is_saved_leaves_a_container_of_those_before(tmp_path, monkeypatch, step):
+    """Before the manifest is written, and before it takes the place of the last one."""
+    path, problems = str(tmp_path / "packed"), [problem_of("AMXBF16", seed=seed) for seed in (0, 1)]
+    stock = os.replace
+
+    def replace(part, name):
+        if str(name).endswith("manifest.json"):
+            raise Killed
+        stock(part, name)
+
+    def publish(folder, manifest):
+        raise Killed
+
+    def stop_while_saving(problem):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(*((os, "replace", replace) if step == "replace" else (run, "_publish", publish)))
+            loaded(problem, weight_path=path, cpu_save=True)
+
+    stop_while_saving(problems[1])
+    loaded(problems[0], weight_path=path, cpu_save=True)
+    stop_while_saving(problems[1])
+    with PackedContainer(path) as container:
+        assert len(list(container.check_blobs())) == 5
+    again = operator_of(problems[0], weight_path=path)
+    again.load_weights()
+    inputs = inputs_of(problems[0])
+    assert torch.equal(again.forward(*inputs), loaded(problems[0]).forward(*inputs))
+    for _ in range(3):
+        loaded(problems[1], weight_path=path, cpu_save=True)
+    assert sum(file.startswith("layer-") for file in os.listdir(path)) == 1
 
 
 @pytest.mark.parametrize(
