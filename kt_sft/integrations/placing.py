@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from kt_sft import env
 from kt_sft.config import KTConfig
+from kt_sft.errors import ConfigError
 from kt_sft.integrations.auto_class import auto_class
 from kt_sft.integrations.model_files import HUB_ARGS, check_config_file, drop_quantization, find_config_file
 from kt_sft.placement.inject import check_devices
@@ -52,17 +53,36 @@ def plan_model(model: PreTrainedModel, config: KTConfig, default_device: object 
     return resolve(model, rules, default_device=name, method=config.method)
 
 
-def plan_here(model: PreTrainedModel, config: KTConfig, device_map: Any = None) -> Plan | None:
+def check_dtype(plan: Plan, model: PreTrainedModel, dtype: Any = None) -> None:
+    """Raise unless the layers that rules have packed are loaded in bf16, which they are packed from.
+
+    Args:
+        dtype: as `from_pretrained` gets it; None: that of the config, if it names one.
+    Raises:
+        ConfigError: names one of the layers.
+    """
+    dtype = getattr(model.config, "dtype", None) if dtype in (None, "auto") else dtype
+    name = str(dtype).removeprefix("torch.")
+    if plan.packed_linears and name not in ("None", "bfloat16"):
+        raise ConfigError(
+            f"optimize_rule: PackedLinear: expected a model in bfloat16, found {next(iter(plan.packed_linears))} in "
+            f"{name}; load in bf16, or use class default"
+        )
+
+
+def plan_here(model: PreTrainedModel, config: KTConfig, device_map: Any = None, dtype: Any = None) -> Plan | None:
     """`plan_model` for this machine; None without rules.
 
     Args:
         device_map: of the loader without rules: one device for everything.
+        dtype: as `from_pretrained` gets it.
     Raises:
-        ConfigError: also devices that this machine or process lacks.
+        ConfigError: also devices that this machine or process lacks, and packed linear layers in another dtype.
     """
     if config.optimize_rule is None:
         return None
     plan = plan_model(model, config, device_map[""] if isinstance(device_map, dict) else device_map or "cpu")
+    check_dtype(plan, model, dtype)
     check_devices(plan, local_rank=env.local_rank(), num_processes=env.local_world_size())
     return plan
 
@@ -75,5 +95,10 @@ def plan_checkpoint(
         return None
     hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
     check_config_file(find_config_file(path, hub_kwargs))
-    model_config = read_config(path, from_pretrained_kwargs)
-    return plan_here(meta_model(model_config, from_pretrained_kwargs.get("trust_remote_code")), config, device_map)
+    model = meta_model(read_config(path, from_pretrained_kwargs), from_pretrained_kwargs.get("trust_remote_code"))
+    return plan_here(model, config, device_map, given_dtype(from_pretrained_kwargs))
+
+
+def given_dtype(from_pretrained_kwargs: dict[str, Any]) -> Any:
+    """The dtype among `from_pretrained`'s arguments, under its new name or the old one."""
+    return from_pretrained_kwargs.get("dtype", from_pretrained_kwargs.get("torch_dtype"))

@@ -46,7 +46,7 @@ from kt_sft.integrations.model_files import (
     find_config_file,
     load_config,
 )
-from kt_sft.integrations.placing import meta_model, plan_checkpoint, plan_here, read_config
+from kt_sft.integrations.placing import given_dtype, meta_model, plan_checkpoint, plan_here, read_config
 from kt_sft.integrations.quantized_weights import UNREAD, Dequantizer
 from kt_sft.integrations.saving import save_full_model
 from kt_sft.integrations.weight_cache import through_cache
@@ -164,7 +164,7 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
     model = meta_model(model_config, from_pretrained_kwargs.get("trust_remote_code"))
     specs = find_experts(model)
     placed, methods = from_pretrained_kwargs.get("device_map"), {}
-    if (plan := plan_here(model, config, placed)) is not None:
+    if (plan := plan_here(model, config, placed, given_dtype(from_pretrained_kwargs))) is not None:
         config, methods = expert_settings(config, plan)
         placed = plan.device_map()
     on_cpu = uses_main_memory(placed)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from kt_sft.errors import ConfigError, nearest
-from kt_sft.models.spec import find_experts
+from kt_sft.models.spec import find_experts, find_routers
 from kt_sft.placement import classes
 from kt_sft.placement.classes import is_class
 from kt_sft.placement.plan import EXPERTS, LINEAR, MODULE, Placement, Plan, layer_number
@@ -39,10 +39,13 @@ def resolve(model: nn.Module, rules: RuleFile = NO_RULES, *, default_device: str
     """
     experts = find_experts(model)
     layers_name = _layers_name(next(iter(experts)))
-    walk = _Walk(rules, set(experts), layers_name, len(model.get_submodule(layers_name)), method)
+    routers = set(find_routers(model, {name: spec.num_experts for name, spec in experts.items()}))
+    walk = _Walk(
+        rules, set(experts), routers, _owners(model), layers_name, len(model.get_submodule(layers_name)), method
+    )
     walk.visit(model, "", _Context(default_device))
     plan = Plan(tuple(walk.placements), layers_name)
-    faults = [*walk.faults(), *walk.dead_rules(model), *_split_layers(plan), *_split_ties(model, plan)]
+    faults = [*walk.faults(), *walk.dead_rules(model), *_split_layers(plan), *_split_ties(walk.owners, plan)]
     if plan.packed_linears and not faults and plan.devices != ("cpu",):
         found = f"found {', '.join(plan.devices)}; use class default"
         faults.append(f"{rules.path}: PackedLinear: expected everything on the CPU, {found}")
@@ -64,6 +67,8 @@ class _Context:
 class _Walk:
     rules: RuleFile
     experts: set[str]
+    routers: set[str]
+    owners: dict[int, list[str]]
     layers_name: str
     num_layers: int
     method: str
@@ -125,6 +130,8 @@ class _Walk:
             self.misfits[rule.number, "RoutedExperts is for routed experts"].append(name)
         elif rule is not None and rule.target in (classes.LINEAR, classes.PACKED_LINEAR) and not is_linear:
             self.misfits[rule.number, "a linear layer's class is for torch.nn.Linear"].append(name)
+        elif rule is not None and rule.target == classes.PACKED_LINEAR and (why := self._unpackable(module, name)):
+            self.misfits[rule.number, f"PackedLinear is not for {why}"].append(name)
         if next(module.parameters(recurse=False), None) is None and next(module.buffers(recurse=False), None) is None:
             return
         if rule is not None and rule.target == classes.PACKED_LINEAR:
@@ -132,6 +139,14 @@ class _Walk:
             self.placements.append(Placement(name, LINEAR, device, rule.method or "bf16", rule.number))
         else:
             self.placements.append(Placement(name, MODULE, context.device, None, context.rule))
+
+    def _unpackable(self, linear: nn.Linear, name: str) -> str | None:
+        """Why our kernels cannot have a linear layer's weight."""
+        if type(linear) is not nn.Linear:
+            return f"a {type(linear).__name__}, which computes something else"
+        if name in self.routers:
+            return "routers, whose weights models read themselves"
+        return "weights that several modules share" if len(self.owners[id(linear.weight)]) > 1 else None
 
     def faults(self) -> Iterator[str]:
         """Rules that decide modules they are not for."""
@@ -192,13 +207,18 @@ def _split_layers(plan: Plan) -> Iterator[str]:
         yield f"{plan.layers_name}.{number}: expected all modules but the experts on one device, found {found}{more}"
 
 
-def _split_ties(model: nn.Module, plan: Plan) -> Iterator[str]:
-    """Modules that share a weight must share a device."""
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold a parameter, by its identity."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)].append(name)
+    return owners
+
+
+def _split_ties(owners: dict[int, list[str]], plan: Plan) -> Iterator[str]:
+    """Modules that share a weight must share a device."""
     by_name = {placement.name: placement for placement in plan.placements}
     for names in owners.values():
         placed = [by_name[name] for name in names if name in by_name]

@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 import kt_sft
 from kt_sft.errors import ConfigError, FormatError
+from kt_sft.integrations.transformers import check_model
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.packed_linear import PackedLinear
 from kt_sft.placement import inject
@@ -91,8 +92,9 @@ def test_packed_linear_layers_by_rule(directory, rule_file):
     model = parity.load_ours(directory, torch.bfloat16, optimize_rule=file, cpu_linear="off")
     packed = {name: m.weight_format for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert packed == {"model.layers.1.self_attn.q_proj": "int8", "model.layers.1.self_attn.k_proj": "int8"}
-    with pytest.raises(ConfigError, match=r"PackedLinear: expected bf16 linear layers .*layers\.1\.self_attn\.q_proj"):
-        parity.load_ours(directory, torch.float32, optimize_rule=file)
+    for load in (kt_sft.load_model, check_model):
+        with pytest.raises(ConfigError, match=r"expected a model in bfloat16, found .*1\.self_attn\.q_proj in float32"):
+            load(directory, kt_sft.KTConfig(optimize_rule=file), dtype=torch.float32)
 
 
 def test_hooks_carry_hidden_states_and_leave_the_experts_alone(directory, monkeypatch, rule_file):

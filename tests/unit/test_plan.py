@@ -121,6 +121,14 @@ def test_a_gguf_file_is_the_model_and_has_the_formats_of_its_experts(run_of, tmp
     assert result.memory["cpu"].experts_bytes == sum(held) and held[0] != held[1]
 
 
+def test_packed_linear_layers_of_a_model_in_f32_are_refused(run_of, tmp_path):
+    rules = tmp_path / "r.yaml"
+    rules.write_text("- match: {name: q_proj$}\n  replace: {class: PackedLinear}\n")
+    config = tiny_models.config("qwen3_moe", dtype="float32")
+    with pytest.raises(ConfigError, match="expected a model in bfloat16, found model.layers.0.self_attn.q_proj"):
+        plan_run(run_of(config, kt_optimize_rule=str(rules)), device="cpu")
+
+
 def test_groups_tell_layers_by_range(run_of):
     config = tiny_models.config("deepseek_v2", num_hidden_layers=5)
     file = run_of(config, kt_optimize_rule=str(READY / "deepseek_v2.yaml"), kt_rule_vars=FOUR)

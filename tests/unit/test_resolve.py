@@ -127,6 +127,16 @@ def test_packed_linear(qwen):
     assert plan.device_map() == {"": "cpu"}
 
 
+@pytest.mark.parametrize(("family", "changes", "name", "words"), [
+    ("deepseek_v2", {}, "", ["not for routers", "found model.layers.1.mlp.gate"]),
+    ("qwen3_moe", {"tie_word_embeddings": True}, "lm_head", ["weights that several modules share, found lm_head"]),
+])  # fmt: skip
+def test_linear_layers_that_cannot_be_packed_are_named(family, changes, name, words):
+    rules = [rule({"name": name, "class": "torch.nn.Linear"}, "PackedLinear"), rule({"name": "no such module"})]
+    faults = "; ".join(faults_of(rule_models.tiny(family, **changes), *rules))
+    assert all(word in faults for word in [*words, "rule 2: matches no module"]), faults
+
+
 @pytest.mark.parametrize(("rules", "words"), [
     ([rule({"name": r"^model\.layrs\."})], ["rule 1: matches no module", "layrs", "did you mean 'model.layers"]),
     ([rule({"class": "Qwen3MoeExprts"})], ["rule 1: matches no module", "no Qwen3MoeExprts", "'Qwen3MoeExperts'"]),

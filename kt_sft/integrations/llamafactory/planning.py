@@ -24,7 +24,7 @@ from kt_sft.integrations.gguf_model import read_config as read_gguf_config
 from kt_sft.integrations.llamafactory import args
 from kt_sft.integrations.model_files import find_config_file
 from kt_sft.integrations.peft.targets import expert_targets, prepare_lora_config
-from kt_sft.integrations.placing import meta_model, plan_model, read_config
+from kt_sft.integrations.placing import check_dtype, meta_model, plan_model, read_config
 from kt_sft.integrations.transformers import swap_experts
 from kt_sft.models.spec import ExpertsSpec, find_experts
 from kt_sft.native import native
@@ -88,6 +88,7 @@ def plan_run(file: str | Path, overrides: Iterable[str] = (), *, device: str | N
     model = meta_model(model_config, values.get("trust_remote_code"))
     default = device or ("cpu" if values.get("use_cpu") else "cuda:0")
     plan, specs = plan_model(model, config, _device(default)), find_experts(model)
+    check_dtype(plan, model)  # LLaMA-Factory loads a model as it is stored
     formats = _formats(model, specs, plan, config)
     packed_bytes = {
         name: native().MoeLayer.packed_bytes_for(

@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from kt_sft.errors import ConfigError, nearest
-from kt_sft.models.spec import iter_routed_experts
+from kt_sft.models.spec import find_routers, iter_routed_experts
 
 logger = logging.getLogger(__name__)
 
@@ -127,20 +127,11 @@ def effective_rank(config: LoraConfig, parameter: str) -> int:
 def router_linears(model: nn.Module) -> list[str]:
     """Routers that are `nn.Linear` (DeepSeek-V2's `mlp.gate`), so that a LoRA target could hit them.
 
-    A router is a Linear beside the experts, or inside a sibling whose class says router or gate, with one output per
-    expert. Routers that hold a bare Parameter cannot be hit.
+    Routers that hold a bare Parameter cannot be hit.
     """
-    found = []
-    for name, experts in iter_routed_experts(model):
-        block_name = name.rpartition(".")[0]
-        block = model.get_submodule(block_name)
-        for child_name, child in block.named_children():
-            if child is experts or not (isinstance(child, nn.Linear) or re.search("Router|Gate", type(child).__name__)):
-                continue
-            for inner_name, inner in child.named_modules(prefix=f"{block_name}.{child_name}".lstrip(".")):
-                if isinstance(inner, nn.Linear) and inner.out_features == experts.gate_up_proj.shape[0]:
-                    found.append(inner_name)
-    return found
+    return list(
+        find_routers(model, {name: experts.gate_up_proj.shape[0] for name, experts in iter_routed_experts(model)})
+    )
 
 
 def _expert_parameters(experts: Iterable[str]) -> list[str]:
