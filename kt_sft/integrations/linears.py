@@ -83,20 +83,27 @@ def _activations(config: KTConfig) -> str:
     return "bf16" if config.expert_activations == "bf16" else "auto"
 
 
-def eligible_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Layers that can be packed without changing what the model computes, but for rounding.
+def plain_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Layers that can be packed in some dtype, on some device, of a model with our experts.
 
-    Plain `nn.Linear` with a bf16 weight on the CPU. Left alone: routers (models read their weight directly, in f32),
-    weights that several modules share (a tied head: the embedding needs the rows), and modules with hooks, which may
-    move weights between devices.
+    Left alone: routers (models read their weight directly, in f32), and weights that several modules share (a tied
+    head: the embedding needs the rows).
     """
     routers = set(router_linears(model))
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or name in routers:
-            continue
-        weight = module.weight
-        if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or owners[id(weight)] > 1:
+        if type(module) is nn.Linear and name not in routers and owners[id(module.weight)] == 1:
+            yield name, module
+
+
+def eligible_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Layers that can be packed without changing what the model computes, but for rounding.
+
+    Those of `plain_linears` with a bf16 weight on the CPU, but for modules with hooks, which may move weights between
+    devices.
+    """
+    for name, module in plain_linears(model):
+        if module.weight.dtype != torch.bfloat16 or module.weight.device.type != "cpu":
             continue
         if not (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")):
             yield name, module

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
+from kt_sft.formats.packed_manifest import packed_bytes
 from kt_sft.models.layout import ExpertsSpec
-from kt_sft.placement.plan import EXPERTS, Plan
+from kt_sft.placement.plan import EXPERTS, LINEAR, Plan
 
 # A trained factor is f32, with its gradient and two moments of Adam.
 TRAINED_BYTES = 16
@@ -58,17 +59,17 @@ class DeviceMemory:
 
 
 def memory_by_device(
-    model: nn.Module, plan: Plan, specs: Mapping[str, ExpertsSpec], packed_bytes: Mapping[str, int], run: Run
+    model: nn.Module, plan: Plan, specs: Mapping[str, ExpertsSpec], expert_bytes: Mapping[str, int], run: Run
 ) -> dict[str, DeviceMemory]:
     """Bytes of each device that the plan uses, main memory (`cpu`) first.
 
     Args:
         model: on the meta device, its experts modules in place.
-        packed_bytes: packed size of each experts module.
+        expert_bytes: packed size of each experts module.
     """
     memory = {device: DeviceMemory() for device in ("cpu", *sorted(set(plan.devices) - {"cpu"}))}
     _add_weights(memory, model, plan, run)
-    memory["cpu"].experts_bytes = sum(packed_bytes.values())
+    memory["cpu"].experts_bytes = sum(expert_bytes.values())
     memory["cpu"].staging_bytes = max(spec.expert_bytes for spec in specs.values())
     for name, elements in (run.lora or {}).items():
         memory[_lora_device(plan, name)].lora_bytes += elements * (TRAINED_BYTES if run.trains else 4)
@@ -79,17 +80,20 @@ def memory_by_device(
 
 
 def _add_weights(memory: dict[str, DeviceMemory], model: nn.Module, plan: Plan, run: Run) -> None:
-    """Parameters and buffers outside the experts; a tied weight once, packed linear layers in their format."""
+    """Parameters and buffers outside the experts; a tied weight once, packed weights with padding and scales."""
     seen: set[int] = set()
     for placement in plan.placements:
         if placement.kind == EXPERTS:
             continue
-        module = model.get_submodule(placement.name)
-        size = 1 if placement.method == "int8" else run.element_bytes
+        module, held = model.get_submodule(placement.name), memory[placement.device]
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                memory[placement.device].weights_bytes += tensor.numel() * size
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if placement.kind == LINEAR and tensor.dim() == 2:
+                held.weights_bytes += packed_bytes(placement.method or "bf16", 0, *tensor.shape)
+            else:
+                held.weights_bytes += tensor.numel() * run.element_bytes
 
 
 def _add_activations(memory: dict[str, DeviceMemory], model: nn.Module, plan: Plan, run: Run) -> None:

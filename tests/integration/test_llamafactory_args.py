@@ -110,6 +110,16 @@ def test_zero3_is_seen_in_a_file_and_in_a_mapping(tmp_path):
     assert not args.is_zero3(None) and not args.is_zero3(str(tmp_path / "missing.json"))
 
 
+@pytest.mark.parametrize(("line", "found"), [
+    ("--use_kt true --deepspeed FILE", True), ("--use_kt --deepspeed=FILE", True),
+    ("--use_kt=1 --deepspeed FILE", True),
+    ("--use_kt false --deepspeed FILE", False), ("--deepspeed FILE", False), ("--use_kt true", False),
+])  # fmt: skip
+def test_zero3_is_seen_in_command_line_words(tmp_path, line, found):
+    (tmp_path / "z3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    assert args.asks_for_zero3(line.replace("FILE", str(tmp_path / "z3.json")).split()) is found
+
+
 PARSE = """
 import io, contextlib
 from llamafactory.hparams import get_train_args, get_infer_args
@@ -126,6 +136,11 @@ for kind, config in given[0]:
         answers.append({"stock": f"{type(error).__name__}: {error}"})
 give(answers)
 """
+
+
+def words(config: dict[str, object]) -> list[str]:
+    """The configuration as command line options."""
+    return [word for key, value in config.items() for word in (f"--{key}", str(value))]
 
 
 def foreign_adapter(directory: Path) -> None:
@@ -168,10 +183,12 @@ def parsed(tmp_path_factory):
         "dora": train_config(work, "out", use_dora=True),
         "quantization": train_config(work, "out", quantization_bit=4),
         "zero3": train_config(work, "out", deepspeed=str(work / "zero3.json")),
+        "zero3_words": words(train_config(work, "out", deepspeed=str(work / "zero3.json"))),
         "rule": train_config(work, "out", kt_optimize_rule=str(work / "rule.yaml")),
         "no_rule": train_config(work, "out", kt_optimize_rule="nowhere.yaml"),
         "wrong_rule": train_config(work, "out", kt_optimize_rule=str(work / "wrong.yaml")),
         "rank": train_config(work, "out", lora_rank=300),
+        "rank_text": train_config(work, "out", lora_rank="8"),
         "rows": train_config(work, "out", kt_expert_activations="int8"),
         "rm": train_config(work, "out", stage="rm"),
         "deferred": train_config(work, "out", kt_max_deferred_experts_per_token=1),
@@ -206,10 +223,12 @@ def test_use_kt_variable_alone_is_stock(parsed):
     ("dora", ["use_dora", "remove"]),
     ("quantization", ["quantization_bit", "kt_method"]),
     ("zero3", ["deepspeed", "ZeRO-3", "ZeRO-2"]),
+    ("zero3_words", ["deepspeed", "ZeRO-3", "ZeRO-2"]),
     ("no_rule", ["nowhere.yaml", "kt_optimize_rule", "expected a rule file"]),
     ("wrong_rule", ["wrong.yaml, rule 2", "matches no module", "model.layers"]),
     ("rows", ["kt_expert_activations", "INT8, INT4 or RAWINT4"]),
     ("rank", ["lora_rank", "256", "300"]),
+    ("rank_text", ["lora_rank: expected a whole number", "'8'"]),
     ("rm", ["stage", "'rm'", "sft"]),
     ("deferred", ["kt_max_deferred_experts_per_token", "inference", "do_train"]),
     ("vllm", ["infer_backend", "vllm", "huggingface"]),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from peft import LoraConfig
+from torch import nn
 from typer.testing import CliRunner
 
 from kt_sft.cli import app
@@ -15,6 +17,7 @@ from kt_sft.config import KTConfig
 from kt_sft.errors import GIB, ConfigError, FormatError
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory.planning import plan_run, read_run
+from kt_sft.integrations.llamafactory.run_file import read_config
 from kt_sft.integrations.transformers import load_model
 from kt_sft.models.spec import find_experts, iter_routed_experts
 from kt_sft.native import native
@@ -66,6 +69,48 @@ def test_lora_is_what_peft_makes(run_of, tmp_path, family, target):
     trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     assert result.memory["cpu"].lora_bytes == TRAINED_BYTES * trained
     assert result.run.rank == (0 if target == "o_proj" else 3)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_lora_of_an_adapter_is_what_its_files_say(run_of, tmp_path, trains):
+    file = run_of(tiny_models.config("qwen3_moe"), do_train=trains, lora_rank=64, lora_target="o_proj")
+    model = parity.load_ours(tiny_models.build("qwen3_moe", tmp_path / "real"))
+    wanted = LoraConfig(r=3, target_modules=["q_proj", "experts"], rank_pattern={"q_proj": 5}, task_type="CAUSAL_LM")
+    peft_model = kt_peft.get_peft_model(model, wanted)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    elements = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    override = f"adapter_name_or_path={tmp_path / 'adapter'}"
+    result = plan_run(file, [override], device="cpu")
+    assert result.memory["cpu"].lora_bytes == (TRAINED_BYTES if trains else 4) * elements
+    assert result.run.rank == 3
+    with pytest.raises(FormatError, match="no such adapter directory"):
+        plan_run(file, ["adapter_name_or_path=./nowhere/at/all"], device="cpu")
+
+
+@pytest.mark.parametrize("setting", ["rule", "kt_cpu_linear"])
+def test_packed_linear_layers_are_counted_as_packed(run_of, tmp_path, setting):
+    names = "(q_proj|k_proj|v_proj|o_proj|lm_head)$"  # all of this model
+    rules = tmp_path / "r.yaml"
+    rules.write_text(f"- match: {{name: {names}}}\n  replace: {{class: PackedLinear, kwargs: {{backend: int8}}}}\n")
+    changes = {"kt_optimize_rule": str(rules)} if setting == "rule" else {"kt_cpu_linear": "int8"}
+    config = tiny_models.config("qwen3_moe", dtype="bfloat16", attention_bias=True)
+    result = plan_run(run_of(config, **changes), device="cpu")
+    model = rule_models.on_meta(config)
+    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+    weights = {id(linear.weight) for linear in linears.values()}
+    specs = find_experts(model)
+    others = [t for n, t in [*model.named_parameters(), *model.named_buffers()] if n.rpartition(".")[0] not in specs]
+    packed = [native().PackedLinear(m.out_features, m.in_features, "int8").packed_bytes for m in linears.values()]
+    assert result.memory["cpu"].weights_bytes == sum(packed) + 2 * sum(
+        t.numel() for t in others if id(t) not in weights
+    )
+    assert set(result.plan.packed_linears) == set(linears)
+
+
+@pytest.mark.parametrize(("stored", "bytes_each"), [("bfloat16", 2), ("float32", 4), (None, 2)])
+def test_a_model_is_loaded_as_it_is_stored(run_of, stored, bytes_each):
+    config = tiny_models.config("mixtral", dtype=stored)
+    assert plan_run(run_of(config), device="cpu").run.element_bytes == bytes_each
 
 
 def test_activations_grow_with_what_is_kept():
@@ -162,6 +207,12 @@ def test_command_fails_with_one_line(run_of, tmp_path):
 
 @pytest.mark.parametrize(("text", "overrides", "error", "words"), [
     (None, [], FormatError, ["run.yaml", "expected a file"]),
+    ("a: 1\na: 2", [], FormatError, ["expected YAML", "a is there twice"]),
+    ("model_name_or_path: x", ["foo=[a", "cutoff_len"], ConfigError, ["foo=[a: expected a value", "key=value"]),
+    ("model_name_or_path: x", ["kt_metod=INT4"], ConfigError, ["kt_metod: unknown key", "did you mean 'kt_method'"]),
+    ("model_name_or_path: x", ["lora_ranks=4"], ConfigError, ["lora_ranks: unknown key"]),
+    ("model_name_or_path: x", ["finetuning_type=full", "stage=rm"], ConfigError, ["finetuning_type", "'full'", "'rm'"]),
+    ("model_name_or_path: x", ["deepspeed.zero_optimization.stage=3"], ConfigError, ["ZeRO-3"]),
     ("- 1", [], FormatError, ["mapping of keys", "list"]),
     ("a: [", [], FormatError, ["expected YAML"]),
     ("a: 1", [], ConfigError, ["model_name_or_path", "None"]),
@@ -175,6 +226,31 @@ def test_wrong_run_files(tmp_path, text, overrides, error, words):
     with pytest.raises(error) as caught:
         read_run(file, overrides)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_without_llamafactory_our_keys_are_known(run_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llamafactory.hparams.parser", None)
+    assert read_run(run_of(tiny_models.config("mixtral"), lora_ranks=4, kt_method="INT8"))["kt_method"] == "INT8"
+    with pytest.raises(ConfigError, match=r"kt_metod: unknown key; did you mean 'kt_method'\?"):
+        read_run(run_of(tiny_models.config("mixtral"), kt_metod="INT8"))
+
+
+def test_files_and_overrides_mean_what_they_mean_to_llamafactory(tmp_path):
+    OmegaConf = pytest.importorskip("omegaconf").OmegaConf
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "a: 1e3\nb: 2024-01-02\nc: [1, x]\nd: {e: 1}\nf: ${d}\ng: yes\nh:\ni: 0x10\nj: 1_0\nk: 12:30\nl: .5\nm: '1e3'\n"
+    )
+    overrides = ["a=2e1", "d.n=null", "o.p=cuda:1", "q=a=cuda:1,b=cpu", "c=[3]", "r=1.e2", "s=text"]
+    merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_cli(overrides))
+    assert read_config(file, overrides) == OmegaConf.to_container(merged)
+    json_file = tmp_path / "run.json"
+    json_file.write_text('{\n\t"cutoff_len": 1e3\n}')
+    assert read_config(json_file) == {"cutoff_len": 1000.0}
+
+
+def test_a_whole_number_in_floating_point_is_a_length(run_of):
+    assert plan_run(run_of(tiny_models.config("mixtral")), ["cutoff_len=1e3"], device="cpu").run.tokens == 8 * 1000
 
 
 def test_wrong_models_and_settings(run_of):

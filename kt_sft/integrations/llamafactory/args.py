@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kt_sft.config import KTConfig
@@ -165,6 +165,25 @@ def check(*groups: Any) -> None:
         raise ConfigError(faults)
 
 
+def given(values: dict[str, Any] | list[str], key: str) -> Any:
+    """What a mapping or command line words have for a key: of words the text behind `--key`, True of a flag alone."""
+    if isinstance(values, dict):
+        return values.get(key)
+    found = None
+    for word, following in zip(values, [*values[1:], "--"], strict=True):
+        name, sign, value = word.partition("=")
+        if name == f"--{key}":
+            found = value if sign else following.startswith("--") or following
+    return found
+
+
+def asks_for_zero3(values: dict[str, Any] | list[str]) -> bool:
+    """Whether a run that is not parsed yet has use_kt and ZeRO stage 3."""
+    return str(given(values, "use_kt")).lower() in ("true", "t", "yes", "y", "1") and is_zero3(
+        given(values, "deepspeed")
+    )
+
+
 def is_zero3(deepspeed: Any) -> bool:
     """Whether a `deepspeed` value (path of a JSON file, or its content) asks for ZeRO stage 3."""
     if isinstance(deepspeed, str):
@@ -188,6 +207,12 @@ def expert_lora(config: KTConfig, lora_target: list[str]) -> bool | None:
     return True if config.expert_lora is None and list(lora_target) == ["all"] else config.expert_lora
 
 
+def adapter_paths(values: Mapping[str, Any]) -> list[str]:
+    """The value of `adapter_name_or_path`: a list, or names with commas."""
+    value = values.get("adapter_name_or_path") or []
+    return [path.strip() for path in value.split(",")] if isinstance(value, str) else list(value)
+
+
 def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
     for key, sentence in REFUSED.items():
         value = _value(groups, key)
@@ -202,7 +227,9 @@ def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
     rank, on_experts = _value(groups, "lora_rank"), _value(groups, "kt_expert_lora")
     if on_experts is None:
         on_experts = list(_value(groups, "lora_target") or []) == ["all"]
-    if on_experts and not 1 <= rank <= MAX_LORA_RANK:
+    if type(rank) is not int or rank < 1:
+        yield f"lora_rank: expected a whole number >= 1, found {rank!r}"
+    elif on_experts and rank > MAX_LORA_RANK:
         yield f"lora_rank: expected 1 to {MAX_LORA_RANK}, found {rank}; lower it or set kt_expert_lora: false"
     if _value(groups, "kt_max_deferred_experts_per_token") and _value(groups, "do_train"):
         yield "kt_max_deferred_experts_per_token: deferred experts are for inference; remove it, or set do_train: false"

@@ -20,29 +20,14 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from kt_sft.chat import ModelFacts, Sampling, ToolCall
-from kt_sft.errors import ConfigError, FormatError
+from kt_sft.errors import ConfigError
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory import autoload
+from kt_sft.integrations.llamafactory.args import adapter_paths
+from kt_sft.integrations.llamafactory.run_file import read_config
 from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file, read as LLaMA-Factory reads it.
-
-    Raises:
-        FormatError: no such file, or no mapping in it.
-    """
-    from omegaconf import OmegaConf
-
-    if not Path(path).is_file():
-        raise FormatError(path, "no such configuration file", remedy="check the path")
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # of the parser, of the interpolation, or of the encoding
-        raise FormatError(path, f"not a configuration ({error})") from error
-    if not isinstance(config, dict):
-        raise FormatError(path, "configuration", expected="keys and values", found=type(config).__name__)
-    return config
+__all__ = ["LlamaFactoryChat", "load", "read_config"]
 
 
 def load(config: dict[str, Any], *, model_name: str | None = None, prefill_chunk: int = 512) -> LlamaFactoryChat:
@@ -73,12 +58,6 @@ def load(config: dict[str, Any], *, model_name: str | None = None, prefill_chunk
     if chat_model.engine.name != "huggingface" or not chat_model.engine.can_generate:
         raise ConfigError("infer_backend, stage: expected huggingface and sft; other engines have servers of their own")
     return LlamaFactoryChat(chat_model.engine, config, model_name=model_name, prefill_chunk=prefill_chunk)
-
-
-def adapter_paths(config: dict[str, Any]) -> list[str]:
-    """The value of `adapter_name_or_path`: a list, or names with commas."""
-    value = config.get("adapter_name_or_path") or []
-    return [path.strip() for path in value.split(",")] if isinstance(value, str) else list(value)
 
 
 class LlamaFactoryChat:

@@ -46,7 +46,7 @@ def patch_parser(parser: ModuleType) -> None:
         values = parser.read_args(values)
         if not allow_extra_keys:
             args.check_known(values, hf_parser.dataclass_types, hf_parser._option_string_actions)
-        if isinstance(values, dict) and values.get("use_kt") is True and args.is_zero3(values.get("deepspeed")):
+        if args.asks_for_zero3(values):
             raise ConfigError(args.ZERO3_FAULT)  # TrainingArguments would first ask for the deepspeed package
         groups = stock_parse(hf_parser, values, allow_extra_keys=allow_extra_keys)
         if any(hasattr(group, "use_kt") for group in groups):

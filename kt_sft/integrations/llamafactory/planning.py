@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,32 +11,45 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import yaml
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PretrainedConfig
 
+from kt_sft.adapters import fused
+from kt_sft.adapters.forms import open_adapter
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
+from kt_sft.errors import ConfigError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
+from kt_sft.integrations.base_model import describe
 from kt_sft.integrations.expert_sources import open_experts, weight_formats
 from kt_sft.integrations.gguf_model import is_gguf_model
 from kt_sft.integrations.gguf_model import read_config as read_gguf_config
+from kt_sft.integrations.linears import plain_linears
 from kt_sft.integrations.llamafactory import args
+from kt_sft.integrations.llamafactory.run_file import read_config as read_run_file
 from kt_sft.integrations.model_files import find_config_file
+from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 from kt_sft.integrations.peft.targets import expert_targets, prepare_lora_config
 from kt_sft.integrations.placing import check_dtype, meta_model, plan_model, read_config
 from kt_sft.integrations.transformers import swap_experts
+from kt_sft.models.expert_keys import PROJECTIONS
 from kt_sft.models.spec import ExpertsSpec, find_experts
 from kt_sft.native import native
 from kt_sft.nn.routed_experts import WeightFormats
 from kt_sft.placement.budget import DeviceMemory, Run, memory_by_device
-from kt_sft.placement.plan import Plan, groups
+from kt_sft.placement.plan import LINEAR, MODULE, Plan, groups
 
 _HALF = ("bf16", "fp16", "pure_bf16")
 # LLaMA-Factory's and the trainer's own defaults.
 _BATCH, _LENGTH, _RANK, _TARGET = 8, 2048, 8, "all"
+_DEFAULTS = {
+    "use_kt": False,
+    "finetuning_type": "lora",
+    "stage": "sft",
+    "infer_backend": "huggingface",
+    "lora_rank": _RANK,
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +91,8 @@ def plan_run(file: str | Path, overrides: Iterable[str] = (), *, device: str | N
         overrides: `key=value`, as `llamafactory-cli` takes them.
         device: of modules about which no rule says anything; None: `cpu` with `use_cpu: true`, else `cuda:0`.
     Raises:
-        FormatError: no such file, no YAML, or no model.
-        ConfigError: wrong keys, or rules that cannot be followed.
+        FormatError: no such file, no YAML, no model, or no such adapter.
+        ConfigError: unknown keys, wrong values, or rules that cannot be followed.
         UnsupportedModel: no routed experts, or experts that the kernels cannot compute.
     """
     values = read_run(file, overrides)
@@ -98,43 +113,65 @@ def plan_run(file: str | Path, overrides: Iterable[str] = (), *, device: str | N
     }
     swapped = meta_model(model_config, values.get("trust_remote_code"))
     swap_experts(swapped, specs, config, formats)
-    run = _run(values, config, plan, swapped, specs)
+    element_bytes = _element_bytes(values, model_config)
+    if element_bytes == 2 and plan.devices == ("cpu",):
+        plan = _with_cpu_linears(plan, swapped, config)
+    run = _run(values, config, swapped, specs, element_bytes)
     return RunPlan(path, config.optimize_rule, plan, run, memory_by_device(model, plan, specs, packed_bytes, run))
 
 
 def read_run(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Keys and values of a run's configuration.
+    """Keys and values of a run's configuration, checked as LLaMA-Factory's parser and our hook check them.
 
     Raises:
         FormatError, ConfigError: see `plan_run`.
     """
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(file, "run configuration", expected="a file", found=error.strerror) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(file, "run configuration", expected="YAML", found=" ".join(str(error).split())) from None
-    if not isinstance(values, dict):
-        found = type(values).__name__
-        raise FormatError(file, "run configuration", expected="a mapping of keys to values", found=found)
+    values = read_run_file(file, overrides)
     faults = []
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign:
-            faults.append(f"{override}: expected key=value")
-        elif key.startswith("kt_rule_vars."):
-            given = values.get("kt_rule_vars")
-            values["kt_rule_vars"] = {**(given if isinstance(given, dict) else {}), key.partition(".")[2]: value}
-        else:
-            values[key] = yaml.safe_load(value) if not key.startswith("kt_rule") else value
     if not isinstance(values.get("model_name_or_path"), str):
         faults.append(f"{file}: model_name_or_path: expected a model, found {values.get('model_name_or_path')!r}")
-    for key in ("per_device_train_batch_size", "cutoff_len", "lora_rank"):
-        if not isinstance(values.get(key, 1), int) or values.get(key, 1) < 1:
-            faults.append(f"{key}: expected a whole number >= 1, found {values[key]!r}")
+    for key in ("per_device_train_batch_size", "cutoff_len"):
+        value = values.get(key, 1)
+        if isinstance(value, float) and value.is_integer():  # 1e3
+            value = values[key] = int(value)
+        if type(value) is not int or value < 1:
+            faults.append(f"{key}: expected a whole number >= 1, found {value!r}")
+    if args.is_zero3(values.get("deepspeed")):
+        faults.append(args.ZERO3_FAULT)
+    for check in (_check_keys, _check_values):
+        try:
+            check(values)
+        except ConfigError as error:
+            faults += error.faults
     if faults:
         raise ConfigError(faults)
     return values
+
+
+def _check_keys(values: dict[str, Any]) -> None:
+    """Unknown keys are faults; without LLaMA-Factory only ours are known."""
+    try:
+        parser = importlib.import_module("llamafactory.hparams.parser")
+    except ImportError:
+        known = [key for key in (*args.KEYS, *args.REFUSED) if key.startswith("kt_")]
+        unknown = [key for key in values if key.startswith("kt_") and key not in known]
+        if unknown:
+            raise ConfigError([f"{key}: unknown key; {args.nearest_key(key, known)}" for key in unknown]) from None
+        return
+    kinds = (args.model_arguments(parser.ModelArguments), *parser._TRAIN_ARGS, *parser._EVAL_ARGS)
+    args.check_known(values, kinds, ())
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """What `args.check` refuses, with LLaMA-Factory's defaults for keys that are not set."""
+    given = {key: value for key, value in values.items() if value is not None}
+    lists = {"lora_target": _targets(values), "adapter_name_or_path": args.adapter_paths(values)}
+    args.check(SimpleNamespace(**{**_DEFAULTS, **given, **lists}))
+
+
+def _targets(values: dict[str, Any]) -> list[str]:
+    target = values.get("lora_target") or _TARGET
+    return [name.strip() for name in (target if isinstance(target, list) else str(target).split(","))]
 
 
 def _device(text: str) -> torch.device:
@@ -169,21 +206,43 @@ def _formats(model: nn.Module, specs: dict[str, ExpertsSpec], plan: Plan, config
     return weight_formats(source, config, methods)
 
 
-def _run(values: dict[str, Any], config: KTConfig, plan: Plan, model: nn.Module, specs: dict[str, ExpertsSpec]) -> Run:
+def _with_cpu_linears(plan: Plan, model: nn.Module, config: KTConfig) -> Plan:
+    """The plan with the layers of a model on the CPU that `kt_cpu_linear` packs; `auto` keeps bf16, or has no effect.
+
+    Args:
+        model: with our experts modules.
+    """
+    if config.cpu_linear not in ("bf16", "int8") or getattr(model.config, "dtype", None) == torch.float16:
+        return plan
+    names = {name for name, _ in plain_linears(model)}
+    packed = [
+        dataclasses.replace(placement, kind=LINEAR, method=config.cpu_linear)
+        if placement.kind == MODULE and placement.name in names
+        else placement
+        for placement in plan.placements
+    ]
+    return dataclasses.replace(plan, placements=tuple(packed))
+
+
+def _run(
+    values: dict[str, Any], config: KTConfig, model: nn.Module, specs: dict[str, ExpertsSpec], element_bytes: int
+) -> Run:
     """What the keys say about memory.
 
     Args:
         model: with our experts modules.
     """
-    trains = bool(values.get("do_train"))
-    has_lora = trains or bool(values.get("adapter_name_or_path"))
-    lora, rank = _lora(values, config, model, specs) if has_lora else ({}, 0)
+    trains, adapters = bool(values.get("do_train")), args.adapter_paths(values)
+    if adapters and not (trains and values.get("create_new_adapter")):
+        lora, rank = _lora_of(adapters[-1], values, model)
+    else:
+        lora, rank = _new_lora(values, config, model, specs) if trains else ({}, 0)
     text_config = model.config.get_text_config()
     per_token = getattr(text_config, "num_experts_per_tok", None) or getattr(text_config, "moe_topk", None) or 1
     length = values.get("cutoff_len", _LENGTH)
     return Run(
         tokens=length * (values.get("per_device_train_batch_size", _BATCH) if trains else 1),
-        element_bytes=_element_bytes(values, plan, model.config),
+        element_bytes=element_bytes,
         trains=trains,
         checkpoints=not values.get("disable_gradient_checkpointing"),
         retains=config.cpu_activation == "retain",
@@ -194,12 +253,11 @@ def _run(values: dict[str, Any], config: KTConfig, plan: Plan, model: nn.Module,
     )
 
 
-def _lora(
+def _new_lora(
     values: dict[str, Any], config: KTConfig, model: nn.Module, specs: dict[str, ExpertsSpec]
 ) -> tuple[dict[str, int], int]:
-    """Elements of the LoRA factors of each module, and the rank on experts (0: none)."""
-    rank, target = values.get("lora_rank", _RANK), values.get("lora_target", _TARGET)
-    names = [name.strip() for name in (target if isinstance(target, list) else str(target).split(","))]
+    """Elements of the LoRA factors of each module that the keys ask for, and the rank on experts (0: none)."""
+    rank, names = values.get("lora_rank", _RANK), _targets(values)
     wanted = LoraConfig(r=rank, target_modules="all-linear" if names == ["all"] else names, task_type="CAUSAL_LM")
     prepared = prepare_lora_config(model, wanted, args.expert_lora(config, names))
     elements = {
@@ -210,17 +268,38 @@ def _lora(
     on_experts = expert_targets(prepared, specs)
     for parameter in on_experts:
         name, _, projection = parameter.rpartition(".")
-        spec = specs[name]
-        outputs = 2 * spec.inter if projection == "gate_up_proj" else spec.inter
-        elements[name] = elements.get(name, 0) + rank * spec.num_experts * (outputs + spec.hidden)
+        elements[name] = elements.get(name, 0) + _expert_factors(specs[name], projection, rank)
     return elements, rank if on_experts else 0
 
 
-def _element_bytes(values: dict[str, Any], plan: Plan, model_config: PretrainedConfig) -> int:
-    """Of the dtype that LLaMA-Factory loads the model in."""
-    if any(values.get(key) for key in _HALF) or values.get("infer_dtype") in ("float16", "bfloat16"):
-        return 2
+def _lora_of(path: str, values: dict[str, Any], model: nn.Module) -> tuple[dict[str, int], int]:
+    """The same of a saved adapter, which says its ranks and targets itself; reads headers only.
+
+    Raises:
+        FormatError, UnsupportedModel: no such adapter, a damaged one, or that of another model.
+    """
+    hub = {"cache_dir": values.get("cache_dir")}
+    base = describe(model)
+    adapter = open_adapter(local_adapter_dir(path, subfolder=values.get("adapter_folder"), **hub), base)
+    elements = {name: adapter.ranks[name] * sum(base.linears[name]) for name in adapter.linears}
+    highest = 0
+    for name in adapter.experts:
+        gate, up, down = (adapter.ranks.get(f"{name}.{projection}", 0) for projection in PROJECTIONS)
+        # PEFT's fused form has one factor a for both; with one for each, both go into one of the sum of their ranks.
+        both = max(gate, up) if adapter.form in fused.RELEASES else gate + up
+        spec, highest = base.specs[name], max(highest, both, down)
+        elements[name] = _expert_factors(spec, "gate_up_proj", both) + _expert_factors(spec, "down_proj", down)
+    return elements, highest
+
+
+def _expert_factors(spec: ExpertsSpec, projection: str, rank: int) -> int:
+    """Elements of both factors of all experts of a layer."""
+    outputs = 2 * spec.inter if projection == "gate_up_proj" else spec.inter
+    return rank * spec.num_experts * (outputs + spec.hidden)
+
+
+def _element_bytes(values: dict[str, Any], model_config: PretrainedConfig) -> int:
+    """Of the dtype that LLaMA-Factory loads the model in: as it is stored; if its config says nothing, as asked."""
     stored = str(getattr(model_config, "dtype", None)).removeprefix("torch.")
-    on_gpu = plan.devices != ("cpu",)
-    is_half = on_gpu and stored in ("float16", "bfloat16") and values.get("infer_dtype") != "float32"
-    return 2 if is_half else 4
+    is_half = any(values.get(key) for key in _HALF) or values.get("infer_dtype") in ("float16", "bfloat16")
+    return 2 if stored in ("float16", "bfloat16") or (stored != "float32" and is_half) else 4
