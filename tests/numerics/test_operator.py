@@ -12,7 +12,6 @@ import kt_sft
 from kt_sft import memory
 from kt_sft.errors import ConfigError, NotEnoughMemory
 from kt_sft.native import native
-from kt_sft.operator import routes
 from kt_sft.operator.staging import Key, Output, Staging
 from kt_sft.schedule import task_queue
 from tests.helpers.operators import (
@@ -296,97 +295,6 @@ def test_inference_mode_and_plain_mode_may_alternate():
             assert torch.equal(wrapper.sync_forward(problem.x), want)
         wrapper.submit_forward(*inputs_of(problem))
         assert torch.equal(wrapper.sync_forward(problem.x), want)
-
-
-class FakeCuda:
-    """Writes down in which order a route uses streams and events; its copies happen at once."""
-
-    def __init__(self):
-        self.log: list[str] = []
-
-    def is_current_stream_capturing(self) -> bool:
-        return False
-
-    def stream(self, name: str):
-        cuda = self
-
-        class Current:
-            def __enter__(self):
-                cuda.log.append(f"enter {name}")
-
-            def __exit__(self, *_):
-                cuda.log.append(f"leave {name}")
-
-        return Current()
-
-    def Event(self):
-        cuda = self
-
-        class Event:
-            def record(self, stream):
-                cuda.log.append(f"record on {stream}")
-
-            def synchronize(self):
-                cuda.log.append("wait")
-
-        return Event()
-
-
-def test_a_stream_route_copies_inside_the_stream_and_waits_in_the_worker_only(monkeypatch):
-    """What a GPU would see: copy in, event, (worker waits), copy out, event; pinned memory is not asked for here."""
-    problem = problem_of()
-    wrapper = loaded(problem)
-    want = wrapper.forward(*inputs_of(problem))
-    cuda, staging = FakeCuda(), Staging()
-    monkeypatch.setattr(routes.StreamRoute, "is_pinned", False)
-    monkeypatch.setattr(
-        "kt_sft.operator.routes.Key", lambda *a, **k: Key(*a, **{**k, "is_pinned": False}), raising=True
-    )
-    monkeypatch.setattr(
-        "kt_sft.operator.moe.route_of",
-        lambda x, handle, _: routes.StreamRoute(staging, torch.device("cpu"), f"stream {handle}", cuda),
-    )
-    copy = ["enter stream 7", "leave stream 7"]  # the look whether the stream is being captured
-    fetch = ["enter stream 7", "record on stream 7", "leave stream 7"]
-    for waits in (1, 2):  # the second pass waits until the first one's output was read, too
-        wrapper.submit_forward(*inputs_of(problem), cuda_stream=7)
-        wrapper._submitted.future.result()
-        assert cuda.log == [*copy, *fetch, *["wait"] * waits]
-        assert torch.equal(wrapper.sync_forward(problem.x, cuda_stream=7), want)
-        assert cuda.log[len(copy) + len(fetch) + waits :] == fetch
-        cuda.log.clear()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("deferred", [0, 1])
-def test_cuda_tensors_give_the_results_of_the_cpu_in_the_order_of_the_stream(deferred):
-    problem = problem_of(hidden=128)
-    layers = [loaded(problem, layer_idx=i, max_deferred_experts_per_token=deferred) for i in range(2)]
-    x, ids, weights = inputs_of(problem)
-    wants = [layer.forward(x, ids, weights) for layer in layers]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        on_gpu = [t.cuda() for t in (x, ids, weights)]
-        for _ in range(20):
-            for layer, want in zip(layers, wants, strict=True):
-                busy = torch.randn(2048, 2048, device="cuda")
-                (busy @ busy).sum()  # the inputs below are written late in the stream
-                arguments = [t.clone() for t in on_gpu]
-                layer.submit_forward(*arguments, cuda_stream=stream.cuda_stream)
-                for t in arguments:
-                    t.zero_()
-                out = layer.sync_forward(arguments[0], cuda_stream=stream.cuda_stream)
-                assert out.is_cuda and torch.equal(out.cpu(), want)
-
-
-@pytest.mark.gpu
-def test_a_capture_is_refused():
-    problem = problem_of(hidden=128)
-    wrapper = loaded(problem)
-    arguments = [t.cuda() for t in inputs_of(problem)]
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="being captured"), torch.cuda.graph(graph):
-        wrapper.submit_forward(*arguments, cuda_stream=torch.cuda.current_stream().cuda_stream)
 
 
 def test_the_truth_of_these_tests_depends_on_every_expert():
