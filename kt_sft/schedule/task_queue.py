@@ -6,6 +6,7 @@ One thread serves the process: the kernels have one pool of threads, which one p
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -13,14 +14,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _executor: ThreadPoolExecutor | None = None
+_lock = threading.Lock()  # of making it
 
 
 def submit(work: Callable[[], T]) -> Future[T]:
     """Have the worker thread run `work`; the future's `result()` waits for it and rethrows what it raised."""
     global _executor
-    if _executor is None:
-        _executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kt-experts")
-    return _executor.submit(work)
+    with _lock:
+        if _executor is None:
+            _executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kt-experts")
+        return _executor.submit(work)
 
 
 def run_now(work: Callable[[], T]) -> Future[T]:
@@ -34,8 +37,8 @@ def run_now(work: Callable[[], T]) -> Future[T]:
 
 
 def _forget() -> None:
-    global _executor
-    _executor = None
+    global _executor, _lock
+    _executor, _lock = None, threading.Lock()  # which another thread may have held
 
 
 os.register_at_fork(after_in_child=_forget)  # threads do not survive a fork
