@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ class KTMoEWrapper:
             cuda_stream: handle of the stream in whose order tensors on a GPU are read; 0: the default one.
         Raises:
             RuntimeError: no weights yet, or the pass before was not fetched; that one is dropped.
-            ValueError: a shape or type that does not fit.
+            TypeError: no tensors.
+            ValueError: a shape, type or device that does not fit.
         """
         self._submit(hidden_states, topk_ids, topk_weights, cuda_stream, task_queue.submit)
 
@@ -222,7 +224,7 @@ class KTMoEWrapper:
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: int = 0) -> Tensor:
         """`submit_forward` and `sync_forward` in one; arguments, result and errors as there."""
-        submit = task_queue.submit if hidden_states.is_cuda else task_queue.run_now
+        submit = task_queue.submit if getattr(hidden_states, "is_cuda", False) else task_queue.run_now
         self._submit(hidden_states, topk_ids, topk_weights, cuda_stream, submit)
         return self.sync_forward(hidden_states, cuda_stream)
 
@@ -235,9 +237,9 @@ class KTMoEWrapper:
             )
         if not self._is_loaded:
             raise RuntimeError(f"layer {self.layer_idx} has no weights yet; call load_weights first")
-        x = self._checked(hidden_states, topk_ids, topk_weights)
+        tokens = self._check(hidden_states, topk_ids, topk_weights)
+        x, hidden = hidden_states.detach(), self._sizes.hidden
         route = route_of(x, cuda_stream, _staging)
-        tokens, hidden = x.shape
         out = route.output(tokens, hidden, x.dtype)
         inputs: Inputs = _staging.take(Inputs, Key(tokens, hidden, topk_ids.shape[1], is_pinned=route.is_pinned))
         wait = route.bring(inputs, x, topk_ids, topk_weights)
@@ -258,8 +260,12 @@ class KTMoEWrapper:
         )
         self._submitted = _Submitted(future, route, hidden_states.shape)
 
-    def _checked(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Hidden states as `[tokens, hidden]`, once everything has been looked at."""
+    def _check(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> int:
+        """The number of tokens, once everything has been looked at."""
+        named = {"hidden_states": hidden_states, "topk_ids": topk_ids, "topk_weights": topk_weights}
+        for name, tensor in named.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, found {type(tensor).__name__}")
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != self._sizes.hidden:
             raise ValueError(
                 f"hidden_states: expected [tokens, {self._sizes.hidden}], found {list(hidden_states.shape)}"
@@ -270,13 +276,16 @@ class KTMoEWrapper:
             )
         if not hidden_states.is_floating_point():
             raise ValueError(f"hidden_states: expected bf16, f16 or f32, found {hidden_states.dtype}")
-        x = hidden_states.detach().reshape(-1, self._sizes.hidden)
-        expected = (x.shape[0], self.num_experts_per_tok)
+        tokens = math.prod(hidden_states.shape[:-1])
+        expected = (tokens, self.num_experts_per_tok)
         for name, tensor, is_float in (("topk_ids", topk_ids, False), ("topk_weights", topk_weights, True)):
             if tuple(tensor.shape) != expected or tensor.is_floating_point() != is_float:
                 kind = "floating point" if is_float else "integers"
                 raise ValueError(f"{name}: expected {kind} {list(expected)}, found {tensor.dtype} {list(tensor.shape)}")
-        return x
+            if tensor.device != hidden_states.device:
+                where = f"hidden_states' device, {hidden_states.device}"
+                raise ValueError(f"{name}: expected a tensor on {where}, found {tensor.device}")
+        return tokens
 
     @staticmethod
     def set_capture_batch_sizes(batch_sizes: list[int]) -> None:

@@ -27,7 +27,9 @@ class Placement:
         if gpu_experts_mask is None:
             mask = torch.arange(num_experts, device="cpu") < num_gpu_experts
         else:
-            mask = torch.as_tensor(gpu_experts_mask).detach().to("cpu")
+            mask = _as_tensor(gpu_experts_mask)
+            if mask is None:
+                raise ConfigError(f"gpu_experts_mask: expected bool [{num_experts}], found {gpu_experts_mask!r}")
             if mask.dtype is not torch.bool or mask.shape != (num_experts,):
                 raise ConfigError(
                     f"gpu_experts_mask: expected bool [{num_experts}], found {mask.dtype} {list(mask.shape)}"
@@ -63,6 +65,14 @@ class Placement:
         return self._slots.take(topk_ids)
 
 
+def _as_tensor(values: object) -> Tensor | None:
+    """On the CPU; None of what is no array of numbers."""
+    try:
+        return torch.as_tensor(values).detach().to("cpu")
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def logical_experts(physical_to_logical_map: Tensor | None, num_experts: int, available: int) -> list[int]:
     """The expert of the checkpoint that each physical expert is a copy of.
 
@@ -79,7 +89,12 @@ def logical_experts(physical_to_logical_map: Tensor | None, num_experts: int, av
                 "are there more than once"
             )
         return list(range(num_experts))
-    values = torch.as_tensor(physical_to_logical_map).detach().cpu().tolist()
+    given = _as_tensor(physical_to_logical_map)
+    if given is None:
+        raise ValueError(
+            f"physical_to_logical_map: expected integers [{num_experts}], found {physical_to_logical_map!r}"
+        )
+    values = given.tolist()
     if not isinstance(values, list) or len(values) != num_experts:
         found = len(values) if isinstance(values, list) else "a number"
         raise ValueError(f"physical_to_logical_map: expected {num_experts} entries, found {found}")

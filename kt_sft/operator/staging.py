@@ -33,8 +33,12 @@ class Inputs:
         self.topk_weights = torch.empty(key.tokens, key.top_k, dtype=torch.float32, **kind)
 
     def fill(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        """Copy; on the current stream, and without waiting for it, where the tensors are on a GPU."""
-        self.x.copy_(x, non_blocking=True)
+        """Copy; on the current stream, and without waiting for it, where the tensors are on a GPU.
+
+        Args:
+            x: `[..., hidden]`, of any strides.
+        """
+        self.x.view(x.shape).copy_(x, non_blocking=True)
         self.topk_ids.copy_(topk_ids, non_blocking=True)
         self.topk_weights.copy_(topk_weights, non_blocking=True)
 

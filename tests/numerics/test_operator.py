@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -95,12 +97,18 @@ def test_physical_experts_are_copies_of_logical_ones():
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [([0, 1, 2, 3], "5 entries"), ([0, 1, 2, 3, 5], "0 to 4, found 5"), ([0, 1, 2, 3, -1], "found -1")],
+    [
+        (torch.arange(4), "5 entries"),
+        (torch.tensor([0, 1, 2, 3, 5]), "0 to 4, found 5"),
+        (torch.tensor([0, 1, 2, 3, -1]), "found -1"),
+        (["a"] * 5, r"expected integers \[5\], found \['a'"),
+        ([0, [1, 2], 2, 3, 4], r"expected integers \[5\], found \[0, \[1, 2\]"),
+    ],
 )
 def test_a_wrong_map_is_refused(wrong, message):
     problem = problem_of()
     with pytest.raises(ValueError, match=message):
-        operator_of(problem).load_weights_from_tensors(*weights_of(problem), torch.tensor(wrong))
+        operator_of(problem).load_weights_from_tensors(*weights_of(problem), wrong)
 
 
 def test_inputs_may_be_overwritten_after_submit():
@@ -114,6 +122,31 @@ def test_inputs_may_be_overwritten_after_submit():
     x.zero_(), ids.fill_(3), weights.zero_()
     gate_is_open.set()
     assert torch.equal(wrapper.sync_forward(x), want)
+
+
+def test_first_submits_of_several_threads_share_one_worker(monkeypatch):
+    made, start = [], threading.Barrier(4)
+
+    class SlowExecutor(ThreadPoolExecutor):
+        def __init__(self, *args, **kwargs):
+            time.sleep(0.02)
+            made.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(task_queue, "ThreadPoolExecutor", SlowExecutor)
+    monkeypatch.setattr(task_queue, "_executor", None)
+
+    def submit():
+        start.wait()
+        task_queue.submit(int).result()
+
+    threads = [threading.Thread(target=submit) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made[0].shutdown()
+    assert len(made) == 1
 
 
 def test_chunks_do_not_change_the_result():
@@ -191,13 +224,19 @@ def test_forward_before_load_is_an_error():
         (lambda x, i, w: (x, i[:, :2], w), "topk_ids: expected integers"),
         (lambda x, i, w: (x, i.float(), w), "topk_ids: expected integers"),
         (lambda x, i, w: (x, i, w[:4]), "topk_weights: expected floating point"),
+        (lambda x, i, w: (x, i.to("meta"), w), "topk_ids: expected a tensor on hidden_states' device, cpu, found meta"),
+        (lambda x, i, w: (x, i, w.to("meta")), "topk_weights: expected a tensor on hidden_states' device, cpu"),
+        (lambda x, i, w: (x.tolist(), i, w), "hidden_states: expected a torch.Tensor, found list"),
+        (lambda x, i, w: (x, i.tolist(), w), "topk_ids: expected a torch.Tensor, found list"),
+        (lambda x, i, w: (x, i, w.numpy()), "topk_weights: expected a torch.Tensor, found ndarray"),
     ],
 )
 def test_wrong_tensors_are_refused_at_submit(change, message):
     problem = problem_of()
     wrapper = loaded(problem)
-    with pytest.raises(ValueError, match=message):
-        wrapper.submit_forward(*change(*inputs_of(problem)))
+    for submit in (wrapper.submit_forward, wrapper.forward):
+        with pytest.raises((ValueError, TypeError), match=message):
+            submit(*change(*inputs_of(problem)))
     wrapper.forward(*inputs_of(problem))
 
 
@@ -215,6 +254,8 @@ def test_wrong_arguments_are_listed_at_once():
         {"num_gpu_experts": 6},
         {"num_gpu_experts": 1, "gpu_experts_mask": torch.zeros(5, dtype=torch.bool)},
         {"gpu_experts_mask": torch.zeros(4, dtype=torch.bool)},
+        {"gpu_experts_mask": "abc"},
+        {"gpu_experts_mask": [True, [False], True, True, True]},
         {"cpu_save": True},
         {"max_deferred_experts_per_token": -1},
     ],

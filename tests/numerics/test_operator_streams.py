@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kt_sft.operator import routes
-from kt_sft.operator.staging import Key, Staging
+from kt_sft.operator.staging import Inputs, Key, Staging
 from tests.helpers.operators import inputs_of, loaded, problem_of
 
 
@@ -67,6 +67,19 @@ def test_a_stream_route_copies_inside_the_stream_and_waits_in_the_worker_only(mo
         assert torch.equal(wrapper.sync_forward(problem.x, cuda_stream=7), want)
         assert cuda.log[len(copy) + len(fetch) + waits :] == fetch
         cuda.log.clear()
+
+
+def test_hidden_states_of_any_strides_are_copied_inside_the_stream(monkeypatch):
+    """Nothing is computed from them before: torch's current stream may be another one."""
+    problem, copied = problem_of(), []
+    wrapper = loaded(problem)
+    x, ids, weights = inputs_of(problem)
+    want = wrapper.forward(x, ids, weights)
+    strided = x.mT.contiguous().mT.unsqueeze(1)  # [tokens, 1, hidden]
+    stock = Inputs.fill
+    monkeypatch.setattr(Inputs, "fill", lambda self, x, *rest: copied.append(x) or stock(self, x, *rest))
+    assert torch.equal(wrapper.forward(strided, ids, weights), want.unsqueeze(1))
+    assert copied[0].data_ptr() == strided.data_ptr() and copied[0].stride() == strided.stride()
 
 
 @pytest.mark.gpu
