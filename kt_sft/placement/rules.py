@@ -161,19 +161,23 @@ def _variables(defaults: Any, given: Mapping[str, object], path: str, faults: li
         faults.append(f"{path}: variable {name}: unknown; {hint}")
     raw.update({name: str(value) for name, value in given.items() if name in raw})
     values: dict[str, str] = {}
-    for name in raw:
-        value, seen = raw[name], {name}
-        while found := _VARIABLE.search(value):
-            other = found.group(1)
-            if other not in raw or other in seen:
-                what = "refers to itself" if other in seen else f"${{{other}}} is unknown; {nearest(other, raw)}"
-                faults.append(f"{path}: variable {name}: {what}")
-                value = _VARIABLE.sub("cpu", value)
-                break
-            seen.add(other)
-            value = value.replace(found.group(), raw[other])
-        values[name] = value
-    return values
+
+    def value_of(name: str, within: tuple[str, ...]) -> str:
+        """`within`: the variables whose values are being filled in, this one the last."""
+
+        def other(found: re.Match[str]) -> str:
+            known = found.group(1)
+            if known in raw and known not in within:
+                return value_of(known, (*within, known))
+            unknown = f"variable {name}: ${{{known}}} is unknown; {nearest(known, raw)}"
+            faults.append(f"{path}: {f'variable {known}: refers to itself' if known in raw else unknown}")
+            return "cpu"
+
+        if name not in values:
+            values[name] = _VARIABLE.sub(other, raw[name])
+        return values[name]
+
+    return {name: value_of(name, (name,)) for name in raw}
 
 
 def _fill(value: Any, variables: Mapping[str, str]) -> Any:
@@ -236,9 +240,12 @@ def _mapping(value: Any, what: str, known: tuple[str, ...], faults: list[str]) -
 def _pattern(value: Any, faults: list[str]) -> re.Pattern[str] | None:
     if value is None:
         return None
+    if not isinstance(value, str):
+        faults.append(f"match name: expected a regular expression, found {_kind(value)}")
+        return None
     try:
         return re.compile(value)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         faults.append(f"match name {value!r}: expected a regular expression, found {error}")
         return None
 
@@ -287,15 +294,19 @@ def _kwarg_faults(kwargs: dict[str, Any], devices: dict[str, str | None], target
             continue
         if why := refused_operator(str(name)) if (name, key) != ("KExpertsTorch", "prefill_op") else None:
             yield f"{key} {name}: {why}"
-        elif OPERATORS.get(str(name)) not in (target, LINEAR if target == PACKED_LINEAR else target):
-            yield f"{key} {name!r}: no operator for {target or 'this class'}; {nearest(name, OPERATORS)}"
+        wanted = LINEAR if target == PACKED_LINEAR else target
+        known = [operator for operator, kind in OPERATORS.items() if kind == wanted]
+        if why is None and name not in known:
+            hint = nearest(name, known) if known else "remove it"
+            yield f"{key} {name!r}: no operator for {target or 'this class'}; {hint}"
     if kwargs.get(_LAYERWISE):
         yield f"{_LAYERWISE}: prefill layer by layer is not done here; set 0, and chunk_size for long prompts"
 
 
 def _method(kwargs: dict[str, Any], target: str | None, faults: list[str]) -> str | None:
     given = {key: kwargs[key] for key in _METHODS if kwargs.get(key) is not None}
-    if len(set(map(str, given.values()))) > 1:
+    formats = {METHODS.get(str(value).upper(), str(value).lower()) for value in given.values()}
+    if len(formats) > 1:
         faults.append("backend, method: two names of the same setting with different values; remove one")
     for key, value in given.items():
         if target == EXPERTS and str(value).upper() in METHODS:

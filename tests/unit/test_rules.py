@@ -61,6 +61,21 @@ def test_variables_refer_to_others_and_are_overridden():
     assert rules_of(text, {"a": "cpu"}).variables == {"a": "cpu", "b": "cpu", "c": "cpu"}
 
 
+def test_a_variable_is_used_on_two_ways():
+    text = "vars: {a: '${b}', b: x, c: '${b}-${a}', d: '${c}${b}'}\nrules:\n" + one_rule()
+    assert rules_of(text).variables == {"a": "x", "b": "x", "c": "x-x", "d": "x-xx"}
+
+
+def test_two_names_of_one_format_agree():
+    text = one_rule(replace="class: RoutedExperts", kwargs="backend: INT8, method: AMXInt8")
+    assert rules_of(text).rules[0].method == "INT8"
+
+
+def test_a_hint_names_operators_of_the_class():
+    faults = faults_of(one_rule(replace="class: RoutedExperts", kwargs="generate_op: KLinearCPUInfer"))
+    assert "no operator for experts" in faults[0] and "KLinear" not in faults[0].partition(";")[2]
+
+
 def test_variables_from_text_and_mapping_are_the_same():
     assert parse_variables("a=cuda:1, b=cpu") == parse_variables({"a": "cuda:1", "b": "cpu"})
     assert parse_variables(None) == {}
@@ -73,6 +88,7 @@ def test_variables_from_text_and_mapping_are_the_same():
     (one_rule(more="recursive: maybe"), ["recursive", "'maybe'"]),
     (one_rule("nmae: x"), ["match: nmae", "'name'"]),
     (one_rule("name: '(x'"), ["match name", "regular expression", "unterminated"]),
+    (one_rule("name: !!binary eA=="), ["match name", "regular expression", "bytes"]),
     (one_rule("name: null"), ["match", "found none of them"]),
     (one_rule("class: [a]"), ["match class", "['a']"]),
     (one_rule("layers: 3-1"), ["layers", "'3-1'", "2/4"]),
@@ -89,7 +105,9 @@ def test_variables_from_text_and_mapping_are_the_same():
     (one_rule(replace="class: RoutedExperts", kwargs="backend: INT8, method: INT4"), ["backend, method", "remove one"]),
     (one_rule(replace="class: RoutedExperts", kwargs="generate_device: 'cuda:0'"), ["generate_device", "expected cpu"]),
     (one_rule(replace="class: PackedLinear", kwargs="backend: int4"), ["backend 'int4'", "int8"]),
-    (one_rule(kwargs="generate_op: KLinearTorhc"), ["generate_op", "KLinearTorch"]),
+    (one_rule(kwargs="generate_op: KLinearTorch"), ["generate_op", "no operator for stock", "remove it"]),
+    (one_rule(replace="class: ktransformers.operators.linear.KTransformersLinear", kwargs="generate_op: KLinearTorhc"),
+     ["generate_op", "'KLinearTorch'"]),
     (one_rule(replace="class: ktransformers.operators.linear.KTransformersLinear", kwargs="generate_op: KLinearMarlin"),
      ["KLinearMarlin", "use KLinearTorch"]),
     (one_rule(kwargs="per_layer_prefill_intput_threshold: 100"), ["layer by layer", "chunk_size"]),
