@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from kt_sft.integrations.llamafactory import webui
+from kt_sft.integrations.llamafactory import args, webui
 from tests.helpers.browser import open_page
 from tests.helpers.llamafactory_runs import environment, workspace
 
@@ -33,11 +34,13 @@ def asked(use=True, method="INT8", path="", more="{}"):
 def test_panel_gives_configuration_keys():
     assert asked() == {"use_kt": True, "kt_method": "INT8"}
     assert asked(path="x.gguf", method="GGUF") == {"use_kt": True, "kt_method": "GGUF", "kt_weight_path": "x.gguf"}
-    assert asked(more='{"kt_threads": 2}')["kt_threads"] == 2
+    assert asked(more='{"cpu_infer": 2}')["cpu_infer"] == 2
     assert asked(use=False, more="nonsense") == {}
     for text in ("nonsense", "[1]", '{"a": }'):
-        with pytest.raises(ValueError, match="KT settings: expected a JSON object"):
+        with pytest.raises(ValueError, match="KT settings: expected a JSON object") as caught:
             asked(more=text)
+        example = re.search(r"such as (\{.*?\})", str(caught.value))
+        assert example is None or set(json.loads(example[1])) <= set(args.KEYS)
 
 
 @contextmanager

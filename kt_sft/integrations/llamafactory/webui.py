@@ -47,7 +47,7 @@ def settings(manager: Any, data: dict[Any, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"KT settings: expected a JSON object, found {more!r} ({error})") from None
     if not isinstance(values, dict):
-        raise ValueError(f'KT settings: expected a JSON object such as {{"kt_threads": 8}}, found {more!r}')
+        raise ValueError(f'KT settings: expected a JSON object such as {{"cpu_infer": 8}}, found {more!r}')
     return {"use_kt": True, "kt_method": method, **({"kt_weight_path": path} if path else {}), **values}
 
 
