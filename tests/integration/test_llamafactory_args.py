@@ -113,7 +113,7 @@ def test_zero3_is_seen_in_a_file_and_in_a_mapping(tmp_path):
 @pytest.mark.parametrize(("line", "found"), [
     ("--use_kt true --deepspeed FILE", True), ("--use_kt --deepspeed=FILE", True),
     ("--use_kt=1 --deepspeed FILE", True),
-    ("--use_kt false --deepspeed FILE", False), ("--deepspeed FILE", False), ("--use_kt true", False),
+    ("--use_kt false --deepspeed FILE", False), ("--deepspeed FILE", False), ("--use_kt true", False), ("", False),
 ])  # fmt: skip
 def test_zero3_is_seen_in_command_line_words(tmp_path, line, found):
     (tmp_path / "z3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))

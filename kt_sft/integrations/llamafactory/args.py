@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -170,7 +171,7 @@ def given(values: dict[str, Any] | list[str], key: str) -> Any:
     if isinstance(values, dict):
         return values.get(key)
     found = None
-    for word, following in zip(values, [*values[1:], "--"], strict=True):
+    for word, following in itertools.pairwise([*values, "--"]):
         name, sign, value = word.partition("=")
         if name == f"--{key}":
             found = value if sign else following.startswith("--") or following

@@ -171,7 +171,7 @@ def _check_values(values: dict[str, Any]) -> None:
 
 def _targets(values: dict[str, Any]) -> list[str]:
     target = values.get("lora_target") or _TARGET
-    return [name.strip() for name in (target if isinstance(target, list) else str(target).split(","))]
+    return [str(name).strip() for name in (target if isinstance(target, list) else str(target).split(","))]
 
 
 def _device(text: str) -> torch.device:
