@@ -80,12 +80,16 @@ class TensorExperts:
         gate, up: `[experts, inter, hidden]`, of any floating point type and device.
         down: `[experts, hidden, inter]`.
     Raises:
+        TypeError: no tensors.
         ValueError: a shape or type that does not fit.
     """
 
     formats: Mapping[str, tuple[str, str, str]] = {}
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor, sizes: LayerSizes):
+        for name, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, found {type(tensor).__name__}")
         self.path = Path("tensors")
         self.num_experts = gate.shape[0] if gate.dim() else 0
         into, out = (self.num_experts, sizes.inter, sizes.hidden), (self.num_experts, sizes.hidden, sizes.inter)

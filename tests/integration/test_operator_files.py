@@ -254,6 +254,8 @@ def test_tensors_of_a_wrong_shape_are_refused():
         operator_of(problem).load_weights_from_tensors(gate, up, down.mT)
     with pytest.raises(ValueError, match="up_proj: expected floating point"):
         operator_of(problem).load_weights_from_tensors(gate, up.to(torch.int8), down)
+    with pytest.raises(TypeError, match=r"gate_proj: expected a torch\.Tensor, found ndarray"):
+        operator_of(problem).load_weights_from_tensors(gate.numpy(), up, down)
 
 
 def test_files_that_were_written_anew_are_read_anew(tmp_path):
