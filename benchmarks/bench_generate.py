@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -90,25 +91,19 @@ def ours(folder: Path, methods: Iterable[str]) -> list[Loaded]:
     return made
 
 
-def stock(folder: Path, dtype: torch.dtype) -> list[Loaded]:
-    """transformers' model, as one or two contenders."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-    def switch(attention: str, experts: str) -> Callable[[], None]:
-        def prepare() -> None:
-            model.set_attn_implementation(attention)
-            model.set_experts_implementation(experts)
-
-        return prepare
-
-    eager = switch("eager", "eager")
-    if dtype is torch.float32:
-        return [Loaded(TORCH_FP32, model, eager)]
+def stock(folder: Path) -> list[Loaded]:
+    """transformers' bf16 model, as two contenders."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     chosen = model.config._attn_implementation, model.config._experts_implementation
     return [
-        Loaded(TORCH_BF16, model, eager),
-        Loaded(f"transformers {'/'.join(chosen)}, bf16", model, switch(*chosen)),
+        Loaded(TORCH_BF16, model, partial(choose, model, "eager", "eager")),
+        Loaded(f"transformers {'/'.join(chosen)}, bf16", model, partial(choose, model, *chosen)),
     ]
+
+
+def choose(model: Any, attention: str, experts: str) -> None:
+    model.set_attn_implementation(attention)
+    model.set_experts_implementation(experts)
 
 
 def token_bytes(model: Any) -> int:
@@ -136,35 +131,45 @@ def check(contenders: list[Loaded], prompt: Tensor) -> None:
         logits = one.model(prompt).logits.float()
         reference = logits if reference is None else reference
         error = ((logits - reference).norm() / reference.norm()).item()
-        if error > MAX_LOGIT_ERROR and "INT" not in one.name:
+        if error > MAX_LOGIT_ERROR:
             raise RuntimeError(f"{one.name}: logits differ by {error:.1%} from those of {contenders[0].name}")
+
+
+def time_all(
+    contenders: list[Loaded], prompts: Tensor, work: Work, running: session.Session, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A summary of each, in rounds that all share; the first is what the others are compared with."""
+    runs = [
+        Contender(
+            one.name,
+            lambda index, one=one: one.seconds_per_token(prompts[index], options.tokens),
+            1.0,
+            reports_seconds=True,
+        )
+        for one in contenders
+    ]
+    samples = run_interleaved(runs, running.roofline.probe, [options.rounds] * len(runs))
+    found = []
+    for one in contenders:
+        summary = summarise(one.name, samples[one.name], work, samples[contenders[0].name])
+        found.append({**asdict(summary), "tokens_per_second": 1e3 / summary.median_ms, "first": median(one.first)})
+    return found
 
 
 def measure(what: str, folder: Path, running: session.Session, options: argparse.Namespace) -> dict[str, Any]:
     """One line group of the table."""
-    kept = ours(folder, options.methods)
-    config = kept[0].model.config
+    first, *quantised = ours(folder, options.methods)
+    config = first.model.config
     prompts = torch.randint(10, config.vocab_size - 10, (options.rounds + 1, 1, PROMPT))
-    work = Work(flops=0.0, bytes=token_bytes(kept[0].model))
-    rows: list[dict[str, Any]] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        contenders = kept + stock(folder, dtype)
-        check(contenders, prompts[0])
-        runs = [
-            Contender(
-                one.name,
-                lambda index, one=one: one.seconds_per_token(prompts[index], options.tokens),
-                1.0,
-                reports_seconds=True,
-            )
-            for one in contenders
-        ]
-        samples = run_interleaved(runs, running.roofline.probe, [options.rounds] * len(runs))
-        for one in contenders if not rows else contenders[len(kept) :]:
-            summary = summarise(one.name, samples[one.name], work, samples[kept[0].name])
-            rows.append({**asdict(summary), "tokens_per_second": 1e3 / summary.median_ms, "first": median(one.first)})
-        del contenders[len(kept) :], runs, samples
-        gc.collect()
+    work = Work(flops=0.0, bytes=token_bytes(first.model))
+    timed = partial(time_all, prompts=prompts, work=work, running=running, options=options)
+    eager, default = stock(folder)
+    check([first, eager, default], prompts[0])
+    rows = timed([first, *quantised, eager, default])
+    del quantised, default  # room for the weights in fp32
+    gc.collect()
+    fp32 = Loaded(TORCH_FP32, eager.model.float(), eager.prepare)
+    rows += timed([first, fp32])[1:]
     sizes = {"layers": config.num_hidden_layers, "vocab_size": config.vocab_size, "prompt": PROMPT}
     return {"model": what, **sizes, "tokens": options.tokens, "token_bytes": work.bytes, "contenders": rows}
 
