@@ -168,9 +168,6 @@ def _gpus(report: Report) -> None:
     elif not report.gpus:
         remedy = "nothing to do for small models; `bf16: true` in LLaMA-Factory needs `use_cpu: true` beside it"
         report.add("note", "no GPU: attention and the rest of the model run on the CPU, too", remedy)
-        if not env.passive_openmp():
-            what = "torch's OpenMP threads spin between operations and take cores from the expert kernels"
-            report.add("note", what, "set OMP_WAIT_POLICY=PASSIVE, above all where other programs use the CPU, too")
 
 
 def _driver_sees_gpu() -> bool:

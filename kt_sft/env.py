@@ -25,7 +25,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("KT_SFT_TRACEBACK", "1 shows the traceback of an error instead of its one-line message"),
     Variable("KT_SFT_API_KEY", "key of `kt-sft serve`, and of the server that `kt-sft bench serve` measures"),
     Variable("TORCH_DEVICE_BACKEND_AUTOLOAD", "0 keeps torch from loading entry points, and so our hook", "torch"),
-    Variable("OMP_WAIT_POLICY", "PASSIVE lets torch's OpenMP threads sleep between operations", "OpenMP"),
+    Variable("OMP_WAIT_POLICY", "what idle threads of torch's OpenMP do; unset: we have them sleep", "OpenMP"),
+    Variable("GOMP_SPINCOUNT", "how long idle threads of torch's OpenMP spin; unset: as OMP_WAIT_POLICY", "libgomp"),
     Variable("LOCAL_RANK", "rank of this process on this machine", "torchrun"),
     Variable("LOCAL_WORLD_SIZE", "processes on this machine; they share cores and memory", "torchrun"),
 )
@@ -50,9 +51,9 @@ def device_autoload() -> bool:
     return (read("TORCH_DEVICE_BACKEND_AUTOLOAD") or "1") == "1"
 
 
-def passive_openmp() -> bool:
-    """Whether torch's OpenMP threads sleep between operations."""
-    return (read("OMP_WAIT_POLICY") or "").lower() == "passive"
+def openmp_waits() -> bool:
+    """Whether the user has said how torch's idle OpenMP threads wait: then that is how they do."""
+    return read("OMP_WAIT_POLICY") is not None or read("GOMP_SPINCOUNT") is not None
 
 
 def traceback() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from kt_sft import env
 from kt_sft.errors import KTError
 
 _module: ModuleType | None = None
@@ -28,5 +29,7 @@ def native() -> ModuleType:
                 f"the compiled kernels kt_sft._native cannot be imported ({error}); build them for this Python with "
                 "`pip install .` in the kt_sft source folder (needs g++ >= 12)"
             ) from error
+        if env.openmp_waits():
+            _native.leave_openmp_threads()
         _module = _native
     return _module

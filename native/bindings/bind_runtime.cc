@@ -5,6 +5,7 @@
 #include "gil.h"
 #include "kts/gemm.h"
 #include "kts/isa.h"
+#include "kts/openmp.h"
 #include "kts/thread_pool.h"
 #include "kts/topology.h"
 #include "kts/workspace.h"
@@ -82,6 +83,8 @@ void bind_runtime(py::module_& m) {
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       py::arg("address"), py::arg("bytes"), "For memory that nobody has written yet.");
+  m.def("leave_openmp_threads", &leave_openmp_threads,
+        "For processes in which torch's idle OpenMP threads sleep anyway, or are meant to spin.");
   m.def("workspace_growths", &pass_arena_growths);
 }
 

@@ -164,7 +164,7 @@ void run_product(Product p, int64_t m, int placed_pools) {
   const bf16_t* a = p.a;
   const LinearOutput out = p.out;
   p.ops = &row_ops(active_isa());
-  if (m * p.w.n * p.w.k > kAloneProducts) rest_openmp_threads();
+  if (m * p.w.n * p.w.k > kAloneProducts) calm_openmp_threads();
   for (int64_t begin = 0; begin < m; begin += kPassRows) {
     p.m = min_i64(kPassRows, m - begin);
     p.a = a + begin * p.a_stride;

@@ -219,7 +219,7 @@ void MoeLayer::forward(const MoeInput& input, const ExpertLora& lora, const Drop
                        const ForwardTape& tape, const MoeOutput& out) const {
   std::lock_guard<std::mutex> lock(runtime().mutex);
   check_call(*this, input, lora, dropout, chunk);
-  rest_openmp_threads();
+  calm_openmp_threads();
   for (int64_t begin = 0; begin < input.tokens; begin += chunk) {
     Pass pass = make_pass(*this, input, lora, dropout, tape, {begin, min_i64(chunk, input.tokens - begin)});
     begin_pass(pass);
@@ -231,7 +231,7 @@ void MoeLayer::backward(const MoeInput& input, const bf16_t* dout, const ExpertL
                         int64_t chunk, const ForwardTape& tape, const MoeGrads& grads) const {
   std::lock_guard<std::mutex> lock(runtime().mutex);
   check_call(*this, input, lora, dropout, chunk);
-  rest_openmp_threads();
+  calm_openmp_threads();
   if (input.tokens == 0) zero_lora_grads(shape_, lora, grads.lora, nullptr, *runtime().pool);
   for (int64_t begin = 0; begin < input.tokens; begin += chunk) {
     Pass pass = make_pass(*this, input, lora, dropout, tape, {begin, min_i64(chunk, input.tokens - begin)});

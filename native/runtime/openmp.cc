@@ -1,41 +1,64 @@
 #include "kts/openmp.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
 
-#include <strings.h>
-
-#include <cstdlib>
+#include <atomic>
 #include <cstring>
+#include <thread>
 
 namespace kts {
 
 namespace {
 
-constexpr int kPauseSoft = 1;  // omp_pause_soft of the OpenMP 5.0 API: settings survive
-using PauseFn = int (*)(int);
+// What libgomp exports: its manual, and `GOMP_parallel` of its stable binary interface.
+struct Gomp {
+  void (*parallel)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+  int (*max_threads)();
+  int (*num_procs)();
+};
 
-// Other runtimes export the same name with other costs: only libgomp is asked.
-PauseFn find_pause() {
-  void* symbol = dlsym(RTLD_DEFAULT, "omp_pause_resource_all");
-  Dl_info info;
+template <class Fn>
+Fn gomp_symbol(const char* name) {
+  void* symbol = dlsym(RTLD_DEFAULT, name);
+  Dl_info info;  // other runtimes export the same names with other costs
   if (symbol == nullptr || dladdr(symbol, &info) == 0 || info.dli_fname == nullptr) return nullptr;
-  if (std::strstr(info.dli_fname, "libgomp") == nullptr) return nullptr;
-  return reinterpret_cast<PauseFn>(symbol);
+  return std::strstr(info.dli_fname, "libgomp") == nullptr ? nullptr : reinterpret_cast<Fn>(symbol);
 }
 
-// Whether libgomp was told to put idle threads to sleep by itself; it reads the environment when it is loaded.
-bool sleeps_when_idle() {
-  const char* policy = std::getenv("OMP_WAIT_POLICY");
-  const char* spins = std::getenv("GOMP_SPINCOUNT");
-  if (spins != nullptr) return std::strcmp(spins, "0") == 0;  // it goes before the policy
-  return policy != nullptr && strcasecmp(policy, "passive") == 0;
+Gomp find_gomp() {
+  const Gomp gomp{gomp_symbol<decltype(Gomp::parallel)>("GOMP_parallel"),
+                  gomp_symbol<decltype(Gomp::max_threads)>("omp_get_max_threads"),
+                  gomp_symbol<decltype(Gomp::num_procs)>("omp_get_num_procs")};
+  const bool has_all = gomp.parallel != nullptr && gomp.max_threads != nullptr && gomp.num_procs != nullptr;
+  return has_all ? gomp : Gomp{};
 }
+
+// A team belongs to the thread that made it and ends with it, so that one stays; it takes no signals.
+void keep_a_team(const Gomp& gomp) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::thread([gomp] {
+    gomp.parallel([](void*) {}, nullptr, static_cast<unsigned>(gomp.num_procs()) + 1, 0);
+    for (;;) ::pause();
+  }).detach();
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+std::atomic<bool> is_done{false};
 
 }  // namespace
 
-void rest_openmp_threads() {
-  static const PauseFn pause = sleeps_when_idle() ? nullptr : find_pause();
-  if (pause != nullptr) pause(kPauseSoft);
+void leave_openmp_threads() { is_done.store(true); }
+
+void calm_openmp_threads() {
+  if (is_done.load(std::memory_order_relaxed)) return;
+  static const Gomp gomp = find_gomp();
+  if (gomp.parallel == nullptr || gomp.max_threads() < 2) return;
+  if (!is_done.exchange(true)) keep_a_team(gomp);
 }
 
 }  // namespace kts
