@@ -59,6 +59,7 @@ class MergedCheckpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ConfigError(f"model: expected a directory with safetensors files to merge into, found {folder}")
+        self.trust_remote_code = trust_remote_code
         model = meta_model(self.folder, trust_remote_code=trust_remote_code)
         self.index: QuantizedIndex = open_checkpoint(str(self.folder))
         self.base: BaseModel = describe(model, str(self.folder))

@@ -6,12 +6,16 @@ experts in float64 torch is the remote code without LoRA, and ours is that model
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import kt_sft
+from kt_sft.errors import UnsupportedModel
 from kt_sft.integrations import peft as kt_peft
+from kt_sft.integrations.llamafactory import exporting
 from kt_sft.models.families import adapt_block
 from kt_sft.models.layout import ExpertsSpec
 from kt_sft.models.spec import find_experts, iter_routed_experts
@@ -95,3 +99,15 @@ def test_remote_code_reads_what_we_save(directory, tmp_path):
     wanted, found = remote(directory).state_dict(), remote(tmp_path / "saved").state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert len(dict(iter_routed_experts(ours(tmp_path / "saved")))) == 2
+
+
+def test_llamafactory_exports_it_where_remote_code_is_trusted(directory, tmp_path):
+    keys = {"model_name_or_path": str(directory), "adapter_name_or_path": None, "adapter_folder": None}
+    with pytest.raises(UnsupportedModel, match="trust"):
+        exporting.open_merged(SimpleNamespace(**keys))
+    merged = exporting.open_merged(SimpleNamespace(**keys, trust_remote_code=True))
+    exporting.merging_model(merged).save_pretrained(str(tmp_path / "exported"))
+    for file in directory.glob("*.py"):
+        (tmp_path / "exported" / file.name).write_text(file.read_text())
+    wanted, found = remote(directory).state_dict(), remote(tmp_path / "exported").state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -43,12 +43,13 @@ def open_merged(model_args: Any, **hub: Any) -> MergedCheckpoint:
         local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **hub)
         for adapter in model_args.adapter_name_or_path or []
     ]
-    return MergedCheckpoint(model_args.model_name_or_path, adapters)
+    trusts = bool(getattr(model_args, "trust_remote_code", False))
+    return MergedCheckpoint(model_args.model_name_or_path, adapters, trust_remote_code=trusts)
 
 
 def merging_model(merged: MergedCheckpoint) -> nn.Module:
     """Stands for the loaded model in LLaMA-Factory's export: its config, and `save_pretrained`, which merges."""
-    model = meta_model(merged.folder)
+    model = meta_model(merged.folder, trust_remote_code=merged.trust_remote_code)
     model.requires_grad_(False)
 
     def save_pretrained(self: nn.Module, save_directory: str, max_shard_size: int | str = "50GB", **_: Any) -> None:
