@@ -9,14 +9,14 @@ than reading them: the share of that limit is shown. The demo model, if `make de
 from __future__ import annotations
 
 import argparse
-import gc
+import json
+import os
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import pairwise
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,152 +24,124 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
-from torch import Tensor
 
-import kt_sft
 from benchmarks import session
 from benchmarks.checkpoints import qwen3_30b, write_checkpoint
+from benchmarks.generate_worker import LINEARS, OURS, TORCH_BF16, TORCH_FP32
 from benchmarks.harness import ROOT, Contender, Work, run_interleaved, summarise
-from kt_sft.models.spec import iter_routed_experts
 
 DEMO = ROOT / "outputs" / "models" / "tiny_moe"
-LINEARS = {"BF16": "bf16", "INT8": "int8", "INT4": "int8"}  # cpu_linear beside each method
-OURS, TORCH_BF16, TORCH_FP32 = "kt_sft BF16", "transformers eager, bf16", "transformers eager, fp32"
 TARGETS = {TORCH_BF16: 3.0, TORCH_FP32: 2.0}  # times our tokens per second
 MAX_LOGIT_ERROR = 0.25  # relative: random routers are often undecided, so rounding changes experts; wrong weights: 1.4
 PROMPT = 64
 
 
-class Clock(transformers.generation.streamers.BaseStreamer):
-    """Notes when each token came."""
+class Worker:
+    """A process that holds models; a context manager that ends it. The environment says nothing about OpenMP, so that
+    each library has torch's threads as its users have them."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-@dataclass
-class Loaded:
-    """A model that generates, under the name of a contender.
-
-    Args:
-        prepare: called before each use; one model may serve several contenders.
-        first: seconds to the first token, one per run.
-    """
-
-    name: str
-    model: Any
-    prepare: Callable[[], None]
-    first: list[float] = field(default_factory=list)
-
-    def seconds_per_token(self, prompt: Tensor, count: int) -> float:
-        """Median over the tokens after the first."""
-        self.prepare()
-        clock = Clock()
-        start = time.perf_counter()
-        self.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), streamer=clock, do_sample=False, pad_token_id=0,
-            max_new_tokens=count, min_new_tokens=count,
+    def __init__(self, folder: Path, threads: int, methods: list[str]):
+        command = [sys.executable, "-m", "benchmarks.generate_worker", str(folder), "--threads", str(threads)]
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            [*command, *(["--methods", *methods] if methods else [])],
+            cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        tokens = clock.times[1:]  # the prompt is put first
-        self.first.append(tokens[0] - start)
-        return median(after - before for before, after in pairwise(tokens))
+        self.names: list[str] = self._answer()
+
+    def ask(self, do: str, **more: Any) -> Any:
+        """One request.
+
+        Raises:
+            RuntimeError: the process has died.
+        """
+        self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"bench_generate: a worker died with code {self._process.wait()}; is memory short?")
+        return json.loads(line)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def ours(folder: Path, methods: Iterable[str]) -> list[Loaded]:
-    made = []
-    for method in methods:
-        config = kt_sft.KTConfig(method=method, cpu_linear=LINEARS[method])
-        model = kt_sft.load_model(folder, config, dtype=torch.bfloat16).eval()
-        name = f"kt_sft {method}" + ("" if LINEARS[method] == "bf16" else f", linears {LINEARS[method]}")
-        made.append(Loaded(name, model, lambda: None))
-    return made
-
-
-def stock(folder: Path) -> list[Loaded]:
-    """transformers' bf16 model, as two contenders."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    chosen = model.config._attn_implementation, model.config._experts_implementation
-    return [
-        Loaded(TORCH_BF16, model, partial(choose, model, "eager", "eager")),
-        Loaded(f"transformers {'/'.join(chosen)}, bf16", model, partial(choose, model, *chosen)),
-    ]
-
-
-def choose(model: Any, attention: str, experts: str) -> None:
-    model.set_attn_implementation(attention)
-    model.set_experts_implementation(experts)
-
-
-def token_bytes(model: Any) -> int:
+def token_bytes(config: transformers.PreTrainedConfig) -> int:
     """Bytes of weights that one token reads at least, in bf16."""
-    embedding = model.get_input_embeddings()
-    linears = [m for m in model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
-    dense = sum(2 * m.in_features * m.out_features for m in linears if m is not embedding)
-    routed = sum(
-        2 * 3 * module.hidden_dim * module.intermediate_dim * model.config.num_experts_per_tok
-        for _, module in iter_routed_experts(model)
-    )
-    return dense + routed
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    count = 0
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            count += parameter.numel() * config.num_experts_per_tok // parameter.shape[0]
+        elif parameter.dim() > 1 and (parameter is not model.get_input_embeddings().weight):
+            count += parameter.numel()
+    head = model.get_output_embeddings().weight
+    return 2 * (count + (head.numel() if head is model.get_input_embeddings().weight else 0))
 
 
-@torch.inference_mode()
-def check(contenders: list[Loaded], prompt: Tensor) -> None:
-    """Raise unless all bf16 contenders mean the same model.
+def check(workers: Mapping[str, Worker], prompt: list[int]) -> None:
+    """Raise unless all contenders in bf16 mean the same model.
 
     Raises:
         RuntimeError: one computes other logits.
     """
     reference = None
-    for one in contenders:
-        one.prepare()
-        logits = one.model(prompt).logits.float()
-        reference = logits if reference is None else reference
-        error = ((logits - reference).norm() / reference.norm()).item()
-        if error > MAX_LOGIT_ERROR:
-            raise RuntimeError(f"{one.name}: logits differ by {error:.1%} from those of {contenders[0].name}")
+    for name, worker in workers.items():
+        if "int" not in name:
+            logits = torch.tensor(worker.ask("logits", name=name, prompt=prompt))
+            reference = logits if reference is None else reference
+            error = ((logits - reference).norm() / reference.norm()).item()
+            if error > MAX_LOGIT_ERROR:
+                raise RuntimeError(f"{name}: logits differ by {error:.1%} from those of {OURS}")
 
 
 def time_all(
-    contenders: list[Loaded], prompts: Tensor, work: Work, running: session.Session, options: argparse.Namespace
+    workers: Mapping[str, Worker], prompts: list[list[int]], work: Work, running: session.Session, tokens: int
 ) -> list[dict[str, Any]]:
     """A summary of each, in rounds that all share; the first is what the others are compared with."""
-    runs = [
-        Contender(
-            one.name,
-            lambda index, one=one: one.seconds_per_token(prompts[index], options.tokens),
-            1.0,
-            reports_seconds=True,
-        )
-        for one in contenders
-    ]
-    samples = run_interleaved(runs, running.roofline.probe, [options.rounds] * len(runs))
+    firsts: dict[str, list[float]] = {name: [] for name in workers}
+
+    def run(name: str, index: int) -> float:
+        found = workers[name].ask("generate", name=name, prompt=prompts[index], tokens=tokens)
+        firsts[name].append(found["first"])
+        return found["seconds"]
+
+    runs = [Contender(name, lambda i, name=name: run(name, i), 1.0, reports_seconds=True) for name in workers]
+    samples = run_interleaved(runs, running.roofline.probe, [len(prompts)] * len(runs))
     found = []
-    for one in contenders:
-        summary = summarise(one.name, samples[one.name], work, samples[contenders[0].name])
-        found.append({**asdict(summary), "tokens_per_second": 1e3 / summary.median_ms, "first": median(one.first)})
+    for name in workers:
+        summary = summarise(name, samples[name], work, samples[OURS])
+        found.append({**asdict(summary), "tokens_per_second": 1e3 / summary.median_ms, "first": median(firsts[name])})
     return found
 
 
 def measure(what: str, folder: Path, running: session.Session, options: argparse.Namespace) -> dict[str, Any]:
     """One line group of the table."""
-    first, *quantised = ours(folder, options.methods)
-    config = first.model.config
-    prompts = torch.randint(10, config.vocab_size - 10, (options.rounds + 1, 1, PROMPT))
-    work = Work(flops=0.0, bytes=token_bytes(first.model))
-    timed = partial(time_all, prompts=prompts, work=work, running=running, options=options)
-    eager, default = stock(folder)
-    check([first, eager, default], prompts[0])
-    rows = timed([first, *quantised, eager, default])
-    del quantised, default  # room for the weights in fp32
-    gc.collect()
-    fp32 = Loaded(TORCH_FP32, eager.model.float(), eager.prepare)
-    rows += timed([first, fp32])[1:]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    prompts = torch.randint(10, config.vocab_size - 10, (options.rounds, PROMPT)).tolist()
+    work = Work(flops=0.0, bytes=token_bytes(config))
+    with ExitStack() as stack:
+        first = stack.enter_context(Worker(folder, running.threads, options.methods[:1]))
+        other = stack.enter_context(Worker(folder, running.threads, []))
+        bf16 = dict.fromkeys(other.names, other)
+        check({OURS: first, **bf16}, prompts[0])
+        with ExitStack() as quantised:
+            workers = {OURS: first}
+            for method in options.methods[1:]:
+                worker = quantised.enter_context(Worker(folder, running.threads, [method]))
+                workers[worker.names[0]] = worker
+            rows = time_all({**workers, **bf16}, prompts, work, running, options.tokens)
+        fp32 = dict.fromkeys(other.ask("float"), other)  # the quantised models have made room
+        rows += time_all({OURS: first, **fp32}, prompts, work, running, options.tokens)[1:]
     sizes = {"layers": config.num_hidden_layers, "vocab_size": config.vocab_size, "prompt": PROMPT}
     return {"model": what, **sizes, "tokens": options.tokens, "token_bytes": work.bytes, "contenders": rows}
 
