@@ -32,8 +32,8 @@ from kt_sft.ops.moe import NO_LORA, MoeCall, moe
 
 TARGET_US = 60.0
 RANK = 8
-ROUNDS = 800
-BLOCKS = 8
+ROUNDS = 3200
+BLOCKS = 32
 NARROW_HIDDEN, NARROW_INTER = 64, 32
 # Part of the overhead -> the stage that has it and the next one, which has not.
 PARTS = {
