@@ -7,11 +7,17 @@
 
 #include <atomic>
 #include <cstring>
+#include <exception>
+#include <latch>
+#include <system_error>
 #include <thread>
+#include <vector>
 
 namespace kts {
 
 namespace {
+
+constexpr int kSpareThreads = 32;  // that others may start meanwhile
 
 // What libgomp exports: its manual, and `GOMP_parallel` of its stable binary interface.
 struct Gomp {
@@ -36,15 +42,37 @@ Gomp find_gomp() {
   return has_all ? gomp : Gomp{};
 }
 
+// Whether so many threads can be started: libgomp ends the process where one of its own cannot.
+bool can_start(int threads) {
+  std::vector<std::thread> started;
+  std::latch all_started(1);
+  bool can = true;
+  try {
+    started.reserve(static_cast<size_t>(threads));
+    for (int i = 0; i < threads; ++i) started.emplace_back([&] { all_started.wait(); });
+  } catch (const std::exception&) {
+    can = false;
+  }
+  all_started.count_down();
+  for (std::thread& one : started) one.join();
+  return can;
+}
+
 // A team belongs to the thread that made it and ends with it, so that one stays; it takes no signals.
 void keep_a_team(const Gomp& gomp) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  std::thread([gomp] {
-    gomp.parallel([](void*) {}, nullptr, static_cast<unsigned>(gomp.num_procs()) + 1, 0);
-    for (;;) ::pause();
-  }).detach();
+  const int threads = gomp.num_procs() + 1;
+  if (can_start(threads + kSpareThreads)) {
+    try {
+      std::thread([gomp, threads] {
+        gomp.parallel([](void*) {}, nullptr, static_cast<unsigned>(threads), 0);
+        for (;;) ::pause();
+      }).detach();
+    } catch (const std::system_error&) {  // somebody took the last one: then they spin
+    }
+  }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 

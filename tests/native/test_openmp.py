@@ -35,6 +35,10 @@ def settled(wanted):
 native().set_threads(1)
 time.sleep(0.3)  # threads that end are gone
 before = len(os.listdir("/proc/self/task"))
+if "NO_THREADS" in os.environ:
+    import resource
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+    os.setuid(65534)  # a user who has none left
 call()
 team = len(os.sched_getaffinity(0)) + 1  # of which one is the thread that made it
 first = settled(before + team)
@@ -56,6 +60,11 @@ def threads_after(threads: int = 2, **variables: str) -> dict[str, int]:
 def test_more_threads_than_cpus_keep_idle_ones_from_spinning():
     found = threads_after()
     assert found["more"] == found["team"] and found["again"] == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes the right to start threads away by becoming another user")
+def test_without_threads_left_the_process_goes_on():
+    assert threads_after(NO_THREADS="1")["more"] == 0
 
 
 @pytest.mark.parametrize(
