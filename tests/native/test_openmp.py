@@ -37,8 +37,8 @@ time.sleep(0.3)  # threads that end are gone
 before = len(os.listdir("/proc/self/task"))
 if "NO_THREADS" in os.environ:
     import resource
-    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
-    os.setuid(65534)  # a user who has none left
+    resource.setrlimit(resource.RLIMIT_NPROC, (before + 1, before + 1))
+    os.setuid(65534)  # a user who may start one
 call()
 team = len(os.sched_getaffinity(0)) + 1  # of which one is the thread that made it
 first = settled(before + team)
