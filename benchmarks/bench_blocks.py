@@ -9,9 +9,7 @@ libggml-python==0.20.2`, unpacked (libggml/lib64); default: the variable GGML_LI
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +22,9 @@ from rich.table import Table
 
 from benchmarks import session
 from benchmarks.moe_layer import worst_error
+from benchmarks.worker import Worker
 from tests.helpers.blocks import BLOCKS, random_rows
 
-WORKER = Path(__file__).with_name("ggml_worker.py")
 VARIABLE = "GGML_LIBRARIES"
 N, K = 1408, 2048  # gate of DeepSeek-V2-Lite
 ROWS = (1, 4, 16, 64, 512)
@@ -51,36 +49,10 @@ class BlockCase:
     ggml_error: float | None
 
 
-class GgmlWorker:
-    """ggml in a process of its own."""
-
-    def __init__(self, folder: Path):
-        command = [sys.executable, str(WORKER), str(folder)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, **request: object) -> dict:
-        """The answer to one request.
-
-        Raises:
-            RuntimeError: the worker is gone.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"ggml: the worker ended with status {self._process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-
 class BlockBench:
     """All row counts of one type."""
 
-    def __init__(self, running: session.Session, ggml: GgmlWorker | None, folder: Path, name: str):
+    def __init__(self, running: session.Session, ggml: Worker | None, folder: Path, name: str):
         self.running, self.ggml, self.folder, self.name = running, ggml, folder, name
         generator = torch.Generator().manual_seed(0)
         self.blocks = random_rows(name, N, K, generator, size=K**-0.5)
@@ -144,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     session.add_options(parser)
     options = parser.parse_args(arguments)
     running = session.open_session(options, "blocks", "full")
-    ggml = GgmlWorker(Path(options.ggml)) if options.ggml else None
+    ggml = Worker("ggml_worker", Path(options.ggml).resolve()) if options.ggml else None
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.types:

@@ -9,9 +9,7 @@ than reading them: the share of that limit is shown. The demo model, if `make de
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,12 +21,12 @@ from typing import Any
 
 import torch
 import transformers
-from rich.table import Table
 
 from benchmarks import session
 from benchmarks.checkpoints import qwen3_30b, write_checkpoint
 from benchmarks.generate_worker import LINEARS, OURS, TORCH_BF16, TORCH_FP32
 from benchmarks.harness import ROOT, Contender, Work, run_interleaved, summarise
+from benchmarks.worker import Worker
 
 DEMO = ROOT / "outputs" / "models" / "tiny_moe"
 TARGETS = {TORCH_BF16: 3.0, TORCH_FP32: 2.0}  # times our tokens per second
@@ -36,42 +34,13 @@ MAX_LOGIT_ERROR = 0.25  # relative: random routers are often undecided, so round
 PROMPT = 64
 
 
-class Worker:
-    """A process that holds models; a context manager that ends it. The environment says nothing about OpenMP, so that
-    each library has torch's threads as its users have them."""
-
-    def __init__(self, folder: Path, threads: int, methods: list[str]):
-        command = [sys.executable, "-m", "benchmarks.generate_worker", str(folder), "--threads", str(threads)]
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            [*command, *(["--methods", *methods] if methods else [])],
-            cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self.names: list[str] = self._answer()
-
-    def ask(self, do: str, **more: Any) -> Any:
-        """One request.
-
-        Raises:
-            RuntimeError: the process has died.
-        """
-        self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"bench_generate: a worker died with code {self._process.wait()}; is memory short?")
-        return json.loads(line)
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+def start(folder: Path, threads: int, methods: list[str]) -> tuple[Worker, list[str]]:
+    """A process that holds models, and their names. Its environment says nothing about OpenMP, so that each library has
+    torch's threads as its users have them."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    words = ["--methods", *methods] if methods else []
+    worker = Worker("generate_worker", folder, "--threads", threads, *words, environment=environment)
+    return worker, worker.answer()
 
 
 def token_bytes(config: transformers.PreTrainedConfig) -> int:
@@ -97,7 +66,7 @@ def check(workers: Mapping[str, Worker], prompt: list[int]) -> None:
     reference = None
     for name, worker in workers.items():
         if "int" not in name:
-            logits = torch.tensor(worker.ask("logits", name=name, prompt=prompt))
+            logits = torch.tensor(worker.ask(do="logits", name=name, prompt=prompt))
             reference = logits if reference is None else reference
             error = ((logits - reference).norm() / reference.norm()).item()
             if error > MAX_LOGIT_ERROR:
@@ -111,7 +80,7 @@ def time_all(
     firsts: dict[str, list[float]] = {name: [] for name in workers}
 
     def run(name: str, index: int) -> float:
-        found = workers[name].ask("generate", name=name, prompt=prompts[index], tokens=tokens)
+        found = workers[name].ask(do="generate", name=name, prompt=prompts[index], tokens=tokens)
         firsts[name].append(found["first"])
         return found["seconds"]
 
@@ -130,18 +99,20 @@ def measure(what: str, folder: Path, running: session.Session, options: argparse
     prompts = torch.randint(10, config.vocab_size - 10, (options.rounds, PROMPT)).tolist()
     work = Work(flops=0.0, bytes=token_bytes(config))
     with ExitStack() as stack:
-        first = stack.enter_context(Worker(folder, running.threads, options.methods[:1]))
-        other = stack.enter_context(Worker(folder, running.threads, []))
-        bf16 = dict.fromkeys(other.names, other)
-        check({OURS: first, **bf16}, prompts[0])
-        with ExitStack() as quantised:
-            workers = {OURS: first}
-            for method in options.methods[1:]:
-                worker = quantised.enter_context(Worker(folder, running.threads, [method]))
-                workers[worker.names[0]] = worker
-            rows = time_all({**workers, **bf16}, prompts, work, running, options.tokens)
-        fp32 = dict.fromkeys(other.ask("float"), other)  # the quantised models have made room
-        rows += time_all({OURS: first, **fp32}, prompts, work, running, options.tokens)[1:]
+
+        def held(until: ExitStack, methods: list[str]) -> dict[str, Worker]:
+            worker, names = start(folder, running.threads, methods)
+            return dict.fromkeys(names, until.enter_context(worker))
+
+        first, bf16 = held(stack, options.methods[:1]), held(stack, [])
+        check({**first, **bf16}, prompts[0])
+        with ExitStack() as until_fp32:  # which needs their room
+            quantised = [held(until_fp32, [method]) for method in options.methods[1:]]
+            together = {name: worker for part in (first, *quantised, bf16) for name, worker in part.items()}
+            rows = time_all(together, prompts, work, running, options.tokens)
+        other = bf16[TORCH_BF16]
+        fp32 = dict.fromkeys(other.ask(do="float"), other)
+        rows += time_all({**first, **fp32}, prompts, work, running, options.tokens)[1:]
     sizes = {"layers": config.num_hidden_layers, "vocab_size": config.vocab_size, "prompt": PROMPT}
     return {"model": what, **sizes, "tokens": options.tokens, "token_bytes": work.bytes, "contenders": rows}
 
@@ -199,17 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     if (DEMO / "config.json").is_file():
         cases.append(measure("demo model", DEMO, running, options))
     for case in cases:
-        table = Table(title=title_of(case), title_justify="left")
-        for column in HEADINGS:
-            table.add_column(column, justify="right" if column else "left")
-        for row in rows_of(case):
-            table.add_row(*row)
-        running.console.print(table)
-    faults = misses(cases[0])
-    for fault in faults:
-        running.console.print(f"MISS {fault}")
-    running.save(cases)
-    return 1 if faults else 0
+        running.show(title_of(case), HEADINGS, rows_of(case))
+    return running.finish(cases, misses(cases[0]))
 
 
 if __name__ == "__main__":

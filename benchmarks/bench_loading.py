@@ -9,67 +9,42 @@ tells. Every step runs in a process of its own.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from benchmarks import session
 from benchmarks.checkpoints import deepseek_v2_lite, write_checkpoint
-from benchmarks.harness import ROOT
 from benchmarks.loading_worker import mapped_kib
+from benchmarks.worker import Worker
 
 MIB, GIB = 1 << 20, 1 << 30
 PEAK_GIB, LOAD_SECONDS, SHARE = 1.5, 3.0, 0.55  # the targets; two sharers have half each
+WORKER = "loading_worker"
 CPU_LINEARS = ("bf16", "off")  # the last is what two processes share; with a GPU there is nothing else
-
-
-def start(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "benchmarks.loading_worker", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-
-
-def answer(process: subprocess.Popen) -> dict[str, Any]:
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"bench_loading: a worker died with code {process.wait()}; run it by hand to see why")
-    return json.loads(line)
-
-
-def stop(process: subprocess.Popen) -> None:
-    process.stdin.close()
-    process.wait()
 
 
 def measure(folder: Path, source: Path, method: str) -> dict[str, Any]:
     packed = folder / method
-    worker = start("convert", folder, source, packed, method)
-    converted = answer(worker)
-    stop(worker)
-    stop(loading(folder, source, packed, method, CPU_LINEARS[0])[0])  # the page cache is warm from here on
+    with Worker(WORKER, "convert", folder, source, packed, method) as worker:
+        converted = worker.answer()
+    places = "load", folder, source, packed, method
+    with Worker(WORKER, *places, CPU_LINEARS[0]) as first:
+        first.answer()  # the page cache is warm from here on
     loads = {}
     for cpu_linear in CPU_LINEARS:
-        first, loads[cpu_linear] = loading(folder, source, packed, method, cpu_linear)
-        if cpu_linear != CPU_LINEARS[-1]:
-            stop(first)
-    alone = mapped_kib(packed, "Rss", first.pid), mapped_kib(packed, "Pss", first.pid)
-    second, _ = loading(folder, source, packed, method, CPU_LINEARS[-1])
-    both = [{key: mapped_kib(packed, key, one.pid) for key in ("Rss", "Pss")} for one in (first, second)]
-    stop(first)
-    stop(second)
+        with Worker(WORKER, *places, cpu_linear) as first:
+            loads[cpu_linear] = first.answer()
+            if cpu_linear == CPU_LINEARS[-1]:
+                alone = mapped_kib(packed, "Rss", first.pid), mapped_kib(packed, "Pss", first.pid)
+                with Worker(WORKER, *places, cpu_linear) as second:
+                    second.answer()
+                    both = [
+                        {key: mapped_kib(packed, key, one.pid) for key in ("Rss", "Pss")} for one in (first, second)
+                    ]
     return {"method": method, "convert": converted, "load": loads, "alone_kib": alone, "two_processes_kib": both}
-
-
-def loading(*arguments: object) -> tuple[subprocess.Popen, dict[str, Any]]:
-    """A process that holds the model, and what it measured."""
-    process = start("load", *arguments)
-    return process, answer(process)
 
 
 HEADINGS = [
@@ -105,16 +80,6 @@ def title_of(cases: Sequence[Mapping]) -> str:
     )
 
 
-def table_of(cases: Sequence[Mapping]) -> Table:
-    """For the terminal."""
-    table = Table(title=title_of(cases), title_justify="left")
-    for column in HEADINGS:
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows_of(cases):
-        table.add_row(*row)
-    return table
-
-
 def misses(one: dict[str, Any]) -> list[str]:
     """Targets that a result does not reach."""
     found = []
@@ -148,12 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
         what = {"model": "DeepSeek-V2-Lite shape", "layers": options.layers, "source": options.source}
         what["source_bytes"] = source_bytes
         cases = [{**what, **measure(Path(place), source, method)} for method in options.methods]
-    running.console.print(table_of(cases))
-    faults = [fault for one in cases for fault in misses(one)]
-    for fault in faults:
-        running.console.print(f"MISS {fault}")
-    running.save(cases)
-    return 1 if faults else 0
+    running.show(title_of(cases), HEADINGS, rows_of(cases))
+    return running.finish(cases, [fault for one in cases for fault in misses(one)])
 
 
 if __name__ == "__main__":

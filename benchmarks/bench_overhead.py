@@ -21,7 +21,6 @@ from statistics import median
 import peft
 import torch
 import transformers
-from rich.table import Table
 from torch import Tensor
 
 import kt_sft
@@ -165,14 +164,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     running = session.open_session(options, "overhead", "quick")
     cases = [measure(layer, method, options.rounds) for layer in LAYERS for method in options.methods]
-    table = Table(title=f"Microseconds of one token's call, LoRA r = {RANK}; target: overhead <= {TARGET_US:.0f}")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
-    for row in rows_of(cases):
-        table.add_row(*row)
-    running.console.print(table)
-    running.save(cases)
-    return int(any(case["overhead"] > TARGET_US for case in cases))
+    title = f"Microseconds of one token's call, LoRA r = {RANK}; target: overhead <= {TARGET_US:.0f}"
+    running.show(title, HEADINGS, rows_of(cases))
+    return running.finish(cases, misses(cases))
+
+
+def misses(cases: list[dict]) -> list[str]:
+    """Layers whose calls cost more than the target."""
+    return [f"{one['layer']}: {one['overhead']:.0f} us" for one in cases if one["overhead"] > TARGET_US]
 
 
 if __name__ == "__main__":

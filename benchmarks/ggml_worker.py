@@ -1,4 +1,4 @@
-"""Matrix products by ggml through its C interface, in a process of its own: `python ggml_worker.py FOLDER`.
+"""Matrix products by ggml through its C interface, in a process of its own: `python -m benchmarks.ggml_worker FOLDER`.
 
 FOLDER holds libggml-base.so and libggml-cpu.so. Reads one JSON request a line, answers each with a line of JSON. A load
 has "load": type, "n", "k", "m", "copies", "threads" and files: "file" with the blocks of W, "rows" with x, "result" for

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks import harness
 from benchmarks.roofline import ISAS, Roofline
@@ -37,6 +39,22 @@ class Session:
     def seconds(self) -> float:
         """Since the start of the command."""
         return time.monotonic() - self.start
+
+    def show(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table whose first column is text, the others numbers."""
+        table = Table(title=title, title_justify="left")
+        for index, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def finish(self, cases: list, misses: Sequence[str]) -> int:
+        """Say which targets are missed, save, and give the exit status."""
+        for miss in misses:
+            self.console.print(f"MISS {miss}")
+        self.save(cases)
+        return int(bool(misses))
 
     def save(self, cases: list, **more: object) -> Path | None:
         """Append the cases and every limit of this CPU to the results of today, unless told not to."""
