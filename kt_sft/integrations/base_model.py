@@ -70,16 +70,28 @@ def meta_model(name: str | os.PathLike[str], *, trust_remote_code: bool = False)
 
 
 def describe(model: nn.Module, path: str | None = None) -> BaseModel:
-    """Of a model in memory (meta device is enough), with transformers' experts modules or ours, without an adapter."""
+    """Of a model in memory (meta device is enough), with transformers' experts modules or ours.
+
+    Wrappers of PEFT are looked through: the model below them is described.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     config: PreTrainedConfig = model.config
-    specs = {name: experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
-    linears = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if _is_linear(m, name, specs)}
+    specs = {plain_name(name): experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
+    modules = {plain_name(name): m for name, m in model.named_modules() if ".lora_" not in name}
+    linears = {name: (m.out_features, m.in_features) for name, m in modules.items() if _is_linear(m, name, specs)}
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "_name_or_path", None) or None
     layers = hub_layers(model, specs)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    shapes = {plain_name(name): tuple(p.shape) for name, p in parameters if ".lora_" not in name}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
     return BaseModel(name, config.model_type, values, specs, layers, linears, _hub_names(model, linears), shapes)
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter in the model without PEFT's wrappers."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:
