@@ -39,7 +39,9 @@ def find_base_model(
         try:
             find_config_file(name, {})
         except FormatError as error:
-            raise ConfigError(f"{adapter}: base model: {error}; name its directory with --base-model") from None
+            where = f"; looked for in {os.getcwd()}, in the directories above the adapter, and on the hub"
+            told = "" if os.path.isabs(name) or os.path.exists(name) else where
+            raise ConfigError(f"{adapter}: base model: {error}{told}; name its directory with --base-model") from None
     return describe(meta_model(name, trust_remote_code=trust_remote_code), str(name))
 
 
@@ -139,8 +141,15 @@ def _hub_names(model: Any, linears: dict[str, tuple[int, int]]) -> dict[str, str
 
 
 def default_name(adapter_base: str | None, adapter: Path) -> str | None:
-    """The base model that an adapter names, looked for as it is and beside the adapter's own directory."""
-    if adapter_base is None or os.path.exists(adapter_base):
+    """The base model that an adapter names, as it is, or else from the nearest directory above the adapter.
+
+    A relative name is one of the directory in which the training ran; the adapter usually lies somewhere below it.
+    """
+    if adapter_base is None or os.path.isabs(adapter_base) or os.path.exists(adapter_base):
         return adapter_base
-    beside = adapter.parent / adapter_base
-    return str(beside) if beside.exists() else adapter_base
+    candidates = (folder / adapter_base for folder in adapter.absolute().parents)
+    return str(next((path for path in candidates if _is_model(path)), adapter_base))
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path.is_file() and gguf_model.is_gguf_model(path))
