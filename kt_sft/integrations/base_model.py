@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from kt_sft.integrations import gguf_model, placing
 from kt_sft.integrations.model_files import find_config_file, read_config_file
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
+
+_OF_PEFT = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter)(\.|$)")  # what its wrappers hold beside the module
 
 
 def find_base_model(
@@ -80,20 +83,25 @@ def describe(model: nn.Module, path: str | None = None) -> BaseModel:
         model = model.get_base_model()
     config: PreTrainedConfig = model.config
     specs = {plain_name(name): experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
-    modules = {plain_name(name): m for name, m in model.named_modules() if ".lora_" not in name}
+    modules = plain_modules(model)
     linears = {name: (m.out_features, m.in_features) for name, m in modules.items() if _is_linear(m, name, specs)}
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "_name_or_path", None) or None
     layers = hub_layers(model, specs)
     parameters = model.named_parameters(remove_duplicate=False)
-    shapes = {plain_name(name): tuple(p.shape) for name, p in parameters if ".lora_" not in name}
+    shapes = {plain_name(name): tuple(p.shape) for name, p in parameters if not _OF_PEFT.search(name)}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
     return BaseModel(name, config.model_type, values, specs, layers, linears, _hub_names(model, linears), shapes)
 
 
 def plain_name(name: str) -> str:
     """The name of a module or parameter in the model without PEFT's wrappers."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name.removeprefix("base_model.model."))
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by name; where PEFT has wrapped one, what is inside of the wrapper."""
+    return {plain_name(name): m for name, m in model.named_modules() if not _OF_PEFT.search(name)}
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:
