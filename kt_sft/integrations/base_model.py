@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from kt_sft.integrations import gguf_model, placing
 from kt_sft.integrations.model_files import find_config_file, read_config_file
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
+
+_OF_PEFT = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter)(\.|$)")  # what its wrappers hold beside the module
 
 
 def find_base_model(
@@ -39,7 +42,9 @@ def find_base_model(
         try:
             find_config_file(name, {})
         except FormatError as error:
-            raise ConfigError(f"{adapter}: base model: {error}; name its directory with --base-model") from None
+            where = f"; looked for in {os.getcwd()}, in the directories above the adapter, and on the hub"
+            told = "" if os.path.isabs(name) or os.path.exists(name) else where
+            raise ConfigError(f"{adapter}: base model: {error}{told}; name its directory with --base-model") from None
     return describe(meta_model(name, trust_remote_code=trust_remote_code), str(name))
 
 
@@ -70,16 +75,33 @@ def meta_model(name: str | os.PathLike[str], *, trust_remote_code: bool = False)
 
 
 def describe(model: nn.Module, path: str | None = None) -> BaseModel:
-    """Of a model in memory (meta device is enough), with transformers' experts modules or ours, without an adapter."""
+    """Of a model in memory (meta device is enough), with transformers' experts modules or ours.
+
+    Wrappers of PEFT are looked through: the model below them is described.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     config: PreTrainedConfig = model.config
-    specs = {name: experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
-    linears = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if _is_linear(m, name, specs)}
+    specs = {plain_name(name): experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
+    modules = plain_modules(model)
+    linears = {name: (m.out_features, m.in_features) for name, m in modules.items() if _is_linear(m, name, specs)}
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "_name_or_path", None) or None
     layers = hub_layers(model, specs)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    shapes = {plain_name(name): tuple(p.shape) for name, p in parameters if not _OF_PEFT.search(name)}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
     return BaseModel(name, config.model_type, values, specs, layers, linears, _hub_names(model, linears), shapes)
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter in the model without PEFT's wrappers."""
+    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name.removeprefix("base_model.model."))
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by name; where PEFT has wrapped one, what is inside of the wrapper."""
+    return {plain_name(name): m for name, m in model.named_modules() if not _OF_PEFT.search(name)}
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:
@@ -127,8 +149,15 @@ def _hub_names(model: Any, linears: dict[str, tuple[int, int]]) -> dict[str, str
 
 
 def default_name(adapter_base: str | None, adapter: Path) -> str | None:
-    """The base model that an adapter names, looked for as it is and beside the adapter's own directory."""
-    if adapter_base is None or os.path.exists(adapter_base):
+    """The base model that an adapter names, as it is, or else from the nearest directory above the adapter.
+
+    A relative name is one of the directory in which the training ran; the adapter usually lies somewhere below it.
+    """
+    if adapter_base is None or os.path.isabs(adapter_base) or os.path.exists(adapter_base):
         return adapter_base
-    beside = adapter.parent / adapter_base
-    return str(beside) if beside.exists() else adapter_base
+    candidates = (folder / adapter_base for folder in adapter.absolute().parents)
+    return str(next((path for path in candidates if _is_model(path)), adapter_base))
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path.is_file() and gguf_model.is_gguf_model(path))
