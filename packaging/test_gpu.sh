@@ -9,7 +9,7 @@ shift || true
 missing=$("$python" - <<'PYTHON'
 import importlib.util
 
-needed = ("torch", "transformers", "peft", "safetensors", "pytest", "setuptools", "cmake", "ninja", "pybind11", "typer", "rich", "psutil")
+needed = ("torch", "transformers", "peft", "accelerate", "safetensors", "yaml", "pytest", "setuptools", "cmake", "ninja", "pybind11", "typer", "rich")
 print(" ".join(name for name in needed if importlib.util.find_spec(name) is None))
 PYTHON
 )
