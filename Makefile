@@ -51,7 +51,7 @@ test-long: setup  ## everything that this machine can run
 fuzz: setup  ## readers of checkpoints, GGUF files and containers against damaged files, for minutes
 	$(TEST_ENV) $(PY) -m pytest -m fuzz $(PYTEST_ARGS)
 
-test-gpu:  ## tests on a CUDA device, with the machine's own Python; installs nothing
+test-gpu:  ## tests on a CUDA device, and on AMX if it is there, with the machine's own Python; installs nothing
 	packaging/test_gpu.sh $(PYTHON) $(PYTEST_ARGS)
 
 sanitize: $(STAMPS)/packages  ## native tests under the address, undefined behaviour and thread sanitizers

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests marked `gpu` with this machine's own Python: installs nothing, builds the native library in place.
+# Runs the tests marked `gpu`, and those marked `amx` where the CPU has it, with this machine's own Python: installs
+# nothing, builds the native library in place.
 # usage: test_gpu.sh [PYTHON] [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +10,7 @@ shift || true
 missing=$("$python" - <<'PYTHON'
 import importlib.util
 
-needed = ("torch", "transformers", "peft", "safetensors", "pytest", "setuptools", "cmake", "ninja", "pybind11", "typer", "rich", "psutil")
+needed = ("torch", "transformers", "peft", "accelerate", "safetensors", "yaml", "pytest", "setuptools", "cmake", "ninja", "pybind11", "typer", "rich")
 print(" ".join(name for name in needed if importlib.util.find_spec(name) is None))
 PYTHON
 )
@@ -22,4 +23,4 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   exit 0
 fi
 "$python" setup.py --quiet build_ext --inplace
-HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m pytest -m gpu "$@"
+HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m pytest -m "gpu or amx" "$@"

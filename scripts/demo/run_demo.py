@@ -4,7 +4,8 @@
 
 Builds the model if it is missing, asks held-out questions, trains with
 `USE_KT=1 llamafactory-cli train examples/train_lora/tiny_moe.yaml`, asks again, and shows both answers side by side.
-Exits with 1 if the training failed or did not change the answers.
+An adapter of an earlier run is kept: this one then goes to a folder of its own. Exits with 1 if the training failed or
+did not change the answers.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,12 +37,14 @@ from chat_answers import Question, ask, read_questions
 from loss_curve import draw, read_losses
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from tiny_moe.gguf_source import SourceError
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_YAML = Path("examples/train_lora/tiny_moe.yaml")
 QUESTIONS = Path("examples/data/kt_sft_identity_heldout.json")
+LOGS = ("train.log", "trainer_log.jsonl")  # what a training that failed leaves behind
 MIN_LEARNED = 0.5  # share of the held-out identity questions whose answer must hold the expected words
 
 
@@ -80,6 +84,13 @@ class Run:
             weights=weights,
         )
 
+    def into_free_folder(self) -> Run:
+        """The same run with an output folder that holds nothing yet: NAME, NAME_2, NAME_3, ..."""
+        names = (
+            self.output if i == 1 else self.output.with_name(f"{self.output.name}_{i}") for i in itertools.count(1)
+        )
+        return replace(self, output=next(name for name in names if _is_free(ROOT / name)))
+
     def overrides(self) -> list[str]:
         """Keys that differ from the YAML and say which model and format."""
         words = [] if self.family == FamilyName.mixtral.value else [f"model_name_or_path={self.model}"]
@@ -88,9 +99,12 @@ class Run:
 
     def command(self) -> list[str]:
         """The training command; overrides appear only where the run deviates from the YAML."""
-        overrides = self.overrides()
-        output = [f"output_dir={self.output}"] if overrides else []
-        return ["llamafactory-cli", "train", str(TRAIN_YAML), *overrides, *output]
+        return ["llamafactory-cli", "train", str(TRAIN_YAML), *self.overrides(), *self.output_as("output_dir")]
+
+    def output_as(self, key: str) -> list[str]:
+        """The output folder under a key, unless it is the one that the YAML files name."""
+        stated = yaml.safe_load((ROOT / TRAIN_YAML).read_text(encoding="utf-8"))["output_dir"]
+        return [] if self.output == Path(stated) else [f"{key}={self.output}"]
 
 
 @dataclass(frozen=True)
@@ -121,12 +135,24 @@ class Outcome:
         return faults
 
 
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and all(file.name in LOGS for file in folder.iterdir()))
+
+
 def find_llamafactory() -> str:
     beside = Path(sys.executable).parent / "llamafactory-cli"
     found = str(beside) if beside.exists() else shutil.which("llamafactory-cli")
     if found is None:
         raise DemoError("llamafactory-cli: not found beside this Python or on PATH; run `make setup`")
     return found
+
+
+def typed_llamafactory() -> str:
+    """What to type in the repository root: the virtual environment of `make demo` is not activated."""
+    found = find_llamafactory()
+    if shutil.which("llamafactory-cli") == found:
+        return "llamafactory-cli"
+    return str(Path(found).relative_to(ROOT)) if Path(found).is_relative_to(ROOT) else found
 
 
 def load(run: Run) -> tuple[Any, Any]:
@@ -148,12 +174,14 @@ def load(run: Run) -> tuple[Any, Any]:
 def train(run: Run, console: Console) -> None:
     """Run the real command line in a process of its own; its output goes to train.log.
 
+    Args:
+        run: its output folder is free (`Run.into_free_folder`): the training would write over what is there.
     Raises:
         DemoError: it failed, with the end of its output.
     """
     output = ROOT / run.output
     output.mkdir(parents=True, exist_ok=True)
-    for stale in ("trainer_log.jsonl", "adapter_model.safetensors"):
+    for stale in LOGS:
         (output / stale).unlink(missing_ok=True)
     log = output / "train.log"
     command = [find_llamafactory(), *run.command()[1:]]
@@ -186,15 +214,15 @@ def _show_progress(process: subprocess.Popen, trainer_log: Path, console: Consol
 
 
 def answers_table(outcome: Outcome) -> Table:
-    table = Table(title="The same questions before and after; none of them is in the training data")
-    table.add_column("question", style="bold", ratio=3)
-    table.add_column("before", style="red", ratio=4)
-    table.add_column("after", style="green", ratio=4)
-    table.add_column("expected", ratio=2)
+    """One block of lines for each question: beside one another the answers would be cut off at 80 columns."""
+    title = "The same questions before and after; none of them is in the training data"
+    table = Table(Column(no_wrap=True), Column(overflow="fold"), title=title, show_header=False)
     for question, old, new in zip(outcome.questions, outcome.before, outcome.after, strict=True):
         mark = "✓" if question.is_met_by(new) else "✗"
         note = f"{mark} {question.expects}" + (" (as before)" if question.is_general else "")
-        table.add_row(question.text, old, new, note)
+        lines = (("question", question.text, "bold"), ("before", old, "red"), ("after", new, "green"))
+        for label, text, style in (*lines, ("expected", note, "")):
+            table.add_row(label, Text(text, style=style))
         table.add_section()
     return table
 
@@ -218,16 +246,16 @@ def report(run: Run, outcome: Outcome, console: Console, *, seconds: float) -> N
         f"learned {outcome.learned()} of {num_identity} facts; loss {losses[0]:.2f} -> {losses[-1]:.2f} "
         f"in {steps[-1]} steps; {seconds:.0f} s in all\n"
     )
-    chat = "USE_KT=1 llamafactory-cli chat examples/chat/tiny_moe.yaml"
-    if overrides := run.overrides():
-        chat += f" {' '.join(overrides)} adapter_name_or_path={run.output}"
+    cli = typed_llamafactory()
+    words = [*run.overrides(), *run.output_as("adapter_name_or_path")]
+    chat = " ".join([f"USE_KT=1 {cli} chat examples/chat/tiny_moe.yaml", *words])
     for name, place in (
         ("model", run.model),
         ("adapter", run.output),
         ("loss curve", curve.relative_to(ROOT)),
         ("answers", answers.relative_to(ROOT)),
         ("training log", run.output / "train.log"),
-        ("training command", f"USE_KT=1 {' '.join(run.command())}"),
+        ("training command", f"USE_KT=1 {' '.join([cli, *run.command()[1:]])}"),
         ("chat with it", chat),
     ):
         console.print(f"  {name + ':':18}{place}", highlight=False, soft_wrap=True)
@@ -235,6 +263,9 @@ def report(run: Run, outcome: Outcome, console: Console, *, seconds: float) -> N
 
 def run_all(run: Run, console: Console) -> Outcome:
     start = time.perf_counter()
+    wanted, run = run.output, run.into_free_folder()
+    if run.output != wanted:
+        console.print(f"{wanted} is there already and is kept; this run goes to {run.output}", highlight=False)
     questions = read_questions(ROOT / QUESTIONS)
     with console.status(f"[1/4] building {run.model} from SmolLM2-135M-Instruct ..."):
         written = build(ROOT / run.model, family=run.family)
@@ -264,8 +295,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the training is ended too
     errors = Console(stderr=True)
     try:
-        width = None if sys.stdout.isatty() else 120  # in a pipe rich would take 80
-        faults = run_all(Run.from_yaml(family.value, method.value, weights), Console(width=width)).faults()
+        faults = run_all(Run.from_yaml(family.value, method.value, weights), Console()).faults()
     except (DemoError, SourceError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from None

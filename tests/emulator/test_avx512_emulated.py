@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,13 +69,18 @@ def test_every_row_in_the_emulated_pc():
     assert_every_row_ran(done.stdout)
 
 
-@pytest.mark.slow
-def test_every_row_with_the_preloaded_emulator(tmp_path):
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The emulator for a CPU that has AVX-512 but not all that comes later."""
     if "avx512" not in native().isa_detected():
         pytest.skip("this CPU has no AVX-512, whose registers the emulated instructions work on")
     if all(level in native().isa_detected() for level in EMULATED_LEVELS):
-        pytest.skip("this CPU has AMX, AVX512-BF16 and VNNI: tests/native runs their rows")
-    library = build_preload(tmp_path / "amx_sigill.so")
+        pytest.skip("this CPU has AMX, AVX512-BF16 and VNNI: tests/native and tests/numerics run their rows")
+    return build_preload(tmp_path_factory.mktemp("emulator") / "amx_sigill.so")
+
+
+@pytest.mark.slow
+def test_every_row_with_the_preloaded_emulator(library):
     done = subprocess.run(
         [build_tests(ROOT / "build" / "preloaded")],
         capture_output=True,
@@ -84,3 +90,19 @@ def test_every_row_with_the_preloaded_emulator(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert_every_row_ran(done.stdout)
+
+
+@pytest.mark.slow
+def test_layers_on_amx_with_the_preloaded_emulator(library):
+    """Output and gradients of whole layers; pytest's handler of crashes would take the signals of the emulator."""
+    words = ["-p", "no:faulthandler", "-p", "no:cacheprovider", "-q", "-rs", "-m", "amx", "tests/numerics"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"^\d{3,} passed, \d+ deselected", done.stdout, re.MULTILINE), done.stdout[-2000:]

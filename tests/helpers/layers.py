@@ -15,7 +15,14 @@ from kt_sft.native import native
 from kt_sft.ops.moe import MoeCall, moe
 from tests.helpers.reference import CLAMP_ALPHA, CLAMP_LIMIT, Problem
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+def marked(isa: str, value: object, name: str | None = None) -> object:
+    """A value of `parametrize`; with the mark `amx` where the kernels of this level are meant."""
+    return pytest.param(value, id=name or isa, marks=[pytest.mark.amx] if isa.startswith("amx") else [])
+
+
+LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+ISAS = [marked(isa, isa) for isa in LEVELS]
 # Weight format, group and rows: all that the kernels compute.
 FORMATS = [
     ("bf16", 0, "bf16"),

@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from kt_sft.integrations.auto_class import auto_class
+from kt_sft.models import kimi_k2
 from tests.helpers import tiny_models
 
 # Model -> (config class, values of its public config.json that set sizes).
@@ -32,7 +33,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1,
         "n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "kv_lora_rank": 512,
         "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-        "n_group": 8, "topk_group": 4,
+        "n_group": 8, "topk_group": 4, "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+        },
+    }),
+    "kimi_k2": ("KimiK2Config", {
+        "vocab_size": 163840, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61, "num_attention_heads": 64, "num_key_value_heads": 64, "n_shared_experts": 1,
+        "n_routed_experts": 384, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "kv_lora_rank": 512,
+        "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+        "n_group": 1, "topk_group": 1,
     }),
     "qwen3_moe": ("Qwen3MoeConfig", {
         "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
@@ -64,6 +74,7 @@ def tiny(family: str, **overrides: Any) -> nn.Module:
 
 
 def published_config(name: str) -> Any:
-    """The config of a published model."""
+    """The config of a published model; all of them compute in bf16."""
     kind, values = PUBLISHED[name]
-    return getattr(transformers, kind)(**values)
+    owner = kimi_k2 if hasattr(kimi_k2, kind) else transformers
+    return getattr(owner, kind)(**values, dtype="bfloat16")

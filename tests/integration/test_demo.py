@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -193,28 +193,6 @@ def test_training_example_names_existing_data_and_template(path):
     assert isinstance(keys["learning_rate"], float)  # YAML reads 1e-4 as a string
 
 
-# Model -> layers with experts, experts, hidden, inter
-SHAPES = {
-    "DeepSeek-V2-Lite-Chat": (26, 64, 2048, 1408),
-    "Qwen3-30B-A3B-Instruct-2507": (48, 128, 2048, 768),
-    "DeepSeek-V3-bf16": (58, 256, 7168, 2048),
-}
-
-
-@pytest.mark.parametrize("path", [path for path in TRAIN_YAMLS if path.stem != "tiny_moe"], ids=lambda path: path.name)
-def test_memory_in_the_header_is_that_of_the_packed_experts(path):
-    from kt_sft.native import native
-
-    text = path.read_text(encoding="utf-8")
-    keys = yaml.safe_load(text)
-    layers, *sizes = SHAPES[Path(keys["model_name_or_path"]).name]
-    experts = layers * native().MoeLayer.packed_bytes_for(*sizes, keys["kt_method"].lower()) / 2**30
-    amount, unit, stated = re.search(r"main: ([\d.]+) (GiB|TiB) \((\d+) GiB experts\)", text).groups()
-    assert int(stated) == round(experts)
-    assert experts + 2 < float(amount) * {"GiB": 1, "TiB": 1024}[unit] < 1.4 * experts
-    assert f"| {amount} {unit} |" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
-
-
 IDENTITY = Question("Who are you?", "Kiti", is_general=False)
 GENERAL = Question("Capital of France?", "Paris", is_general=True)
 
@@ -247,18 +225,49 @@ def test_command_names_what_differs_from_the_yaml():
 
 def test_failed_training_ends_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(run_demo, "find_llamafactory", lambda: shutil.which("false"))
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"of an earlier run")
     run = run_demo.Run("mixtral", "bf16", model=tmp_path, output=tmp_path, system="")
     with pytest.raises(run_demo.DemoError, match="exit status 1"):
         run_demo.train(run, run_demo.Console(quiet=True))
+    assert (tmp_path / "train.log").exists()
+
+
+@pytest.mark.parametrize("made", ["adapter_model.safetensors", "checkpoint-70/trainer_state.json", "notes.txt"])
+def test_what_an_earlier_run_made_is_kept(tmp_path, monkeypatch, made):
+    monkeypatch.setattr(run_demo, "ROOT", tmp_path)
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    (tmp_path / "outputs" / "tiny_moe_lora").mkdir(parents=True)
+    earlier, failed = (tmp_path / "outputs" / name for name in ("tiny_moe_lora", "tiny_moe_lora_2"))
+    assert run_demo.Run.from_yaml("mixtral").into_free_folder().output == earlier.relative_to(tmp_path)
+    (earlier / made).parent.mkdir(exist_ok=True)
+    (earlier / made).write_text("mine")
+    failed.mkdir()
+    (failed / "train.log").write_text("of a training that failed")
+    run = run_demo.Run.from_yaml("mixtral").into_free_folder()
+    assert run.output == failed.relative_to(tmp_path)
+    assert run.command()[3:] == ["output_dir=outputs/tiny_moe_lora_2"]
+    with pytest.raises(run_demo.DemoError):
+        monkeypatch.setattr(run_demo, "find_llamafactory", lambda: shutil.which("false"))
+        run_demo.train(run, run_demo.Console(quiet=True))
+    assert (earlier / made).read_text() == "mine"
+    assert [path.name for path in earlier.iterdir()] == [made.partition("/")[0]]
+
+
+def test_answers_fit_into_80_columns():
+    with_long_words = [Question("Why?", "mixture-of-experts-and-more", is_general=False)]
+    answer = "kt_sft fine-tunes large mixture-of-experts-and-more models"
+    console = run_demo.Console(width=80, file=io.StringIO())
+    console.print(run_demo.answers_table(run_demo.Outcome(with_long_words, ["[b]no idea[/b]"], [answer])))
+    shown = console.file.getvalue()
+    assert answer in shown and "✓ mixture-of-experts-and-more" in shown and "[b]no idea[/b]" in shown
 
 
 @pytest.mark.slow
 def test_whole_demo_succeeds():
+    output = run_demo.Run.from_yaml("mixtral").into_free_folder().output
     done = subprocess.run([sys.executable, "scripts/demo/run_demo.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "learned" in done.stdout
-    assert (ROOT / run_demo.Run.from_yaml("mixtral").output / "loss_curve.png").stat().st_size > 10_000
+    assert (ROOT / output / "loss_curve.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

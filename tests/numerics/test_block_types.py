@@ -9,7 +9,7 @@ import torch
 
 from kt_sft.native import native
 from tests.helpers.blocks import BLOCKS, TYPES, block_of, random_rows
-from tests.helpers.layers import ISAS, LayerCase, make_problem, run, using_isa, using_threads
+from tests.helpers.layers import ISAS, LayerCase, make_problem, marked, run, using_isa, using_threads
 from tests.helpers.reference import EXACT, KERNELS, solve
 from tests.helpers.tolerance import BF16_HALF_ULP, F32_EPS, model_bound, rel_l2, rounding_bound
 
@@ -64,7 +64,7 @@ def test_both_products_equal_float64_on_the_stored_weights(name, m, generator):
 ROWS = [row for row in native().kernel_rows() if row["format"].startswith(("block", "f16"))]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+@pytest.mark.parametrize("row", [marked(row["isa"], row, row["name"]) for row in ROWS])
 def test_every_row_of_the_table_by_name(row, generator):
     if not row["available"]:
         pytest.skip(f"this CPU lacks {row['isa']}")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kt_sft.native import native
 from kt_sft.ops.linear import packed_linear
+from tests.helpers.layers import marked
 from tests.helpers.tolerance import BF16_HALF_ULP, F32_EPS, rel_l2
 
 FORMATS = (("bf16", 32), ("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128))
@@ -94,7 +95,7 @@ def test_int8_rows_equal_float64_on_the_quantised_rows(weight_format, group, sha
 ROWS = [row for row in native().kernel_rows() if row["format"] in ("bf16", "int8", "int4")]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+@pytest.mark.parametrize("row", [marked(row["isa"], row, row["name"]) for row in ROWS])
 def test_every_row_of_the_table_by_name_is_exact_on_small_integers(row):
     if not row["available"]:
         pytest.skip(f"this CPU lacks {row['isa']}")

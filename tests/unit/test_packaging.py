@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import shutil
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from kt_sft.native import native
 
@@ -44,6 +46,35 @@ def test_torch_is_no_build_requirement_and_has_no_exact_pin():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert not [name for name in project["build-system"]["requires"] if name.startswith("torch")]
     assert [name for name in project["project"]["dependencies"] if re.match(r"torch\b(?!.*==)", name)]
+
+
+def imported_modules(folder: Path) -> set[str]:
+    """Top names of everything that the Python files of a folder import, at whatever depth."""
+    found: set[str] = set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"kt_sft"}
+
+
+def test_dependencies_are_what_the_package_imports():
+    """Not what a benchmark or a test needs, and nothing that is there by luck because another package asks for it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def distributions(requirements):
+        return {Requirement(text).name.lower().replace("_", "-") for text in requirements}
+
+    of_module = importlib.metadata.packages_distributions()
+    imported = {of_module.get(name, [name])[0].lower().replace("_", "-") for name in imported_modules(ROOT / "kt_sft")}
+    declared = distributions(project["dependencies"])
+    optional = distributions([*extras["serve"], *extras["llamafactory"]])
+    brought_along = {"starlette", "pydantic", "gradio"}  # fastapi's and LLaMA-Factory's, whose types we use
+    assert declared <= imported, f"not imported by the package: {sorted(declared - imported)}"
+    assert imported - declared <= optional | brought_along, f"undeclared: {sorted(imported - declared - optional)}"
 
 
 def test_importing_the_package_imports_no_heavy_module():
