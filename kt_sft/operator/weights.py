@@ -17,6 +17,7 @@ from torch import Tensor
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError, FormatError, UnsupportedModel, unpackable
 from kt_sft.formats.gguf import GgufIndex
+from kt_sft.formats.gguf_expert_tensors import ROUTER_SCALE_ARCHITECTURES, count_experts
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.integrations.converting import open_source
 from kt_sft.integrations.expert_sources import ExpertSource, check_method, open_weight_path, weight_formats
@@ -213,9 +214,9 @@ def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 def _gguf_spec(index: GgufIndex, sizes: LayerSizes) -> ExpertsSpec:
     """As the caller says, with the number of experts that the file has."""
-    fused = f"blk.{sizes.layer_idx}.ffn_gate_exps.weight"
-    count = index.info(fused).shape[0] if fused in index else sizes.num_experts
-    return ExpertsSpec(count, sizes.hidden, sizes.inter)
+    count = count_experts(index, sizes.layer_idx, sizes.num_experts)
+    has_router_scale = index.metadata.get("general.architecture") in ROUTER_SCALE_ARCHITECTURES
+    return ExpertsSpec(count, sizes.hidden, sizes.inter, has_router_scale=has_router_scale)
 
 
 def _layer_name(specs: Mapping[str, ExpertsSpec], layer_idx: int, path: str) -> str:
