@@ -25,7 +25,6 @@ from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.tensor_errors import INCOMPLETE, SAME_MODEL, missing_tensor
 
-PROJECTIONS = ("gate", "up", "down")
 ROUTER_SCALE_ARCHITECTURES = ("gemma4",)  # whose `ffn_down_exps.scale` is the router's
 SCALE, INPUT_SCALE = ".scale", ".input_scale"
 _WEIGHT = ".weight"

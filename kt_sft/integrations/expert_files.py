@@ -90,6 +90,11 @@ class SafetensorsExperts:
         gate, up, down = (part.matrix(self._index.read(part.key, part.rows)).to(torch.bfloat16) for part in parts)
         return gate, up, down
 
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
+        """See `ExpertSource`."""
+        gate, up, down = (part.key for part in self._layers[name].expert(expert))
+        return gate, up, down
+
     def _say(self) -> None:
         """Once, where reading the experts rounds them."""
         wider = sorted({kind for kinds in self.formats.values() for kind in kinds} & {"F16", "F32", "F64"})

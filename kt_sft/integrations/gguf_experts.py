@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from kt_sft.errors import NonFinite
 from kt_sft.formats.gguf import GgufIndex, dequantize
 from kt_sft.formats.gguf_expert_tensors import GgufLayer, Matrices, find_experts
 from kt_sft.formats.gguf_names import layer_of
 from kt_sft.integrations.expert_files import UnchangedFiles
 from kt_sft.native import native
+from kt_sft.nn.routed_experts import check_finite
 
 if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
@@ -59,7 +61,13 @@ class GgufExperts:
         ]
         is_stored = experts.formats == self.native_formats(name) and "int8" not in experts.formats
         read = functools.partial(self.read, name, expert)
-        experts.load_expert(expert if slot is None else slot, *packed, origin=read, is_stored=is_stored)
+        try:
+            experts.load_expert(expert if slot is None else slot, *packed, origin=read, is_stored=is_stored)
+        except NonFinite:
+            raise
+        except ValueError:  # of blocks, which the kernels do not name
+            check_finite(*read())
+            raise
 
     def native_formats(self, name: str) -> tuple[str, str, str]:
         """What holds gate, up and down of a module for method GGUF: their own types where kernels have them.
@@ -104,6 +112,11 @@ class GgufExperts:
             dequantize(kind, part, scale=matrix.scale)
             for kind, part, matrix in zip(self._kinds(matrices), blocks, matrices, strict=True)
         )
+        return gate, up, down
+
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
+        """See `ExpertSource`."""
+        gate, up, down = (matrix.key for matrix in self._layers[name].experts[expert])
         return gate, up, down
 
     def blocks(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:

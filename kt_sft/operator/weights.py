@@ -70,7 +70,7 @@ def load_from_path(
             except FormatError:
                 raise
             except ValueError as error:
-                raise unpackable(source.path, name, logical[expert], error, instead="use method BF16") from None
+                raise unpackable(source, name, logical[expert], error, instead="use method BF16") from None
         return experts
 
 
@@ -106,6 +106,10 @@ class TensorExperts:
         gate, up, down = (t[expert].detach().to("cpu", torch.bfloat16).contiguous() for t in self._projections)
         return gate, up, down
 
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
+        """Of the arguments."""
+        return "gate_proj", "up_proj", "down_proj"
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -134,7 +138,10 @@ def load_from_tensors(
     config = dataclasses.replace(config, weight_path=None)  # written to, if anything, and not loaded from
     experts = _empty(spec, placement, config, config.weight_format)
     for slot, expert in enumerate(placement.on_cpu if experts is not None else ()):
-        experts.load_expert(slot, *source.read("", logical[expert]))
+        try:
+            experts.load_expert(slot, *source.read("", logical[expert]))
+        except ValueError as error:
+            raise unpackable(source, f"layer {sizes.layer_idx}", logical[expert], error, instead="use BF16") from None
     return experts
 
 
