@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Protocol
 
 GIB = 1 << 30
 
@@ -42,6 +43,10 @@ class FormatError(KTError, ValueError):
         super().__init__(_sentence(f"{path}: {what}", expected, found, remedy))
 
 
+class Unpackable(FormatError):
+    """Weights that no packed form can hold: only another file helps."""
+
+
 class UnsupportedModel(KTError, ValueError):
     """A model whose routed experts these kernels cannot compute."""
 
@@ -76,15 +81,46 @@ class OutputError(KTError, OSError):
         super().__init__(_sentence(f"{path}: {what}", expected, found, remedy))
 
 
-def unpackable(path: object, module: str, expert: int, reason: ValueError, *, instead: str) -> FormatError:
-    """What the native layer said when it was given an expert, as an error of the file.
+class NonFinite(ValueError):
+    """A matrix of an expert with NaN or infinity in it.
 
     Args:
-        reason: what it raised.
+        projection: 0, 1, 2 for gate, up, down.
+        found: the first such number and its place.
+    """
+
+    def __init__(self, projection: int, found: str):
+        self.projection = projection
+        self.found = found
+        super().__init__(f"{('gate', 'up', 'down')[projection]}: expected finite numbers, found {found}")
+
+
+class ExpertTensors(Protocol):
+    """What an error says of a source of experts."""
+
+    @property
+    def path(self) -> object: ...
+
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]: ...
+
+
+def unpackable(source: ExpertTensors, module: str, expert: int, reason: ValueError, *, instead: str) -> Unpackable:
+    """Why an expert could not be packed, as an error of its file.
+
+    Args:
+        reason: what packing raised.
         instead: another remedy than a new download.
     """
-    return FormatError(
-        path,
+    if isinstance(reason, NonFinite):
+        return Unpackable(
+            source.path,
+            f"tensor {source.tensor_names(module, expert)[reason.projection]} (expert {expert} of {module})",
+            expected="finite numbers",
+            found=reason.found,
+            remedy="download the checkpoint again, or make it again: with these weights the model computes NaN",
+        )
+    return Unpackable(
+        source.path,
         f"expert {expert} of {module}",
         expected="weights that can be packed",
         found=str(reason),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import json
 import os
@@ -20,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from kt_sft.convert.folder import locked, output_folder, sync_folder
 from kt_sft.convert.plan import (
     LOCK_NAME,
     AppendPlan,
@@ -71,17 +71,15 @@ def convert(
     folder = plan.output
     try:
         if not overwrite and (manifest := finished_manifest(plan)) is not None:  # before anything is written
-            with contextlib.suppress(OSError), _locked(folder, wait=False):  # it may be on a read-only disk
+            with contextlib.suppress(OSError), locked(folder, wait=False):  # it may be on a read-only disk
                 _tidy(folder, manifest)
             return manifest
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, wait):
+        with output_folder(folder, wait):
             if not overwrite and (manifest := finished_manifest(plan)) is not None:
                 _tidy(folder, manifest)
                 return manifest
-            if overwrite:
-                _clear(plan)
-            return _write(source, plan, progress)
+            with _clear(plan) if overwrite else contextlib.nullcontext():
+                return _write(source, plan, progress)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -100,8 +98,7 @@ def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
     """
     folder = plan.output
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, wait=True):
+        with output_folder(folder, wait=True):
             layers = _appendable_layers(plan)
             # A layer that is replaced keeps its file until the manifest names the new one.
             plan = dataclasses.replace(plan, number=_free_number(plan.number, layers))
@@ -198,13 +195,13 @@ def _write_layer(
             try:
                 slot.load_expert(0, *matrices)
             except ValueError as error:
-                raise unpackable(source.path, name, expert, error, instead="convert to bf16") from None
+                raise unpackable(source, name, expert, error, instead="convert to bf16") from None
             experts.append(_write_expert(stream, slot.export(), slot.errors(matrices)))
             progress(expert + 1)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(part, path)
-    _sync_folder(plan.output)
+    sync_folder(plan.output)
     sizes = (spec.num_experts, spec.hidden, spec.inter, spec.activation)
     return PackedLayer(name, *sizes, path.name, file_bytes, tuple(experts))
 
@@ -273,7 +270,7 @@ def _journal(plan: ConvertPlan, *, has_content: bool) -> Iterator[IO[bytes]]:
         if stream.tell() == 0:
             weights = name_of(plan.weight_format, plan.group)
             _append(stream, {"version": JOURNAL_VERSION, "id": plan.identity, "weights": weights})
-            _sync_folder(plan.output)
+            sync_folder(plan.output)
         else:
             stream.write(b"\n")  # ends a torn line; an empty one means nothing
         yield stream
@@ -292,7 +289,7 @@ def _publish(folder: Path, manifest: Manifest) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(part, folder / MANIFEST_NAME)
-    _sync_folder(folder)
+    sync_folder(folder)
     _tidy(folder, manifest)
 
 
@@ -305,44 +302,57 @@ def _tidy(folder: Path, manifest: Manifest) -> None:
             stray.unlink()
 
 
-def _clear(plan: ConvertPlan) -> None:
+@contextlib.contextmanager
+def _clear(plan: ConvertPlan) -> Iterator[None]:
     """Make the folder no container, so that nobody takes old and new files for one; what was begun by the same command
     is kept.
 
-    Processes that have mapped the old files keep them: files are replaced by new ones, never written over.
+    Processes that have mapped the old files keep them: files are replaced by new ones, never written over. A failure
+    before the first of them is replaced gives the old container back.
 
     Raises:
         OutputError: it holds files of others.
     """
-    names = set(os.listdir(plan.output)) - {LOCK_NAME}
-    check_own_files(plan.output, names, "a container to overwrite")
-    if MANIFEST_NAME not in names:
-        with contextlib.suppress(ConfigError):
-            _finished_layers(plan)
-            return
-    for name in (JOURNAL_NAME, MANIFEST_NAME):  # the manifest last: until then it is the old container, and whole
-        (plan.output / name).unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[None]:
-    """One converting process per folder; the system lets go of the lock of one that dies."""
-    with (folder / LOCK_NAME).open("ab") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise OutputError(
-                folder, "output", found="another process converting to it", remedy="wait for it, or choose another"
-            ) from None
+    folder = plan.output
+    names = set(os.listdir(folder)) - {LOCK_NAME}
+    check_own_files(folder, names, "a container to overwrite")
+    if MANIFEST_NAME not in names and _is_begun(plan):
         yield
+        return
+    old, stamps = _old_container(folder) if MANIFEST_NAME in names else (None, {})
+    for name in (JOURNAL_NAME, MANIFEST_NAME):  # the manifest last: until then it is the old container, and whole
+        (folder / name).unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if old is not None and stamps == {name: _stamp(folder / name) for name in stamps}:
+                (folder / JOURNAL_NAME).unlink(missing_ok=True)
+                (folder / _MANIFEST_PART).write_bytes(old)
+                os.replace(folder / _MANIFEST_PART, folder / MANIFEST_NAME)
+        raise
+
+
+def _is_begun(plan: ConvertPlan) -> bool:
+    """Whether the journal in the folder, if there is one, is of this conversion."""
+    try:
+        _finished_layers(plan)
+    except ConfigError:
+        return False
+    return True
+
+
+def _old_container(folder: Path) -> tuple[bytes | None, dict[str, tuple[int, int]]]:
+    """The manifest of a container, and what tells its files from others of the same names; None: it is damaged."""
+    with contextlib.suppress(OSError, FormatError):
+        stamps = {layer.file: _stamp(folder / layer.file) for layer in read_manifest(folder).layers.values()}
+        return (folder / MANIFEST_NAME).read_bytes(), stamps
+    return None, {}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _not_written(folder: Path, error: OSError) -> OutputError:

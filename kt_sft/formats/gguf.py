@@ -165,13 +165,20 @@ class GgufIndex(TensorIndex[GgufTensor]):
         self._maps.clear()
 
 
-def dequantize(kind: str, blocks: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers of raw blocks uint8 `[rows, row_bytes]` of a GGUF type, (None) bf16 or f32 `[rows, cols]`."""
+def dequantize(kind: str, blocks: Tensor, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+    """Numbers of raw blocks uint8 `[rows, row_bytes]` of a GGUF type, (None) bf16 or f32 `[rows, cols]`.
+
+    Args:
+        scale: what they are times; the product is rounded once.
+    """
     import torch
 
+    if scale != 1.0:
+        return dequantize(kind, blocks, torch.float32).mul_(scale).to(dtype or torch.bfloat16)
     size = GGML_TYPES[kind]
     columns = blocks.shape[1] // size.block_bytes * size.block_elements
-    out = torch.empty(blocks.shape[0], columns, dtype=dtype or torch.bfloat16)
+    # transformers builds models under a meta-device context, in which files are opened
+    out = torch.empty(blocks.shape[0], columns, dtype=dtype or torch.bfloat16, device="cpu")
     native().dequantize_gguf(kind, blocks, out)
     return out
 

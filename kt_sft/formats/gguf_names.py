@@ -5,6 +5,7 @@ Names and permutations: gguf-py's tensor_mapping.py and convert_hf_to_gguf.py of
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
+from kt_sft.formats.gguf_expert_tensors import INPUT_SCALE, SCALE, is_expert_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)(_exps|\.\d+)\.weight")
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -62,12 +63,30 @@ _KEY_HALF, _VALUE_HALF, _WHOLE = "attn_k_b.weight", "attn_v_b.weight", "attn_kv_
 
 @dataclass(frozen=True)
 class PlainTensor:
-    """A tensor of the checkpoint: its shape, the tensors of the file that it is made of, and how (None: as it is)."""
+    """A tensor of the checkpoint: its shape, the tensors of the file that it is made of, and how (None: as it is).
+
+    A source is times what `scale_of` finds beside it.
+    """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
     make: Callable[..., Tensor] | None = None
+
+
+def scale_of(index: GgufIndex, source: str) -> float:
+    """What the stored numbers of a weight are times: the one number beside it (NVFP4's second scale), else 1.
+
+    Raises:
+        FormatError: it is no finite number.
+    """
+    name = source.removesuffix(".weight") + SCALE
+    if not source.endswith(".weight") or name not in index:
+        return 1.0
+    value = index.read(name).item()
+    if not math.isfinite(value):
+        raise FormatError(index.info(name).file, f"tensor {name}", expected="a finite number", found=value)
+    return value
 
 
 def plain_tensors(index: GgufIndex, config: dict[str, Any]) -> Iterator[PlainTensor]:
@@ -82,8 +101,10 @@ def plain_tensors(index: GgufIndex, config: dict[str, Any]) -> Iterator[PlainTen
     is_mixtral = config["model_type"] == "mixtral"
     for source in index:
         block = _BLOCK.fullmatch(source)
-        if _EXPERTS.fullmatch(source) or (block and int(block[1]) >= config["num_hidden_layers"]):
+        if is_expert_tensor(source) or (block and int(block[1]) >= config["num_hidden_layers"]):
             continue
+        if _is_beside_weight(index, source):
+            continue  # read together with the weight
         if source in _TOP:
             yield PlainTensor(_TOP[source], index.info(source).shape, (source,))
             continue
@@ -109,6 +130,13 @@ def plain_tensors(index: GgufIndex, config: dict[str, Any]) -> Iterator[PlainTen
             heads = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}.get(part)
             make = unpermute(config[heads]) if heads else None
         yield PlainTensor(name, index.info(source).shape, (source,), make)
+
+
+def _is_beside_weight(index: GgufIndex, source: str) -> bool:
+    """Whether a tensor is the one scale of a matrix, or of activations in fp4, which stay bf16 here."""
+    end = next((end for end in (INPUT_SCALE, SCALE) if source.endswith(end)), None)
+    weight = f"{source.removesuffix(end)}.weight" if end else ""
+    return weight in index and len(index.info(weight).shape) > 1 and index.info(source).shape == (1,)
 
 
 def block_name(name: str) -> str | None:

@@ -12,6 +12,7 @@ Three public formats are read beside plain floating point, described by `quantiz
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,13 @@ FP8, INT4, MXFP4 = "F8_E4M3", "I4", "MXFP4"
 _SCALE_INV, _PACKED, _SCALE, _SHAPE = "_scale_inv", "_packed", "_scale", "_shape"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _MXFP4_GROUP = 32
+_ZERO_POINT = "_zero_point"
+# What quantised checkpoints of all kinds keep beside a weight.
+_SIDE = re.compile(
+    r"(?P<base>.+\.)(weight_(scale|scale_2|scale_inv|zero_point|g_idx|global_scale)|g_idx|qzeros|scales|SCB|weight\.absmax"
+    r"|weight\.quant_map|weight\.nested_absmax|weight\.quant_state\..+)"
+)
+_WEIGHTS = ("weight", "weight_packed", "qweight")
 _READ = "weights in bf16, fp16 or fp32, fp8 with block scales, compressed-tensors int4 in groups, or mxfp4"
 
 
@@ -122,8 +130,34 @@ class QuantizedIndex(TensorIndex[TensorInfo]):
                 name = key.removesuffix(_BLOCKS)
                 hidden.update((key, *self._add_mxfp4(name, key, name + _SCALES)))
         for key in index:
-            if key not in hidden:
+            if key not in hidden and not self._is_zero_point(key):
+                self._expect_no_side(key)
                 self._tensors.setdefault(key, index.info(key))
+
+    def _is_zero_point(self, key: str) -> bool:
+        """Whether a tensor holds the zero points of INT4 weights that are symmetric: zeros, in older checkpoints."""
+        name = key.removesuffix(_ZERO_POINT)
+        if name == key or name not in self._scales or self._tensors[name].dtype != INT4:
+            return False
+        import torch
+
+        with torch.device("cpu"):  # not that of a model that is being built
+            return not bool(self._index.read(key).any())
+
+    def _expect_no_side(self, key: str) -> None:
+        """Raise where a tensor makes other numbers of a weight, and nothing says how.
+
+        Raises:
+            UnsupportedModel: names it.
+        """
+        side = _SIDE.fullmatch(key)
+        if side and any(side["base"] + end in self._index for end in _WEIGHTS):
+            raise UnsupportedModel(
+                f"{self._index.info(key).file}: tensor {key}",
+                expected="a weight without it, or a quantization_config in config.json that explains it",
+                found="neither",
+                remedy="use the bf16 version of the checkpoint",
+            )
 
     def _add(self, name: str, key: str, scale_key: str) -> tuple[str]:
         """Register a quantised tensor; returns the keys that are its parts under other names."""

@@ -90,12 +90,20 @@ class SafetensorsExperts:
         gate, up, down = (part.matrix(self._index.read(part.key, part.rows)).to(torch.bfloat16) for part in parts)
         return gate, up, down
 
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
+        """See `ExpertSource`."""
+        gate, up, down = (part.key for part in self._layers[name].expert(expert))
+        return gate, up, down
+
     def _say(self) -> None:
-        """Once, where reading the experts rounds them."""
+        """Once, where reading the experts rounds them, and what is not read."""
         wider = sorted({kind for kinds in self.formats.values() for kind in kinds} & {"F16", "F32", "F64"})
         if wider and not self._is_said:
             text = "experts of %s are stored as %s and rounded to bf16 as they are loaded: so will be what is saved; "
             logger.warning(text + "kt-sft merge starts from the stored numbers", self.path, " and ".join(wider))
+        if not self._is_said and (unread := [key for layer in self._layers.values() for key in layer.unread]):
+            text = "%s: %d tensors such as %s are for quantised activations and not used: these stay bf16 here"
+            logger.warning(text, self.path, len(unread), unread[0])
         self._is_said = True
 
     @property

@@ -68,6 +68,10 @@ class ExpertSource(Protocol):
         """
         ...
 
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
+        """What the files call the tensors that hold gate, up and down of an expert."""
+        ...
+
     def close(self) -> None:
         """Drop file mappings; tensors already returned stay valid."""
         ...
@@ -226,7 +230,7 @@ def stream_experts(model: nn.Module, source: ExpertSource) -> None:
                 except FormatError:
                     raise
                 except ValueError as error:
-                    raise unpackable(source.path, name, expert, error, instead="use method BF16") from None
+                    raise unpackable(source, name, expert, error, instead="use method BF16") from None
                 bar.update()
     source.close()
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in counts)

@@ -1,8 +1,4 @@
-"""Experts in GGUF files, by the tensor names of llama.cpp.
-
-`blk.L.ffn_{gate,up,down}_exps.weight` hold all experts of layer L, `[experts, out, in]`; older files have one tensor
-per expert, `blk.L.ffn_{gate,up,down}.E.weight`. Rows are those of the transformers checkpoint, in the same order.
-"""
+"""Experts in GGUF files; `kt_sft.formats.gguf_expert_tensors` has their names."""
 
 from __future__ import annotations
 
@@ -14,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kt_sft.errors import UnsupportedModel
+from kt_sft.errors import NonFinite
 from kt_sft.formats.gguf import GgufIndex, dequantize
+from kt_sft.formats.gguf_expert_tensors import GgufLayer, Matrices, find_experts
 from kt_sft.formats.gguf_names import layer_of
 from kt_sft.integrations.expert_files import UnchangedFiles
-from kt_sft.models.expert_keys import PROJECTIONS, WeightSlice
 from kt_sft.native import native
+from kt_sft.nn.routed_experts import check_finite
 
 if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
@@ -35,107 +32,124 @@ class GgufExperts:
         index: the files; taken over.
         specs: routed experts by module name.
     Raises:
-        FormatError: a tensor is missing, or has another shape than the model or a type without numbers.
-        UnsupportedModel: experts with a bias.
+        FormatError, UnsupportedModel: see `gguf_expert_tensors.find_experts`.
     """
 
     def __init__(self, index: GgufIndex, specs: Mapping[str, ExpertsSpec]):
         self._index = index
         self._files = UnchangedFiles()
-        self._specs = dict(specs)
-        self._layers = {name: layer_of(name) for name in specs}
+        self._layers: dict[str, GgufLayer] = {
+            name: find_experts(index, layer_of(name), spec) for name, spec in specs.items()
+        }
+        index.close()
         self.path = index.source
         self.files = index.files
-        self.formats = {name: self._check(name, spec) for name, spec in specs.items()}
+        self.formats = {name: self._kinds(layer.experts[0]) for name, layer in self._layers.items()}
+        self._native_formats = {name: self._native(layer) for name, layer in self._layers.items()}
         self._is_said = False
 
     def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`; types that the module has not as they are become bf16, then the module's own format."""
         if not self._is_said:
             self._say(experts)
-        read = functools.partial(self.read, name, expert)
-        kinds, blocks = self.formats[name], self.blocks(name, expert)
+        matrices, blocks = self._layers[name].experts[expert], self.blocks(name, expert)
         packed = [
-            part if wanted == kind.lower() and wanted != "bf16" else dequantize(kind, part)
-            for wanted, kind, part in zip(experts.formats, kinds, blocks, strict=True)
+            part
+            if wanted == kind.lower() and wanted != "bf16" and matrix.scale == 1.0
+            else dequantize(kind, part, scale=matrix.scale)
+            for wanted, kind, part, matrix in zip(experts.formats, self._kinds(matrices), blocks, matrices, strict=True)
         ]
         is_stored = experts.formats == self.native_formats(name) and "int8" not in experts.formats
-        experts.load_expert(expert if slot is None else slot, *packed, origin=read, is_stored=is_stored)
+        read = functools.partial(self.read, name, expert)
+        try:
+            experts.load_expert(expert if slot is None else slot, *packed, origin=read, is_stored=is_stored)
+        except NonFinite:
+            raise
+        except ValueError:  # of blocks, which the kernels do not name
+            check_finite(*read())
+            raise
 
     def native_formats(self, name: str) -> tuple[str, str, str]:
         """What holds gate, up and down of a module for method GGUF: their own types where kernels have them.
 
-        Others become int8, and the floating point types bf16 (f16 stays).
+        Others become int8, and the floating point types bf16 (f16 stays). A type that kernels have becomes bf16
+        where its blocks are not all that there is: with scales beside them, or several types in one layer.
         """
-        gate, up, down = (native_format(kind) for kind in self.formats[name])
-        return gate, up, down
+        return self._native_formats[name]
 
     def _say(self, experts: RoutedExperts) -> None:
-        """One line to the user: what is in the file, and what becomes of it."""
+        """To the user: what is in the file, and what becomes of it."""
         self._is_said = True
-        found = Counter(kind for kinds in self.formats.values() for kind in kinds)
+        self._say_what_is_not_read()
         if experts.weight_format != "gguf":
+            found = Counter(kind for kinds in self.formats.values() for kind in kinds)
             types = ", ".join(f"{count} x {kind}" for kind, count in found.most_common())
             text = "experts from %s: projections in %s, dequantised to bf16 and packed as %s"
             logger.info(text, self.path.name, types, experts.weight_format)
             return
-        words = []
-        for kind, count in found.most_common():
-            held = native_format(kind)
-            words.append(f"{count} x {kind} {'as stored' if held == kind.lower() else f'dequantised to {held}'}")
+        held = Counter(
+            pair for name, kinds in self.formats.items() for pair in zip(kinds, self.native_formats(name), strict=True)
+        )
+        words = [
+            f"{count} x {kind} {'as stored' if wanted == kind.lower() else f'dequantised to {wanted}'}"
+            for (kind, wanted), count in held.most_common()
+        ]
         logger.info("experts from %s: projections %s", self.path.name, ", ".join(words))
+
+    def _say_what_is_not_read(self) -> None:
+        layers = self._layers.values()
+        if inputs := [name for layer in layers for name in layer.input_scales]:
+            text = "%s: %d tensors such as %s are for activations in fp4 and not used: these stay bf16 here"
+            logger.warning(text, self.path.name, len(inputs), inputs[0])
+        if routers := [layer.router_scale for layer in layers if layer.router_scale]:
+            text = "%s: %d tensors such as %s are the router's, which is the model directory's own"
+            logger.info(text, self.path.name, len(routers), routers[0])
 
     def read(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `ExpertSource`."""
+        matrices, blocks = self._layers[name].experts[expert], self.blocks(name, expert)
         gate, up, down = (
-            dequantize(self._index.info(part.key).type.name, blocks)
-            for part, blocks in zip(self._parts(name, expert), self.blocks(name, expert), strict=True)
+            dequantize(kind, part, scale=matrix.scale)
+            for kind, part, matrix in zip(self._kinds(matrices), blocks, matrices, strict=True)
         )
         return gate, up, down
 
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
+        """See `ExpertSource`."""
+        gate, up, down = (matrix.key for matrix in self._layers[name].experts[expert])
+        return gate, up, down
+
     def blocks(self, name: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw blocks of gate, up and down, uint8 `[rows, row_bytes]`, in the types that `formats` names.
+        """Raw blocks of gate, up and down, uint8 `[rows, row_bytes]`, before any scale.
 
         Views of the mapped file, read-only.
 
         Raises:
             FormatError: a file is gone or no longer the one that was opened.
         """
-        parts = self._parts(name, expert)
-        for part in parts:
-            self._files.check(self._index.info(part.key).file)
-        gate, up, down = (self._index.blocks(part.key, part.rows) for part in parts)
+        matrices = self._layers[name].experts[expert]
+        for matrix in matrices:
+            self._files.check(self._index.info(matrix.key).file)
+        gate, up, down = (self._index.blocks(matrix.key, matrix.rows) for matrix in matrices)
         return gate, up, down
 
     def close(self) -> None:
         """See `ExpertSource`."""
         self._index.close()
 
-    def _parts(self, name: str, expert: int) -> list[WeightSlice]:
-        layer = self._layers[name]
-        fused = [WeightSlice(f"blk.{layer}.ffn_{projection}_exps.weight", (expert,)) for projection in PROJECTIONS]
-        single = [WeightSlice(f"blk.{layer}.ffn_{projection}.{expert}.weight") for projection in PROJECTIONS]
-        return [old if old.key in self._index else new for new, old in zip(fused, single, strict=True)]
+    def _native(self, layer: GgufLayer) -> tuple[str, str, str]:
+        held = []
+        for matrices in zip(*layer.experts, strict=True):  # of one projection
+            kinds = {self._index.info(matrix.key).type.name for matrix in matrices}
+            formats = {native_format(kind) for kind in kinds}
+            is_plain = len(kinds) == 1 and all(matrix.scale == 1.0 for matrix in matrices)
+            held.append(formats.pop() if is_plain or formats == {"int8"} else "bf16")
+        gate, up, down = held
+        return gate, up, down
 
-    def _check(self, name: str, spec: ExpertsSpec) -> tuple[str, str, str]:
-        for projection in PROJECTIONS:
-            bias = f"blk.{self._layers[name]}.ffn_{projection}_exps.bias"
-            if bias in self._index:
-                raise UnsupportedModel(
-                    f"{self.path}, tensor {bias}",
-                    expected="experts without bias in a GGUF file",
-                    found="a bias",
-                    remedy="load the experts from a safetensors checkpoint",
-                )
-        into, out = (spec.inter, spec.hidden), (spec.hidden, spec.inter)
-        for expert in range(spec.num_experts):
-            parts = self._parts(name, expert)
-            for part, shape in zip(parts, (into, into, out), strict=True):
-                self._index.expect(part.key, (spec.num_experts, *shape) if part.rows else shape)
-                self._index.expect_numbers(part.key)
-            if all(part.rows for part in parts):
-                break  # the same tensors hold all experts
-        gate, up, down = (self._index.info(part.key).type.name for part in self._parts(name, 0))
+    def _kinds(self, matrices: Matrices) -> tuple[str, str, str]:
+        """Types of one expert's gate, up and down."""
+        gate, up, down = (self._index.info(matrix.key).type.name for matrix in matrices)
         return gate, up, down
 
 

@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from kt_sft.errors import FormatError
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.gguf_config import model_config
-from kt_sft.formats.gguf_names import PlainTensor, plain_tensors
+from kt_sft.formats.gguf_expert_tensors import INPUT_SCALE, is_expert_tensor
+from kt_sft.formats.gguf_names import PlainTensor, plain_tensors, scale_of
 from kt_sft.formats.safetensors_index import SINGLE_NAME
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
 from kt_sft.integrations.gguf_experts import GgufExperts
@@ -84,6 +85,9 @@ def write_model_directory(index: GgufIndex, target: Path) -> None:
     """
     config = model_config(index)
     tensors = list(plain_tensors(index, config))
+    if inputs := [name for name in index if name.endswith(INPUT_SCALE) and not is_expert_tensor(name)]:
+        text = "%s: %d tensors such as %s are for activations in fp4 and not used: these stay as the model has them"
+        logger.warning(text, index.source, len(inputs), inputs[0])
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -109,8 +113,14 @@ def _dtype(name: str) -> str:
 def _pieces(index: GgufIndex, tensors: list[PlainTensor]) -> Iterator[Tensor]:
     for tensor in tensors:
         dtype = getattr(torch, _dtype(tensor.name).removeprefix("torch."))
-        parts = [index.read(name, dtype) for name in tensor.sources]
+        parts = [_read(index, name, dtype) for name in tensor.sources]
         yield (parts[0] if tensor.make is None else tensor.make(*parts)).reshape(tensor.shape)
+
+
+def _read(index: GgufIndex, source: str, dtype: torch.dtype) -> Tensor:
+    """Stored numbers times the scale beside them, rounded once."""
+    scale = scale_of(index, source)
+    return index.read(source, dtype) if scale == 1.0 else index.read(source).mul_(scale).to(dtype)
 
 
 def _check(directory: Path, tensors: list[PlainTensor], index: GgufIndex) -> None:

@@ -69,6 +69,12 @@ class PackedExperts:
         slot.load_packed(0, self._container.blobs(name, expert), copy=True)
         return slot.unpack_expert(0)
 
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
+        """See `ExpertSource`; the places in a layer's file."""
+        layer = self._container.manifest.layers[name]
+        gate, up, down = (f"{layer.file} at byte {blob.offset}" for blob in layer.experts[expert])
+        return gate, up, down
+
     def close(self) -> None:
         """See `ExpertSource`; files that experts are mapped from stay mapped."""
         self._container.close()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
 
 PROJECTIONS = ("gate", "up", "down")
+_OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class LayerSource:
 
     Args:
         transposed: fused parameters that the file keeps as `[experts, in, out]`.
+        unread: scales of quantised activations, which stay bf16 here.
     """
 
     name: str
@@ -65,6 +67,7 @@ class LayerSource:
     fused: dict[str, str] = field(default_factory=dict)
     single: dict[tuple[str, int], str] = field(default_factory=dict)
     transposed: set[str] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
 
     def expert(self, index: int) -> tuple[WeightSlice, WeightSlice, WeightSlice]:
         """gate [inter, hidden], up [inter, hidden], down [hidden, inter] of one expert."""
@@ -207,8 +210,11 @@ class KeyMap:
             UnsupportedModel: the family stores experts in a way that needs more than slicing.
         """
         layers = {name: LayerSource(name, spec) for name, spec in self._specs.items()}
+        others: list[str] = []
         for key in keys:
             target, pattern = self.target(key)
+            if target not in self._parameters:
+                others.append(key)
             if target in self._listed:
                 name, projection, index = self._listed[target]
                 layers[name].single[projection, index] = key
@@ -226,6 +232,7 @@ class KeyMap:
                 layers.get(owner, layer).single[projection, index] = key
         for layer in layers.values():
             layer.check_complete(source)
+        _check_beside(layers, others, source)
         return layers
 
     def missing_biases(self, keys: Iterable[str]) -> list[str]:
@@ -287,6 +294,40 @@ class KeyMap:
                 f"checkpoint tensor {key}", expected=f"a name like {pattern}", found="no expert number"
             )
         return int(found.group(1))
+
+
+def _check_beside(layers: Mapping[str, LayerSource], keys: Iterable[str], source: object) -> None:
+    """Raise where the checkpoint holds something beside the experts' weights that nobody reads.
+
+    Args:
+        keys: those that feed no parameter of the model.
+    Raises:
+        UnsupportedModel: scales, zero points, biases and the like: without them the weights are others.
+    """
+    owners: dict[str, LayerSource] = {}  # what their names begin with, whole components
+    fused: dict[str, LayerSource] = {}
+    for layer in layers.values():
+        for key in layer.single.values():
+            owners[re.sub(r"\.\d+\.[^.]+\.[^.]+$", "", key)] = layer
+        for key in layer.fused.values():
+            fused[key] = owners[key.removesuffix(".weight")] = layer
+        owners[layer.name] = layer
+    for key in keys:
+        begins = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
+        layer = next((owners[begin] for begin in begins if begin in owners), None)
+        layer = layer or next(
+            (fused[key[: m.start()]] for m in re.finditer("_", key) if key[: m.start()] in fused), None
+        )
+        if layer is None:
+            continue
+        if not key.endswith(_OF_ACTIVATIONS):
+            raise UnsupportedModel(
+                f"{source}: tensor {key}",
+                expected="weights of experts, and scales that quantization_config in config.json explains",
+                found="one beside them that is not read",
+                remedy="use the bf16 version of the checkpoint",
+            )
+        layer.unread.append(key)
 
 
 def _listed(name: str, spec: ExpertsSpec) -> Iterator[tuple[str, tuple[str, int]]]:

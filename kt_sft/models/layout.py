@@ -20,6 +20,7 @@ class ExpertsSpec:
         expert_keys: names of gate, up and down inside each element of a ModuleList, where the module that is replaced
             is one: checkpoints hold `<name>.<expert>.<key>.weight`. None for modules with fused parameters.
         has_bias: `gate_up_proj_bias` `[experts, 2 * inter]` and `down_proj_bias` `[experts, hidden]` are added.
+        has_router_scale: the router beside the experts multiplies its weights by a number per expert (Gemma 4).
     """
 
     num_experts: int
@@ -32,6 +33,7 @@ class ExpertsSpec:
     alpha: float = 1.702
     limit: float = 7.0
     expert_keys: tuple[str, str, str] | None = None
+    has_router_scale: bool = False
 
     @property
     def gate_up_shape(self) -> tuple[int, int, int]:

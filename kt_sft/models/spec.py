@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kt_sft.errors import UnsupportedModel
@@ -90,7 +91,12 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsSpec]:
             found="no routed experts",
             remedy="load it without kt_sft (LLaMA-Factory: use_kt: false)",
         )
-    return specs
+    return {name: replace(spec, has_router_scale=_has_router_scale(model, name)) for name, spec in specs.items()}
+
+
+def _has_router_scale(model: nn.Module, name: str) -> bool:
+    """Whether a module beside the experts has a `per_expert_scale` of its own."""
+    return any(hasattr(child, "per_expert_scale") for child in model.get_submodule(name.rpartition(".")[0]).children())
 
 
 def iter_routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from kt_sft.errors import NonFinite
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.native import native
 from kt_sft.nn.expert_lora import ExpertLora
@@ -91,7 +93,10 @@ class RoutedExperts(nn.Module):
             gate, up, down: bf16; for `f16` and the block types of GGUF files uint8 `[rows, bytes of a row]`.
             origin: gives the same three in bf16 again at any later time; kept only where packing rounds.
             is_stored: nothing of what the checkpoint holds is lost, so `unpack_expert` is an origin.
+        Raises:
+            NonFinite: NaN or infinity in bf16 weights; the kernels' own check of blocks is a ValueError.
         """
+        check_finite(gate, up, down)
         self.layer.load_expert(index, gate, up, down)
         (self._stored.add if is_stored else self._stored.discard)(index)
         self._origins.pop(index, None)
@@ -106,7 +111,10 @@ class RoutedExperts(nn.Module):
         Args:
             gate, up, down: integers q + 8 two a byte, the first in the low half, uint8 `[n, k / 2]`, and scales bf16
                 `[n, ceil(k / group_size)]`.
+        Raises:
+            NonFinite: NaN or infinity among the scales.
         """
+        check_finite(gate[1], up[1], down[1])
         self.layer.load_expert_int4(index, gate, up, down)
         self._origins.pop(index, None)
         self._stored.add(index)
@@ -289,6 +297,22 @@ class RoutedExperts(nn.Module):
         rows = "" if self.is_exact else f", activations={self.expert_activations}"
         name = "/".join(dict.fromkeys(self.formats))
         return f"{sizes}, {self.spec.activation}, {name}{group}{rows}"
+
+
+def check_finite(gate: Tensor, up: Tensor, down: Tensor) -> None:
+    """Raise where a matrix `[rows, cols]` of an expert has NaN or infinity in it; uint8 blocks are left alone.
+
+    Raises:
+        NonFinite: names the first such number.
+    """
+    for projection, weight in enumerate((gate, up, down)):
+        # A sum carries NaN and infinity, and is twenty times as fast as asking each number; it may overflow, too.
+        if not weight.is_floating_point() or math.isfinite(weight.sum().item()):
+            continue
+        places = torch.isfinite(weight).logical_not_().nonzero()
+        if len(places):
+            row, column = places[0].tolist()
+            raise NonFinite(projection, f"{weight[row, column].item()} at row {row}, column {column}")
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -17,6 +17,7 @@ from torch import Tensor
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError, FormatError, UnsupportedModel, unpackable
 from kt_sft.formats.gguf import GgufIndex
+from kt_sft.formats.gguf_expert_tensors import ROUTER_SCALE_ARCHITECTURES, count_experts
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.integrations.converting import open_source
 from kt_sft.integrations.expert_sources import ExpertSource, check_method, open_weight_path, weight_formats
@@ -69,7 +70,7 @@ def load_from_path(
             except FormatError:
                 raise
             except ValueError as error:
-                raise unpackable(source.path, name, logical[expert], error, instead="use method BF16") from None
+                raise unpackable(source, name, logical[expert], error, instead="use method BF16") from None
         return experts
 
 
@@ -105,6 +106,10 @@ class TensorExperts:
         gate, up, down = (t[expert].detach().to("cpu", torch.bfloat16).contiguous() for t in self._projections)
         return gate, up, down
 
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
+        """Of the arguments."""
+        return "gate_proj", "up_proj", "down_proj"
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -133,7 +138,10 @@ def load_from_tensors(
     config = dataclasses.replace(config, weight_path=None)  # written to, if anything, and not loaded from
     experts = _empty(spec, placement, config, config.weight_format)
     for slot, expert in enumerate(placement.on_cpu if experts is not None else ()):
-        experts.load_expert(slot, *source.read("", logical[expert]))
+        try:
+            experts.load_expert(slot, *source.read("", logical[expert]))
+        except ValueError as error:
+            raise unpackable(source, f"layer {sizes.layer_idx}", logical[expert], error, instead="use BF16") from None
     return experts
 
 
@@ -213,9 +221,9 @@ def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 def _gguf_spec(index: GgufIndex, sizes: LayerSizes) -> ExpertsSpec:
     """As the caller says, with the number of experts that the file has."""
-    fused = f"blk.{sizes.layer_idx}.ffn_gate_exps.weight"
-    count = index.info(fused).shape[0] if fused in index else sizes.num_experts
-    return ExpertsSpec(count, sizes.hidden, sizes.inter)
+    count = count_experts(index, sizes.layer_idx, sizes.num_experts)
+    has_router_scale = index.metadata.get("general.architecture") in ROUTER_SCALE_ARCHITECTURES
+    return ExpertsSpec(count, sizes.hidden, sizes.inter, has_router_scale=has_router_scale)
 
 
 def _layer_name(specs: Mapping[str, ExpertsSpec], layer_idx: int, path: str) -> str:

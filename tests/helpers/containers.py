@@ -42,6 +42,10 @@ class RandomExperts:
         gate, up, down = (torch.randn(shape, generator=g).to(torch.bfloat16) for shape in (into, into, out))
         return gate, up, down
 
+    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
+        gate, up, down = (f"{name}.{expert}.{side}_proj.weight" for side in ("gate", "up", "down"))
+        return gate, up, down
+
     def close(self) -> None:
         pass
 

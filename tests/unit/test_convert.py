@@ -365,7 +365,7 @@ def test_weights_that_cannot_be_packed_are_named(monkeypatch, source, tmp_path):
         return gate, up, down
 
     monkeypatch.setattr(source, "read", read)
-    with pytest.raises(FormatError, match=f"expert 0 of {SECOND}.*found NaN or infinity"):
+    with pytest.raises(FormatError, match=f"0.up_proj.weight .expert 0 of {SECOND}.*found nan at row 3, column 4"):
         convert(source, plan_for(source, tmp_path / "out"))
 
 

@@ -1,0 +1,99 @@
+"""The folder that a conversion writes to: one process at a time, and nothing left of a failure that has no use."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from kt_sft.convert.plan import LOCK_NAME
+from kt_sft.errors import OutputError, Unpackable
+from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME
+
+_MAX_TRIES = 100
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path, wait: bool) -> Iterator[None]:
+    """The folder, made and locked; a failure that leaves nothing to go on with takes away what was made.
+
+    Args:
+        wait: for another process that has it; otherwise that is an error.
+    Raises:
+        OutputError: another process has it.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        for attempt in range(_MAX_TRIES):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder, wait))
+                break
+            except FileNotFoundError:  # a process that failed has taken it away
+                if attempt == _MAX_TRIES - 1:
+                    raise
+            except BaseException:
+                _remove_empty(missing)
+                raise
+        before = set(os.listdir(folder)) - {JOURNAL_NAME, LOCK_NAME}
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                _take_back(folder, before, is_useless=isinstance(error, Unpackable))
+            _remove_empty(missing)
+            raise
+
+
+def _take_back(folder: Path, before: set[str], *, is_useless: bool) -> None:
+    """Remove what a failed conversion has made, but layers that the next one goes on with, and their journal.
+
+    Args:
+        is_useless: the next one is of another source, so new layers are none of its.
+    """
+    names = set(os.listdir(folder))
+    kept = before if is_useless else names
+    if MANIFEST_NAME in names or any(name.startswith("layer-") and name.endswith(".bin") for name in kept):
+        names = {name for name in names if name.endswith(".part")}
+    for name in names - before:
+        (folder / name).unlink()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Those that were not there before, the inner ones first."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[None]:
+    """One converting process per folder; the system lets go of the lock of one that dies.
+
+    Raises:
+        FileNotFoundError: the folder, or the lock file that was waited for, is no longer there.
+        OutputError: another process has it.
+    """
+    path = folder / LOCK_NAME
+    with path.open("ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise OutputError(
+                folder, "output", found="another process converting to it", remedy="wait for it, or choose another"
+            ) from None
+        if not os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Have names in the folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
