@@ -20,7 +20,7 @@ from torch import nn
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.integrations.gguf_model import is_gguf_model
-from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting, references
+from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting, native_classes, references
 from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
 from kt_sft.integrations.placing import plan_checkpoint
@@ -60,9 +60,10 @@ def patch_parser(parser: ModuleType) -> None:
 
 def patch_loader(loader: ModuleType) -> None:
     """`patch_config`: how to load. `init_adapter`: merge or not. `count_parameters`: experts count too. `load_model`:
-    an export loads nothing.
+    an export loads nothing. `load_config`, `load_tokenizer`: transformers' own classes.
     """
     autoload.require(loader, "patch_config", "init_adapter", "count_parameters", "load_model")
+    native_classes.patch_loader(loader, is_active)
     stock_config, stock_init, stock_count = loader.patch_config, loader.init_adapter, loader.count_parameters
     stock_load = loader.load_model
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from kt_sft.adapters import fused
 from kt_sft.adapters.forms import open_adapter
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, UnsupportedModel
+from kt_sft.errors import ConfigError
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations.base_model import describe
 from kt_sft.integrations.expert_sources import open_experts, weight_formats
@@ -186,12 +186,8 @@ def _model_config(path: str, values: dict[str, Any]) -> PretrainedConfig:
         with GgufIndex.from_path(path) as index:
             return read_gguf_config(index)
     hub_kwargs = {"cache_dir": values.get("cache_dir"), "revision": values.get("model_revision", "main")}
-    file = find_config_file(path, hub_kwargs)
-    try:
-        return read_config(path, {**hub_kwargs, "trust_remote_code": values.get("trust_remote_code")})
-    except (ValueError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModel(f"{file}", expected="the config of a known model", found=first) from None
+    find_config_file(path, hub_kwargs)
+    return read_config(path, {**hub_kwargs, "trust_remote_code": values.get("trust_remote_code")})
 
 
 def _formats(model: nn.Module, specs: dict[str, ExpertsSpec], plan: Plan, config: KTConfig) -> dict[str, WeightFormats]:
