@@ -217,16 +217,18 @@ def prepare_native(config: KTConfig) -> None:
         )
     threads = env.threads() or config.threads or max(1, library.default_threads() // env.local_world_size())
     info = library.cpu_info()
-    if threads > info["logical_cpus"]:
-        logger.warning(
-            "threads: %d asked for, but this process may use %d CPUs; using %d",
-            threads,
-            info["logical_cpus"],
-            info["logical_cpus"],
-        )
-        threads = info["logical_cpus"]
-    pools = config.threadpool_count or len(info["numa_nodes"]) or 1
+    threads = _at_most("threads", threads, info["logical_cpus"], "this process may use {} CPUs")
+    nodes = len(info["numa_nodes"]) or 1
+    pools = config.threadpool_count or nodes
+    pools = _at_most("threadpool_count", pools, nodes, "this process may use {} NUMA nodes")
     library.set_threads(threads, min(pools, threads))
+
+
+def _at_most(name: str, asked: int, most: int, reason: str) -> int:
+    if asked <= most:
+        return asked
+    logger.warning("%s: %d asked for, but %s; using %d", name, asked, reason.format(most), most)
+    return most
 
 
 class KTExpertsConfig(QuantizationConfigMixin):

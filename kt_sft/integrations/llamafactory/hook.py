@@ -20,7 +20,7 @@ from torch import nn
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.integrations.gguf_model import is_gguf_model
-from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting, native_classes, references
+from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting, native_classes, peer_keys, references
 from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
 from kt_sft.integrations.placing import plan_checkpoint
@@ -44,13 +44,15 @@ def patch_parser(parser: ModuleType) -> None:
         classes[:] = [our_class if kind is stock_class else kind for kind in classes]
 
     def parse_args(hf_parser: Any, values: Any = None, allow_extra_keys: bool = False) -> tuple[Any, ...]:
-        values = parser.read_args(values)
+        values, notes = peer_keys.translate(parser.read_args(values))
         if not allow_extra_keys:
             args.check_known(values, hf_parser.dataclass_types, hf_parser._option_string_actions)
         if args.asks_for_zero3(values):
             raise ConfigError(args.ZERO3_FAULT)  # TrainingArguments would first ask for the deepspeed package
         groups = stock_parse(hf_parser, values, allow_extra_keys=allow_extra_keys)
         if any(hasattr(group, "use_kt") for group in groups):
+            for note in notes:
+                _warn(note)
             activate(groups)
         return groups
 
