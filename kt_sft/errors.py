@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 GIB = 1 << 30
+# A wrong, missing or swapped letter in a name of four is above it; other words with the same ending are below.
+_NEAR = 0.72
 
 
 class KTError(Exception):
@@ -131,11 +133,19 @@ def unpackable(source: ExpertTensors, module: str, expert: int, reason: ValueErr
 def nearest(name: object, known: Iterable[str]) -> str:
     """Hint for a misspelt name: `did you mean 'x'?`, or the known names when none is close."""
     known = list(known)
-    by_lower = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {by_lower[close[0]]!r}?"
-    return f"known: {', '.join(known)}"
+    close = near(name, known)
+    return f"did you mean {close!r}?" if close is not None else f"known: {', '.join(known)}"
+
+
+def near(name: object, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one was meant to be; None when none is close.
+
+    The prefix of our keys counts for nothing: it would make any two of them alike.
+    """
+    by_short = {each.lower().removeprefix("kt_"): each for each in known}
+    short = str(name).lower().removeprefix("kt_")
+    close = difflib.get_close_matches(short, by_short, n=1, cutoff=_NEAR)
+    return by_short[close[0]] if close else None
 
 
 def _sentence(what: str, expected: object, found: object, remedy: str, *, extra: str = "") -> str:

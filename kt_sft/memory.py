@@ -72,11 +72,16 @@ def estimate(
 
 
 def check(
-    needed: MemoryEstimate, available: AvailableMemory, smaller: Mapping[str, MemoryEstimate] | None = None
+    needed: MemoryEstimate,
+    available: AvailableMemory,
+    smaller: Mapping[str, MemoryEstimate] | None = None,
+    *,
+    what: str = "the model",
 ) -> None:
     """Raise unless the model fits.
 
     Args:
+        what: names it in messages.
         smaller: what other weight formats would need, by name; the message names those that fit.
 
     Raises:
@@ -91,7 +96,7 @@ def check(
     ]
     others = f"use a smaller format of the experts ({', '.join(fitting)}), or " if fitting else ""
     raise NotEnoughMemory(
-        f"memory for the model ({needed.describe()})",
+        f"memory for {what} ({needed.describe()})",
         needed_bytes=needed.total_bytes,
         available_bytes=available.bytes,
         limited_by=available.limited_by,

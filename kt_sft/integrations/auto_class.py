@@ -1,14 +1,35 @@
-"""Which of transformers' auto classes makes a model from its config."""
+"""Which of transformers' classes makes a model from its config: its own wherever it has one.
+
+Checkpoints bring code of their own (`auto_map` in config.json). That of a model which transformers has learnt since is
+written for an older release and does not import today, or keeps every expert as a module of its own. So remote code
+runs only where it is trusted and transformers has no class for the `model_type`.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+)
 
+from kt_sft import env
 from kt_sft.models import kimi_k2
 
 kimi_k2.register()
+
+logger = logging.getLogger(__name__)
+
+HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_KINDS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 
 def auto_class(config: PretrainedConfig) -> Any:
@@ -17,7 +38,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     Remote code says by its `auto_map` what it serves; AutoModelForCausalLM is also the answer where nothing fits, since
     its message lists the known models.
     """
-    kinds = [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
+    kinds = _KINDS
     if config.get_text_config() is not config:
         kinds = kinds[1:] + kinds[:1]
     remote = getattr(config, "auto_map", None) or {}
@@ -25,3 +46,45 @@ def auto_class(config: PretrainedConfig) -> Any:
         if kind.__name__ in remote or type(config) in kind._model_mapping:
             return kind
     return AutoModelForCausalLM
+
+
+def read_auto_config(path: str | os.PathLike[str], *, trust_remote_code: bool | None = None, **kwargs: Any) -> Any:
+    """`AutoConfig.from_pretrained`, with transformers' own class for every `model_type` that it has a model for.
+
+    Such a config no longer names the code beside it, so that every auto class takes transformers' model, too.
+
+    Args:
+        kwargs: as there; `return_unused_kwargs` gives a pair.
+    """
+    is_native = has_native_class(path, **{name: kwargs[name] for name in HUB_ARGS if name in kwargs})
+    trusts = False if is_native else trust_remote_code
+    found = AutoConfig.from_pretrained(path, trust_remote_code=trusts, **kwargs)
+    config = found[0] if isinstance(found, tuple) else found
+    if is_native and _forget_code(config) and trust_remote_code:
+        _say_once(os.fspath(path), config.model_type)
+    return found
+
+
+def has_native_class(path: str | os.PathLike[str], **hub_kwargs: Any) -> bool:
+    """Whether transformers has a model class of its own, or we registered one, for a checkpoint."""
+    model_type = PretrainedConfig.get_config_dict(path, **hub_kwargs)[0].get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return False
+    return any(CONFIG_MAPPING[model_type] in kind._model_mapping for kind in _KINDS)
+
+
+def _forget_code(config: PretrainedConfig) -> bool:
+    """Take config and model classes out of a config's `auto_map`; whether there were any."""
+    names = getattr(config, "auto_map", None) or {}
+    kept = {name: code for name, code in names.items() if name != "AutoConfig" and not name.startswith("AutoModel")}
+    if kept:
+        config.auto_map = kept
+    elif names:
+        del config.auto_map
+    return len(kept) < len(names)
+
+
+@functools.cache
+def _say_once(path: str, model_type: str) -> None:
+    if env.local_rank() == 0:
+        logger.warning("%s: transformers' own class for %s is used, and the model code beside it not", path, model_type)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from kt_sft.adapters.model import BaseModel
-from kt_sft.errors import ConfigError, FormatError, KTError, UnsupportedModel
+from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations import gguf_model, placing
 from kt_sft.integrations.model_files import find_config_file, read_config_file
@@ -55,23 +55,12 @@ def meta_model(name: str | os.PathLike[str], *, trust_remote_code: bool = False)
         FormatError: nothing there, or a damaged config.json.
         UnsupportedModel: a model that transformers does not know, or a config that it cannot build one of.
     """
-    is_gguf = gguf_model.is_gguf_model(name)
-    file = Path(name) if is_gguf else find_config_file(name, {})
-    if not is_gguf:
-        read_config_file(file)
-    try:
-        if is_gguf:
-            config = gguf_model.read_config(GgufIndex.from_path(file))
-        else:
-            config = placing.read_config(name, {"trust_remote_code": trust_remote_code})
-        return placing.meta_model(config, trust_remote_code)
-    except KTError:
-        raise
-    except Exception as error:  # of transformers' checks of the values, or of the model's own code
-        found = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        needs_trust = not trust_remote_code and "trust_remote_code" in str(error)
-        remedy = "allow the code beside it with --trust-remote-code, if you trust it" if needs_trust else ""
-        raise UnsupportedModel(str(file), expected="the config of a known model", found=found, remedy=remedy) from error
+    if gguf_model.is_gguf_model(name):
+        with GgufIndex.from_path(Path(name)) as index:
+            return placing.meta_model(gguf_model.read_config(index))
+    read_config_file(find_config_file(name, {}))
+    config = placing.read_config(name, {"trust_remote_code": trust_remote_code})
+    return placing.meta_model(config, trust_remote_code)
 
 
 def describe(model: nn.Module, path: str | None = None) -> BaseModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kt_sft import env, memory
@@ -34,22 +34,41 @@ def check_memory(
     Raises:
         NotEnoughMemory: needed and available bytes, and the formats that would fit.
     """
-    is_mapped = (uses_cache(config) or _is_packed(config)) and not copies(config)
-
-    def needed(formats: Mapping[str, WeightFormats]) -> memory.MemoryEstimate:
-        packed_bytes = native().MoeLayer.packed_bytes_for
-        sizes = [
-            packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], config.int4_group_size)
-            for name, spec in specs.items()
-        ]
-        return memory.estimate(specs, sizes, rest_bytes, ranks=env.local_world_size(), is_mapped=is_mapped)
-
     methods = [method for method in ("INT8", "INT4") if method != config.method]
-    smaller = {method: needed(dict.fromkeys(specs, method.lower())) for method in methods}
-    available, wanted = memory.available_memory(), needed(formats)
+    smaller = {
+        method: memory_needed(specs, rest_bytes, config, dict.fromkeys(specs, method.lower())) for method in methods
+    }
+    available, wanted = memory.available_memory(), memory_needed(specs, rest_bytes, config, formats)
     memory.check(wanted, available, smaller)
     if warning := memory.mapped_shortage(wanted, available):
         logger.warning(warning)
+
+
+def memory_needed(
+    specs: Mapping[str, ExpertsSpec], rest_bytes: int, config: KTConfig, formats: Mapping[str, WeightFormats]
+) -> memory.MemoryEstimate:
+    """What a model needs; arguments as those of `check_memory`."""
+    is_mapped = (uses_cache(config) or _is_packed(config)) and not copies(config)
+    packed_bytes = native().MoeLayer.packed_bytes_for
+    sizes = [
+        packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], config.int4_group_size)
+        for name, spec in specs.items()
+    ]
+    return memory.estimate(specs, sizes, rest_bytes, ranks=env.local_world_size(), is_mapped=is_mapped)
+
+
+def check_memory_of_all(needed: Sequence[memory.MemoryEstimate], what: str) -> None:
+    """Raise unless several models fit beside one another.
+
+    Args:
+        what: names them in messages.
+    Raises:
+        NotEnoughMemory: needed bytes of all of them, and available bytes.
+    """
+    experts, rest = (sum(getattr(one, name) for one in needed) for name in ("experts_bytes", "rest_bytes"))
+    staging = max(one.staging_bytes for one in needed)  # they are loaded one after the other
+    together = memory.MemoryEstimate(experts, staging, rest, needed[0].ranks)
+    memory.check(together, memory.available_memory(), what=what)
 
 
 def bytes_outside_experts(model: PreTrainedModel, specs: Mapping[str, ExpertsSpec]) -> int:

@@ -9,14 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from kt_sft.errors import FormatError
 from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
 from kt_sft.formats.safetensors_index import SafetensorsIndex
-
-HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+from kt_sft.integrations.auto_class import HUB_ARGS, read_auto_config
 
 
 def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> Path:
@@ -97,7 +96,7 @@ def open_checkpoint(files: Iterable[str | Path] | str) -> QuantizedIndex:
 
 
 def load_config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `from_pretrained` with a config from which the checkpoint's own quantization is gone.
+    """Arguments of `from_pretrained` with a config from which the checkpoint's own quantization and code are gone.
 
     transformers refuses a `quantization_config` argument beside one of another kind in the model's config.
 
@@ -107,7 +106,7 @@ def load_config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> dict[st
     config = kwargs.get("config")
     if config is None:
         kept = {name: kwargs[name] for name in (*HUB_ARGS, "trust_remote_code", "code_revision") if name in kwargs}
-        config, rest = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        config, rest = read_auto_config(path, return_unused_kwargs=True, **kwargs)
         kwargs = {**rest, **kept, "config": config}
     drop_quantization(config)
     return kwargs

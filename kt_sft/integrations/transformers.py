@@ -29,7 +29,7 @@ from kt_sft import env
 from kt_sft.config import ISAS, KTConfig
 from kt_sft.errors import ConfigError, UnsupportedHardware, nearest
 from kt_sft.formats.safetensors_index import SafetensorsIndex
-from kt_sft.integrations.auto_class import auto_class
+from kt_sft.integrations.auto_class import HUB_ARGS, auto_class, has_native_class
 from kt_sft.integrations.expert_sources import (
     ExpertSource,
     open_experts,
@@ -41,7 +41,6 @@ from kt_sft.integrations.gguf_model import is_gguf_model, model_directory
 from kt_sft.integrations.linears import pack_linears
 from kt_sft.integrations.memory_check import bytes_outside_experts, check_memory, uses_main_memory
 from kt_sft.integrations.model_files import (
-    HUB_ARGS,
     check_config_file,
     find_config_file,
     load_config,
@@ -105,7 +104,8 @@ def load_model(
     hook = quantization_config(config, path, plan=plan, **hub_kwargs)
     if not Path(path).is_dir():
         check_model(path, config, **from_pretrained_kwargs)
-    if hook.replaces_quantization:
+    leaves_code = from_pretrained_kwargs.get("trust_remote_code") and has_native_class(path, **hub_kwargs)
+    if hook.replaces_quantization or leaves_code:
         from_pretrained_kwargs = load_config(path, from_pretrained_kwargs)
     kind = auto_class(read_config(path, from_pretrained_kwargs))
     if plan is not None and plan.devices != ("cpu",):
@@ -217,16 +217,18 @@ def prepare_native(config: KTConfig) -> None:
         )
     threads = env.threads() or config.threads or max(1, library.default_threads() // env.local_world_size())
     info = library.cpu_info()
-    if threads > info["logical_cpus"]:
-        logger.warning(
-            "threads: %d asked for, but this process may use %d CPUs; using %d",
-            threads,
-            info["logical_cpus"],
-            info["logical_cpus"],
-        )
-        threads = info["logical_cpus"]
-    pools = config.threadpool_count or len(info["numa_nodes"]) or 1
+    threads = _at_most("threads", threads, info["logical_cpus"], "this process may use {} CPUs")
+    nodes = len(info["numa_nodes"]) or 1
+    pools = config.threadpool_count or nodes
+    pools = _at_most("threadpool_count", pools, nodes, "this process may use {} NUMA nodes")
     library.set_threads(threads, min(pools, threads))
+
+
+def _at_most(name: str, asked: int, most: int, reason: str) -> int:
+    if asked <= most:
+        return asked
+    logger.warning("%s: %d asked for, but %s; using %d", name, asked, reason.format(most), most)
+    return most
 
 
 class KTExpertsConfig(QuantizationConfigMixin):

@@ -29,6 +29,8 @@ KNOWN_TARGETS = (
     "ktransformers.operators.RoPE.RotaryEmbedding",
 )
 
+# Operators that compute experts on a GPU; here the CPU does.
+GPU_EXPERTS = ("KExpertsTorch", "KExpertsMarlin")
 # Operators that compute one module: those that we have something for, and why not the others.
 OPERATORS = {
     "KLinearTorch": LINEAR,
@@ -36,11 +38,10 @@ OPERATORS = {
     "KExpertsCPU": EXPERTS,
     "KSFTExpertsCPU": EXPERTS,
     "KSFTRouteExpertsCPU": EXPERTS,
-    "KExpertsTorch": EXPERTS,
+    **dict.fromkeys(GPU_EXPERTS, EXPERTS),
 }
 REFUSED_OPERATORS = {
     r"[KV]Linear(Marlin|FP8|Q8)\w*": "quantised linear layers on a GPU are not computed here; use KLinearTorch",
-    r"K\w*Experts(Marlin|Torch)": "experts are computed on the CPU only; use KExpertsCPU",
 }
 
 # Class names in ktransformers' copies of model code -> transformers'.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from kt_sft.config import METHODS
 from kt_sft.errors import ConfigError, FormatError, nearest
 from kt_sft.placement.classes import (
     EXPERTS,
+    GPU_EXPERTS,
     KNOWN_TARGETS,
     LINEAR,
     OPERATORS,
@@ -21,6 +24,8 @@ from kt_sft.placement.classes import (
     refused_operator,
     target_of,
 )
+
+logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "npu")
 LINEAR_FORMATS = ("bf16", "int8")
@@ -59,6 +64,7 @@ class Rule:
         out_device: of an experts module's result, if the file says so.
         method: format of experts (a value of `config.METHODS`) or of a packed linear layer; None: of the settings.
         recursive: rules are asked about the modules below, too.
+        on_gpu: the keys by which experts ask for a GPU; they are computed on the CPU all the same.
     """
 
     number: int
@@ -70,6 +76,7 @@ class Rule:
     out_device: str | None = None
     method: str | None = None
     recursive: bool = True
+    on_gpu: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,16 @@ def load_rules(path: str | Path, variables: Mapping[str, object] | None = None, 
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FormatError(path, "kt_optimize_rule", expected="YAML", found=" ".join(str(error).split())) from None
-    return parse_rules(content, str(path), variables, local_rank=local_rank)
+    rules = parse_rules(content, str(path), variables, local_rank=local_rank)
+    if local_rank == 0 and (asking := [rule for rule in rules.rules if rule.on_gpu]):
+        numbers = ", ".join(str(rule.number) for rule in asking)
+        _say_once(f"{path}, rule {numbers}: {asking[0].on_gpu}: no effect: routed experts are computed on the CPU")
+    return rules
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def parse_rules(
@@ -225,8 +241,11 @@ def _rule(number: int, entry: Any, local_rank: int) -> Rule:
     if faults:
         raise ConfigError(faults)
     assert target is not None
-    device = devices["generate_device"] or devices["prefill_device"]
-    return Rule(number, name, match.get("class"), layers, target, device, devices["out_device"], method, recursive)
+    device, on_gpu = devices["generate_device"] or devices["prefill_device"], None
+    if target == EXPERTS:
+        device, on_gpu = device and "cpu", _gpu_keys(kwargs, devices)
+    place = (device, devices["out_device"], method, recursive, on_gpu)
+    return Rule(number, name, match.get("class"), layers, target, *place)
 
 
 def _mapping(value: Any, what: str, known: tuple[str, ...], faults: list[str]) -> dict[str, Any]:
@@ -280,11 +299,11 @@ def _device(key: str, value: Any, local_rank: int, faults: list[str]) -> str | N
 def _kwarg_faults(kwargs: dict[str, Any], devices: dict[str, str | None], target: str | None) -> Iterator[str]:
     """Settings of a module that cannot be followed."""
     generate, prefill = devices["generate_device"], devices["prefill_device"]
-    if target in (EXPERTS, PACKED_LINEAR):
+    if target == PACKED_LINEAR:
         for key in ("generate_device", "prefill_device"):
             if devices[key] not in (None, "cpu"):
                 yield f"{key}: expected cpu for {target}, which our kernels compute in all passes, found {devices[key]}"
-    elif generate and prefill and generate != prefill:
+    elif target != EXPERTS and generate and prefill and generate != prefill:
         yield f"prefill_device: expected generate_device's {generate}, since weights are held once, found {prefill}"
     if devices["out_device"] and target is not None and target != EXPERTS:
         yield "out_device: only experts have one; remove it"
@@ -292,7 +311,7 @@ def _kwarg_faults(kwargs: dict[str, Any], devices: dict[str, str | None], target
         name = kwargs.get(key)
         if name is None:
             continue
-        if why := refused_operator(str(name)) if (name, key) != ("KExpertsTorch", "prefill_op") else None:
+        if why := refused_operator(str(name)):
             yield f"{key} {name}: {why}"
         wanted = LINEAR if target == PACKED_LINEAR else target
         known = [operator for operator, kind in OPERATORS.items() if kind == wanted]
@@ -301,6 +320,14 @@ def _kwarg_faults(kwargs: dict[str, Any], devices: dict[str, str | None], target
             yield f"{key} {name!r}: no operator for {target or 'this class'}; {hint}"
     if kwargs.get(_LAYERWISE):
         yield f"{_LAYERWISE}: prefill layer by layer is not done here; set 0, and chunk_size for long prompts"
+
+
+def _gpu_keys(kwargs: dict[str, Any], devices: dict[str, str | None]) -> str | None:
+    """The keys of experts that ask for a GPU, with their values."""
+    keys = [key for key in ("generate_device", "prefill_device") if devices[key] not in (None, "cpu")]
+    asking = [f"{key} {devices[key]}" for key in keys]
+    asking += [f"{key} {kwargs[key]}" for key in _OPS if kwargs.get(key) in GPU_EXPERTS and not keys]
+    return ", ".join(asking) or None
 
 
 def _method(kwargs: dict[str, Any], target: str | None, faults: list[str]) -> str | None:

@@ -220,6 +220,8 @@ def library(monkeypatch):
         ({"threads": 3, "threadpool_count": 1}, {"LOCAL_WORLD_SIZE": "4"}, (3, 1), None),
         ({"threads": 3}, {"KT_SFT_THREADS": "5"}, (5, 2), None),
         ({"threads": 64}, {}, (8, 2), None),  # never more than CPUs
+        ({"threadpool_count": 4}, {}, (8, 2), None),  # never more than NUMA nodes
+        ({"threads": 1, "threadpool_count": 2}, {}, (1, 1), None),  # never more than threads
         ({"isa": "avx2"}, {}, (8, 2), "avx2"),
         ({"isa": "avx2"}, {"KT_SFT_ISA": "scalar"}, (8, 2), "scalar"),
     ],

@@ -94,7 +94,7 @@ def test_variables_from_text_and_mapping_are_the_same():
     (one_rule("layers: 3-1"), ["layers", "'3-1'", "2/4"]),
     (one_rule("layers: 5/4"), ["layers", "'5/4'"]),
     (one_rule(replace="class: RoutedExprts"), ["'RoutedExprts'", "'RoutedExperts'"]),
-    (one_rule(replace="class: ktransformers.operators.flux.Capacitor"), ["Capacitor", "did you mean"]),
+    (one_rule(replace="class: ktransformers.operators.flux.Capacitor"), ["Capacitor", "known: default"]),
     (one_rule(kwargs="generate_devcie: cpu"), ["kwargs: generate_devcie", "'generate_device'"]),
     (one_rule(kwargs="generate_device: 'gpu:0'"), ["generate_device", "'gpu:0'", "cuda"]),
     (one_rule(kwargs="generate_device: 'cuda:x'"), ["generate_device", "'cuda:x'"]),
@@ -103,7 +103,7 @@ def test_variables_from_text_and_mapping_are_the_same():
     (one_rule(kwargs="backend: INT8"), ["backend", "only experts"]),
     (one_rule(replace="class: RoutedExperts", kwargs="backend: AMXInt9"), ["backend 'AMXInt9'", "AMXINT8"]),
     (one_rule(replace="class: RoutedExperts", kwargs="backend: INT8, method: INT4"), ["backend, method", "remove one"]),
-    (one_rule(replace="class: RoutedExperts", kwargs="generate_device: 'cuda:0'"), ["generate_device", "expected cpu"]),
+    (one_rule(replace="class: PackedLinear", kwargs="generate_device: 'cuda:0'"), ["generate_device", "expected cpu"]),
     (one_rule(replace="class: PackedLinear", kwargs="backend: int4"), ["backend 'int4'", "int8"]),
     (one_rule(kwargs="generate_op: KLinearTorch"), ["generate_op", "no operator for stock", "remove it"]),
     (one_rule(replace="class: ktransformers.operators.linear.KTransformersLinear", kwargs="generate_op: KLinearTorhc"),
@@ -118,7 +118,7 @@ def test_variables_from_text_and_mapping_are_the_same():
     ("- replace: {class: default}", ["rule 1", "match", "nothing"]),
     ("- match: {name: x}", ["rule 1", "replace", "nothing"]),
     ("- 7", ["rule 1", "mapping", "7"]),
-    ("variables: {}\nrules:\n" + one_rule(), ["variables: unknown key", "'vars'"]),
+    ("variables: {}\nrules:\n" + one_rule(), ["variables: unknown key", "known: vars, rules"]),
     ("rule: []", ["list of rules"]),
     ("[]", ["list of rules"]),
 ])  # fmt: skip
@@ -166,3 +166,25 @@ def test_files_that_are_none(tmp_path):
     bad.write_text("- match: {name: [\n")
     with pytest.raises(FormatError, match=r"bad\.yaml: kt_optimize_rule: expected YAML"):
         load_rules(bad)
+
+
+@pytest.mark.parametrize(("kwargs", "said"), [
+    ("generate_device: 'cuda:1', generate_op: KExpertsMarlin", "generate_device cuda:1"),
+    ("prefill_device: 'cuda:0', prefill_op: KExpertsTorch, generate_device: cpu, generate_op: KExpertsCPU",
+     "prefill_device cuda:0"),
+    ("generate_op: KExpertsTorch", "generate_op KExpertsTorch"),
+])  # fmt: skip
+def test_experts_that_ask_for_a_gpu_are_computed_on_the_cpu(tmp_path, caplog, kwargs, said):
+    file = tmp_path / "r.yaml"
+    file.write_text(one_rule(replace="class: ktransformers.operators.experts.KTransformersExperts", kwargs=kwargs))
+    for _ in range(2):
+        rule = load_rules(file).rules[0]
+    assert rule.device in (None, "cpu") and rule.target == "experts"
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and f"{file}, rule 1: {said}: no effect" in lines[0]
+
+
+def test_experts_on_the_cpu_are_no_news(tmp_path, caplog):
+    file = tmp_path / "r.yaml"
+    file.write_text(one_rule(replace="class: RoutedExperts", kwargs="generate_device: cpu, prefill_device: cpu"))
+    assert load_rules(file).rules[0].on_gpu is None and not caplog.records

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, nearest
+from kt_sft.errors import ConfigError, near
 
 # Key -> (type, help). Keys that LLaMA-Factory already has keep their own field. Default None: "as KTConfig has it".
 KEYS: dict[str, tuple[type, str]] = {
@@ -137,8 +137,8 @@ def check_known(
 
 def nearest_key(key: str, known: list[str]) -> str:
     """The hint of `errors.nearest`, without its list of all names: there are over three hundred."""
-    hint = nearest(key, known)
-    return hint if hint.startswith("did you mean") else "remove it, or see configs/README.md for the keys"
+    close = near(key, known)
+    return f"did you mean {close!r}?" if close else "remove it, or see configs/README.md for the keys"
 
 
 def no_effect(model_args: Any) -> list[str]:
@@ -173,7 +173,7 @@ def given(values: dict[str, Any] | list[str], key: str) -> Any:
     found = None
     for word, following in itertools.pairwise([*values, "--"]):
         name, sign, value = word.partition("=")
-        if name == f"--{key}":
+        if name.replace("-", "_") == f"__{key}":  # --use-kt is --use_kt
             found = value if sign else following.startswith("--") or following
     return found
 

@@ -20,7 +20,7 @@ from torch import nn
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.integrations.gguf_model import is_gguf_model
-from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting
+from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting, native_classes, peer_keys, references
 from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
 from kt_sft.integrations.placing import plan_checkpoint
@@ -36,6 +36,7 @@ def patch_parser(parser: ModuleType) -> None:
     autoload.require(parser, "ModelArguments", "_parse_args", "read_args", *lists)
     stock_class, stock_parse = parser.ModelArguments, parser._parse_args
     our_class = args.model_arguments(stock_class)
+    references.patch_copies(our_class, use_model_directory)
     for name in (parser.__name__, stock_class.__module__, parser.__package__):
         if vars(sys.modules[name]).get("ModelArguments") is stock_class:
             sys.modules[name].ModelArguments = our_class
@@ -43,13 +44,15 @@ def patch_parser(parser: ModuleType) -> None:
         classes[:] = [our_class if kind is stock_class else kind for kind in classes]
 
     def parse_args(hf_parser: Any, values: Any = None, allow_extra_keys: bool = False) -> tuple[Any, ...]:
-        values = parser.read_args(values)
+        values, notes = peer_keys.translate(parser.read_args(values))
         if not allow_extra_keys:
             args.check_known(values, hf_parser.dataclass_types, hf_parser._option_string_actions)
         if args.asks_for_zero3(values):
             raise ConfigError(args.ZERO3_FAULT)  # TrainingArguments would first ask for the deepspeed package
         groups = stock_parse(hf_parser, values, allow_extra_keys=allow_extra_keys)
         if any(hasattr(group, "use_kt") for group in groups):
+            for note in notes:
+                _warn(note)
             activate(groups)
         return groups
 
@@ -59,9 +62,10 @@ def patch_parser(parser: ModuleType) -> None:
 
 def patch_loader(loader: ModuleType) -> None:
     """`patch_config`: how to load. `init_adapter`: merge or not. `count_parameters`: experts count too. `load_model`:
-    an export loads nothing.
+    an export loads nothing. `load_config`, `load_tokenizer`: transformers' own classes.
     """
     autoload.require(loader, "patch_config", "init_adapter", "count_parameters", "load_model")
+    native_classes.patch_loader(loader, is_active)
     stock_config, stock_init, stock_count = loader.patch_config, loader.init_adapter, loader.count_parameters
     stock_load = loader.load_model
 
@@ -133,7 +137,7 @@ def activate(groups: tuple[Any, ...]) -> None:
     if unused := args.no_effect(model_args):
         _warn(f"without effect in kt_sft: {', '.join(unused)}; remove {'it' if len(unused) == 1 else 'them'}")
     use_model_directory(model_args)
-    check_inputs(model_args)
+    model = check_inputs(model_args)
     finetuning_args = next(group for group in groups if hasattr(group, "lora_target"))
     model_args.kt_expert_lora = args.expert_lora(args.kt_config(model_args), finetuning_args.lora_target)
     if model_args.infer_backend == "ktransformers":  # an inference engine of 0.9.4; ours is a Hugging Face model
@@ -142,6 +146,8 @@ def activate(groups: tuple[Any, ...]) -> None:
     if training_args is not None:
         use_one_device(training_args, has_rules=model_args.kt_optimize_rule is not None)
     model_args.use_kt, model_args.kt_active = False, True
+    if training_args is not None:
+        references.check(model_args, finetuning_args, model, check_inputs)
 
 
 def use_model_directory(model_args: Any) -> None:
@@ -155,8 +161,11 @@ def use_model_directory(model_args: Any) -> None:
         model_args.model_name_or_path, model_args.kt_weight_path = str(directory), config.weight_path
 
 
-def check_inputs(model_args: Any) -> None:
+def check_inputs(model_args: Any) -> nn.Module | None:
     """Look at the model's and the adapter's files now: LLaMA-Factory first tokenises the data set.
+
+    Returns:
+        The model on the meta device with our experts modules; None where it is not loaded, or not by us.
 
     Raises:
         KTError: what `load_model` and `load_adapter` would raise.
@@ -166,9 +175,9 @@ def check_inputs(model_args: Any) -> None:
     from_hub = _hub(model_args)
     if exporting.merges_files(model_args):
         exporting.open_merged(model_args, **from_hub)
-        return
+        return None
     if not os.path.isdir(path) and (misc.use_modelscope() or misc.use_openmind()):
-        return  # only LLaMA-Factory can ask those hubs
+        return None  # only LLaMA-Factory can ask those hubs
     on_cpu = model_args.export_dir is not None and model_args.export_device == "cpu"
     device = torch.device("cpu") if on_cpu else misc.get_current_device()
     remote = model_args.trust_remote_code
@@ -176,6 +185,7 @@ def check_inputs(model_args: Any) -> None:
     for adapter in model_args.adapter_name_or_path or []:
         folder = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **from_hub)
         check_adapter(model, folder)
+    return model
 
 
 def _hub(model_args: Any) -> dict[str, Any]:

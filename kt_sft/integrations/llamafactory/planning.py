@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +20,14 @@ from transformers import PretrainedConfig
 from kt_sft.adapters import fused
 from kt_sft.adapters.forms import open_adapter
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, UnsupportedModel
+from kt_sft.errors import ConfigError
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations.base_model import describe
 from kt_sft.integrations.expert_sources import open_experts, weight_formats
 from kt_sft.integrations.gguf_model import is_gguf_model
 from kt_sft.integrations.gguf_model import read_config as read_gguf_config
 from kt_sft.integrations.linears import plain_linears
-from kt_sft.integrations.llamafactory import args
+from kt_sft.integrations.llamafactory import args, peer_keys
 from kt_sft.integrations.llamafactory.run_file import read_config as read_run_file
 from kt_sft.integrations.model_files import find_config_file
 from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
@@ -39,6 +40,8 @@ from kt_sft.native import native
 from kt_sft.nn.routed_experts import WeightFormats
 from kt_sft.placement.budget import DeviceMemory, Run, memory_by_device
 from kt_sft.placement.plan import LINEAR, MODULE, Plan, groups
+
+logger = logging.getLogger(__name__)
 
 _HALF = ("bf16", "fp16", "pure_bf16")
 # LLaMA-Factory's and the trainer's own defaults.
@@ -126,7 +129,9 @@ def read_run(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         FormatError, ConfigError: see `plan_run`.
     """
-    values = read_run_file(file, overrides)
+    values, notes = peer_keys.translate(read_run_file(file, overrides))
+    for note in notes:
+        logger.warning("%s", note)
     faults = []
     if not isinstance(values.get("model_name_or_path"), str):
         faults.append(f"{file}: model_name_or_path: expected a model, found {values.get('model_name_or_path')!r}")
@@ -186,12 +191,8 @@ def _model_config(path: str, values: dict[str, Any]) -> PretrainedConfig:
         with GgufIndex.from_path(path) as index:
             return read_gguf_config(index)
     hub_kwargs = {"cache_dir": values.get("cache_dir"), "revision": values.get("model_revision", "main")}
-    file = find_config_file(path, hub_kwargs)
-    try:
-        return read_config(path, {**hub_kwargs, "trust_remote_code": values.get("trust_remote_code")})
-    except (ValueError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModel(f"{file}", expected="the config of a known model", found=first) from None
+    find_config_file(path, hub_kwargs)
+    return read_config(path, {**hub_kwargs, "trust_remote_code": values.get("trust_remote_code")})
 
 
 def _formats(model: nn.Module, specs: dict[str, ExpertsSpec], plan: Plan, config: KTConfig) -> dict[str, WeightFormats]:
