@@ -329,6 +329,7 @@ class KTExpertsQuantizer(HfQuantizer):
             del model._keys_to_ignore_on_load_unexpected
         model.kt_config = self.kt_config
         model.save_pretrained = types.MethodType(save_full_model, model)
+        model.load_adapter = types.MethodType(_refuse_load_adapter, model)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Placeholders of experts take no space when transformers plans devices."""
@@ -343,6 +344,11 @@ class KTExpertsQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """LoRA on every layer can be trained."""
         return True
+
+
+def _refuse_load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """In the place of transformers' own, which exchanges the widths of PEFT's wrappers for the rest of the process."""
+    raise ConfigError("load_adapter: transformers' own does not know the experts; use kt_sft.load_adapter(model, path)")
 
 
 def _register() -> None:

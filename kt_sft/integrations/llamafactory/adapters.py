@@ -1,32 +1,29 @@
-"""What LLaMA-Factory's `init_adapter` calls instead of PEFT when the model has our experts."""
+"""What LLaMA-Factory's adapter module and loader do otherwise when the model has our experts."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
+import logging
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
-import peft
+from peft import LoraConfig
 from torch import nn
 
 from kt_sft.integrations import peft as kt_peft
-from kt_sft.integrations.peft.targets import router_linears
+from kt_sft.integrations.peft.names import LORA_LAYERS, suffix_matches
+from kt_sft.integrations.peft.targets import (
+    ALL_LINEAR,
+    expert_names,
+    plain_modules,
+    prepare_lora_config,
+    router_linears,
+)
 
-
-def get_peft_model(model: nn.Module, peft_config: peft.PeftConfig, **kwargs: Any) -> nn.Module:
-    """PEFT's get_peft_model; on our models with LoRA on the routed experts, if the run asks for it."""
-    build = kt_peft.get_peft_model if hasattr(model, "kt_config") else peft.get_peft_model
-    return build(model, peft_config, **kwargs)
-
-
-class PeftModelLoader:
-    """Stands for peft.PeftModel in LLaMA-Factory's adapter module, which uses nothing of it but from_pretrained."""
-
-    @staticmethod
-    def from_pretrained(model: nn.Module, adapter: str, **kwargs: Any) -> nn.Module:
-        """PEFT's from_pretrained; on our models the adapter's expert LoRA is bound to the kernels."""
-        load = kt_peft.load_adapter if hasattr(model, "kt_config") else peft.PeftModel.from_pretrained
-        return load(model, adapter, **kwargs)
+logger = logging.getLogger(__name__)
 
 
 def count_parameters(model: nn.Module, stock: Callable[[nn.Module], tuple[int, int]]) -> tuple[int, int]:
@@ -57,11 +54,97 @@ def merging(model_args: Any, finetuning_args: Any, is_trainable: bool) -> Iterat
         model_args.use_kt = False
 
 
-def without_routers(model: nn.Module, module_names: list[str]) -> list[str]:
-    """Drop names that only routers bear, as `gate` of DeepSeek-V2: LoRA there would train the routing."""
-    routers = set(router_linears(model))
-    if not routers:
-        return module_names
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    others = {name.rpartition(".")[2] for name in linears - routers}
-    return [name for name in module_names if name in others]
+def all_linear(model: nn.Module, module_names: list[str]) -> list[str]:
+    """What `lora_target: all` means, of the names that LLaMA-Factory found: those that PEFT can wrap wherever they
+    occur. Names that only routers bear, as `gate` of DeepSeek-V2, are dropped: LoRA there would train the routing.
+    """
+    modules, routers = plain_modules(model), set(router_linears(model))
+    kept, shared = [], []
+    for entry in sorted(module_names):
+        hits = [name for name in suffix_matches(entry, modules) if name not in routers]
+        if hits and all(isinstance(modules[name], LORA_LAYERS) for name in hits):
+            kept.append(entry)
+        elif hits:
+            shared.append(entry)
+    if shared:
+        logger.warning(
+            "lora_target all: left out, as modules without LoRA bear these names, too: %s; name the layers in full to "
+            "train them",
+            ", ".join(shared),
+        )
+    return kept
+
+
+def lora_target(
+    adapter: ModuleType,
+    model: nn.Module,
+    finetuning_args: Any,
+    target: list[str],
+    stock: Callable[[nn.Module, Any, list[str]], list[str]],
+) -> list[str]:
+    """The target modules for PEFT: as LLaMA-Factory's `patch_target_modules`, but nothing vanishes.
+
+    On vision models that one exchanges each name for all module names that contain it: experts' parameters are none,
+    and modules that PEFT cannot wrap are among them.
+
+    Args:
+        adapter: LLaMA-Factory's module of that name.
+        target: names; `all` may stand beside others.
+        stock: LLaMA-Factory's own.
+    """
+    others = [entry for entry in target if entry.lower() not in ALL_LINEAR]
+    if len(others) < len(target):
+        target = [*adapter.find_all_linear_modules(model, finetuning_args.freeze_vision_tower), *others]
+    found = stock(model, finetuning_args, target)
+    if found is target:
+        return target  # no vision model
+    modules = plain_modules(model)
+    layers = [name for name, module in modules.items() if isinstance(module, LORA_LAYERS)]
+    kept, dropped = [], []
+    for entry in dict.fromkeys(target):
+        hits = suffix_matches(entry, layers)
+        left = set(hits) & set(found)
+        kept += sorted(left) if hits else [entry]
+        dropped += [entry] if hits and not left and entry in others else []
+    if dropped:
+        logger.warning("lora_target: %s: in parts that freeze_* keys keep frozen; without effect", ", ".join(dropped))
+    forbidden = adapter.get_forbidden_modules(model.config, finetuning_args)
+    frozen = [name for name in expert_names(model) if any(part in name for part in forbidden)]
+    if frozen and hasattr(model, "kt_config"):
+        logger.warning("freeze_language_model: the routed experts stay frozen, too")
+        model.kt_config = dataclasses.replace(model.kt_config, expert_lora=False)
+    return kept
+
+
+def check_target(model: nn.Module, finetuning_args: Any, expert_lora: bool | None) -> None:
+    """Whether a new adapter can be made as the run asks, before the model is loaded and the data set tokenised.
+
+    Args:
+        model: without weights.
+    Raises:
+        ConfigError: see `prepare_lora_config`.
+    """
+    adapter = importlib.import_module("llamafactory.model.adapter")
+    with _quiet():  # what is no error is said when the adapter is made
+        target = list(finetuning_args.lora_target)
+        if target == ["all"]:
+            target = adapter.find_all_linear_modules(model, finetuning_args.freeze_vision_tower)
+        saved = finetuning_args.additional_target
+        config = LoraConfig(
+            r=finetuning_args.lora_rank,
+            target_modules=adapter.patch_target_modules(model, finetuning_args, target),
+            modules_to_save=list(saved) if saved else None,
+            task_type="CAUSAL_LM",
+        )
+        prepare_lora_config(model, config, expert_lora)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    ours = logging.getLogger("kt_sft")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)

@@ -205,7 +205,7 @@ def expert_lora(config: KTConfig, lora_target: list[str]) -> bool | None:
 
     It has to be decided here: LLaMA-Factory replaces `all` by the names of the linear layers, which experts are not.
     """
-    return True if config.expert_lora is None and list(lora_target) == ["all"] else config.expert_lora
+    return True if config.expert_lora is None and "all" in lora_target else config.expert_lora
 
 
 def adapter_paths(values: Mapping[str, Any]) -> list[str]:
@@ -227,7 +227,7 @@ def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
         yield f"infer_backend: expected huggingface with use_kt, found {str(backend)!r}; export for other engines"
     rank, on_experts = _value(groups, "lora_rank"), _value(groups, "kt_expert_lora")
     if on_experts is None:
-        on_experts = list(_value(groups, "lora_target") or []) == ["all"]
+        on_experts = "all" in (_value(groups, "lora_target") or [])
     if type(rank) is not int or rank < 1:
         yield f"lora_rank: expected a whole number >= 1, found {rank!r}"
     elif on_experts and rank > MAX_LORA_RANK:

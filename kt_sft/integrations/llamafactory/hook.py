@@ -23,6 +23,7 @@ from kt_sft.integrations.gguf_model import is_gguf_model
 from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting, native_classes, peer_keys, references
 from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
+from kt_sft.integrations.peft.injecting import has_experts
 from kt_sft.integrations.placing import plan_checkpoint
 from kt_sft.integrations.transformers import check_model, from_gguf, quantization_config
 from kt_sft.placement import inject
@@ -100,16 +101,20 @@ def patch_loader(loader: ModuleType) -> None:
 
 
 def patch_adapter(adapter: ModuleType) -> None:
-    """`get_peft_model`, `PeftModel`: bind expert LoRA. `find_all_linear_modules`: `all` without the router."""
-    autoload.require(adapter, "get_peft_model", "PeftModel", "find_all_linear_modules")
-    adapter.get_peft_model = adapters.get_peft_model
-    adapter.PeftModel = adapters.PeftModelLoader
-    stock_find = adapter.find_all_linear_modules
+    """`find_all_linear_modules`: `all` without the router. `patch_target_modules`: no name of the target vanishes."""
+    autoload.require(adapter, "find_all_linear_modules", "patch_target_modules", "get_forbidden_modules")
+    stock_find, stock_patch = adapter.find_all_linear_modules, adapter.patch_target_modules
 
     def find_all_linear_modules(model: nn.Module, freeze_vision_tower: bool) -> list[str]:
-        return adapters.without_routers(model, stock_find(model, freeze_vision_tower))
+        found = stock_find(model, freeze_vision_tower)
+        return adapters.all_linear(model, found) if has_experts(model) else found
 
-    adapter.find_all_linear_modules = find_all_linear_modules
+    def patch_target_modules(model: nn.Module, finetuning_args: Any, target_modules: list[str]) -> list[str]:
+        if not has_experts(model):
+            return stock_patch(model, finetuning_args, target_modules)
+        return adapters.lora_target(adapter, model, finetuning_args, list(target_modules), stock_patch)
+
+    adapter.find_all_linear_modules, adapter.patch_target_modules = find_all_linear_modules, patch_target_modules
 
 
 def is_active(model_args: Any) -> bool:
@@ -143,6 +148,9 @@ def activate(groups: tuple[Any, ...]) -> None:
     if model_args.infer_backend == "ktransformers":  # an inference engine of 0.9.4; ours is a Hugging Face model
         model_args.infer_backend = "huggingface"
     training_args = next((group for group in groups if hasattr(group, "per_device_train_batch_size")), None)
+    makes_adapter = model_args.adapter_name_or_path is None or finetuning_args.create_new_adapter
+    if model is not None and makes_adapter and getattr(training_args, "do_train", False):
+        adapters.check_target(model, finetuning_args, model_args.kt_expert_lora)
     if training_args is not None:
         use_one_device(training_args, has_rules=model_args.kt_optimize_rule is not None)
     model_args.use_kt, model_args.kt_active = False, True
@@ -165,7 +173,7 @@ def check_inputs(model_args: Any) -> nn.Module | None:
     """Look at the model's and the adapter's files now: LLaMA-Factory first tokenises the data set.
 
     Returns:
-        The model on the meta device with our experts modules; None where it is not loaded, or not by us.
+        The model without weights, for further checks; None where nothing is loaded, or only LLaMA-Factory can.
 
     Raises:
         KTError: what `load_model` and `load_adapter` would raise.

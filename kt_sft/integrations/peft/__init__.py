@@ -6,18 +6,22 @@ here is a plain PEFT adapter.
 
     api          get_peft_model, load_adapter, count_parameters
     targets      user's LoraConfig -> one that PEFT accepts and that names the experts
+    names        names in a LoraConfig that mean nothing in the model
+    injecting    the step around PEFT's injection, so that anybody's call binds the experts
+    coverage     what trains, by kind, and whether that is what was asked for
     binding      PEFT's wrappers around the experts: pass-through forward, merge into packed weights
     adapter_dir  what lies in a saved adapter's directory, and whether it fits the model
 """
 
 from kt_sft.integrations.peft.adapter_dir import check_adapter_fits
 from kt_sft.integrations.peft.api import count_parameters, get_peft_model, load_adapter
-from kt_sft.integrations.peft.binding import bind_expert_lora, expose_placeholders, hide_placeholders
+from kt_sft.integrations.peft.binding import bind_expert_lora, bind_experts, expose_placeholders, hide_placeholders
 from kt_sft.integrations.peft.targets import ExpertLoraConfig, prepare_lora_config
 
 __all__ = [
     "ExpertLoraConfig",
     "bind_expert_lora",
+    "bind_experts",
     "check_adapter_fits",
     "count_parameters",
     "expose_placeholders",

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import peft
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
 from torch import nn
 
 from kt_sft.errors import ConfigError
@@ -20,8 +17,9 @@ from kt_sft.integrations.peft.adapter_dir import (
     local_adapter_dir,
     read_adapter_config,
 )
-from kt_sft.integrations.peft.binding import bind_expert_lora, expose_placeholders, hidden_numel, restore_linear_dropout
-from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_faults, expert_targets, prepare_lora_config
+from kt_sft.integrations.peft.binding import hidden_numel
+from kt_sft.integrations.peft.injecting import check_kind, install, requesting
+from kt_sft.integrations.peft.targets import expert_faults, expert_targets
 from kt_sft.models.spec import iter_routed_experts
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -46,19 +44,20 @@ def get_peft_model(
     Raises:
         ConfigError: an adapter is already there, or the config asks for what expert LoRA cannot do.
     """
-    if not isinstance(lora_config, LoraConfig) or lora_config.peft_type != PeftType.LORA or kwargs.get("mixed"):
-        kind = type(lora_config).__name__ + (" with mixed=True" if kwargs.get("mixed") else "")
-        raise ConfigError(f"lora_config: expected a plain peft.LoraConfig, got {kind}; only LoRA is supported")
+    check_kind(lora_config, mixed=bool(kwargs.get("mixed")))
     _check_has_no_adapter(model)
-    config = prepare_lora_config(model, lora_config, expert_lora)
-    expose_placeholders(model)
-    with _quiet_about_experts():
-        peft_model = peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
-    return _bind(peft_model, config, adapter_name)
+    with requesting(expert_lora=expert_lora):
+        return peft.get_peft_model(model, lora_config, adapter_name=adapter_name, **kwargs)
 
 
 def load_adapter(
-    model: nn.Module, adapter_dir: str | Path, is_trainable: bool = False, *, adapter_name: str = "default", **kwargs
+    model: nn.Module,
+    adapter_dir: str | Path,
+    is_trainable: bool = False,
+    *,
+    adapter_name: str = "default",
+    config: PeftConfig | None = None,
+    **kwargs,
 ) -> PeftModel:
     """A saved adapter on a model from `load_model`; takes the arguments of `PeftModel.from_pretrained`.
 
@@ -67,14 +66,17 @@ def load_adapter(
     Args:
         adapter_dir: what `save_pretrained` wrote, ours or plain PEFT's of any release; pairs per expert as vLLM reads
             them; a GGUF file; or a name on the hub.
+        config: the adapter's own, as `AutoPeftModel` passes it.
         is_trainable: continue training it, with the dropout it was trained with; otherwise frozen and in eval mode.
     Raises:
         FormatError: the directory is missing, damaged, or made for another model.
-        ConfigError: an adapter is already there, or this one needs what expert LoRA cannot do.
+        ConfigError: an adapter is already there, this one needs what expert LoRA cannot do, or `config` is not its own.
     """
     _check_has_no_adapter(model)
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
     source = local_adapter_dir(adapter_dir, subfolder=kwargs.pop("subfolder", None), **hub)
+    if config is not None and source.is_dir():
+        _check_same(config, source)
     with in_running_form(model, source) as folder:
         return _load(model, folder, is_trainable, adapter_name, **kwargs)
 
@@ -90,12 +92,10 @@ def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str,
     kwargs.setdefault("key_mapping", getattr(model, "_checkpoint_conversion_mapping", None))
     build = {key: kwargs[key] for key in ("autocast_adapter_dtype", "low_cpu_mem_usage") if key in kwargs}
     _remove_offload_hooks(model)
-    expose_placeholders(model)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    with _quiet_about_experts():
+    with requesting(is_saved=True):
+        # Binds before the weights are read: accelerate, which PEFT may call then, would count placeholders as memory.
         peft_model = model_class(model, config, adapter_name, **build)
-    # Bound before the weights are read: accelerate, which PEFT may call then, would count placeholders as memory.
-    _bind(peft_model, config, adapter_name)
     result = peft_model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
     if result.missing_keys:
         warnings.warn(f"{folder}: the adapter lacks {result.missing_keys}", stacklevel=2)
@@ -108,19 +108,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(p.numel() for p in model.parameters()) + hidden_numel(model)
 
 
-def _bind(peft_model: PeftModel, config: ExpertLoraConfig, adapter_name: str) -> PeftModel:
-    dropout = config.adapter_dropout or 0.0
-    if dropout:
-        restore_linear_dropout(peft_model, adapter_name, dropout)
-    return bind_expert_lora(peft_model, dropout=dropout)
-
-
-@contextmanager
-def _quiet_about_experts() -> Iterator[None]:
-    """PEFT warns of every layer type that it does not list, ours included."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unsupported layer type .*RoutedExperts")
-        yield
+def _check_same(config: PeftConfig, folder: Path) -> None:
+    """A config other than the saved one would need other tensors, or compute other things with them."""
+    ours, saved = config.to_dict(), PeftConfig.from_pretrained(str(folder)).to_dict()
+    differing = [key for key in saved if key != "inference_mode" and ours.get(key) != saved[key]]
+    if differing:
+        raise ConfigError(
+            f"config: expected what {folder} says itself, found another {', '.join(differing)}; leave config out"
+        )
 
 
 def _check_has_no_adapter(model: nn.Module) -> None:
@@ -134,3 +129,6 @@ def _remove_offload_hooks(model: nn.Module) -> None:
         from accelerate.hooks import remove_hook_from_submodules
 
         remove_hook_from_submodules(model)
+
+
+install(load_adapter)

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from kt_sft.errors import ConfigError
-from kt_sft.integrations.peft.targets import PROJECTIONS, expert_targets
+from kt_sft.integrations.peft.targets import PROJECTIONS
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
 from kt_sft.nn.packed_linear import PackedLinear
@@ -57,7 +57,7 @@ class ExpertParamWrapper(ParamWrapper):
     ) -> nn.Module:
         """The experts without wrappers; both projections are merged in one pass over the experts."""
         if merge:
-            _merge(list(_chain(self)), safe_merge=safe_merge, adapter_names=adapter_names)
+            _merge(list(chain_of(self)), safe_merge=safe_merge, adapter_names=adapter_names)
         experts = self.get_base_layer()
         experts.lora = None
         _expose(experts)
@@ -87,28 +87,30 @@ class _IsActive:
         return True
 
 
-def bind_expert_lora(peft_model: PeftModel, *, dropout: float = 0.0) -> PeftModel:
+def bind_experts(model: nn.Module, *, dropout: float = 0.0) -> None:
     """Bind the wrappers that PEFT built to the experts; idempotent.
 
-    Call it right after PEFT has wrapped the model: until then the experts ignore their LoRA.
+    Until then the experts refuse to compute: they would ignore their LoRA.
 
     Args:
         dropout: on the LoRA branch's input of every expert, in train mode.
     """
     wrapped = {}
-    for module in peft_model.modules():
+    for module in model.modules():
         if isinstance(module, ParamWrapper):
             wrapped.setdefault(id(module.get_base_layer()), module)  # the outermost comes first
-    for _, experts in iter_routed_experts(peft_model):
+    for _, experts in iter_routed_experts(model):
         outermost = wrapped.get(id(experts))
         if outermost is not None:
-            for wrapper in _chain(outermost):
+            for wrapper in chain_of(outermost):
                 wrapper.__class__ = ExpertParamWrapper
             experts.lora = _expert_lora(outermost, dropout)
-    hide_placeholders(peft_model)
+    hide_placeholders(model)
+
+
+def bind_expert_lora(peft_model: PeftModel) -> PeftModel:
+    """Replace, on this object, PEFT's methods that do not know about the experts; idempotent."""
     peft_model.get_nb_trainable_parameters = types.MethodType(_get_nb_trainable_parameters, peft_model)
-    tuner = peft_model.base_model
-    tuner._check_new_adapter_config = types.MethodType(_check_new_adapter_config, tuner)
     return peft_model
 
 
@@ -152,7 +154,7 @@ def _expose(experts: nn.Module) -> None:
             experts.register_parameter(name, parameter)
 
 
-def _chain(outermost: nn.Module) -> Iterator[ParamWrapper]:
+def chain_of(outermost: nn.Module) -> Iterator[ParamWrapper]:
     """The wrappers around one experts module, outermost first."""
     while isinstance(outermost, ParamWrapper):
         yield outermost
@@ -160,7 +162,7 @@ def _chain(outermost: nn.Module) -> Iterator[ParamWrapper]:
 
 
 def _expert_lora(outermost: ParamWrapper, dropout: float) -> ExpertLora:
-    wrappers = tuple(_chain(outermost))
+    wrappers = tuple(chain_of(outermost))
     adapters = list(dict.fromkeys(name for wrapper in wrappers for name in wrapper.lora_A))
     if len(adapters) != 1:
         raise ConfigError(f"expert LoRA: expected one adapter, found {adapters}; unload one before loading the next")
@@ -282,18 +284,3 @@ def _get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:
     """PEFT's count plus the experts, which `parameters()` does not show."""
     trainable, total = type(self).get_nb_trainable_parameters(self)
     return trainable, total + hidden_numel(self)
-
-
-def _check_new_adapter_config(self: nn.Module, config) -> None:
-    """Run by PEFT before it injects a further adapter: expert LoRA holds one."""
-    experts = [name.replace(".base_layer", "") for name, _ in iter_routed_experts(self.model)]
-    holders = [
-        name for name, other in self.peft_config.items() if other is not config and expert_targets(other, experts)
-    ]
-    if holders or (len(self.peft_config) > 1 and expert_targets(config, experts)):
-        present = holders or [name for name, other in self.peft_config.items() if other is not config]
-        raise ConfigError(
-            f"expert LoRA: a model holds one adapter at a time and has {present[0]!r}; "
-            "call unload() before loading another one"
-        )
-    type(self)._check_new_adapter_config(self, config)

@@ -16,15 +16,17 @@ from pathlib import Path
 
 import peft
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from kt_sft.adapters import layout
 from kt_sft.errors import ConfigError, nearest
+from kt_sft.integrations.peft import names
 from kt_sft.models.spec import find_routers, iter_routed_experts
 
 logger = logging.getLogger(__name__)
+_matches = names.suffix_matches
 
 SIDE_FILE = "kt_sft.json"
 RUNNING_FORM = layout.of_release(peft.__version__)[-1]  # in which the PEFT that runs writes LoRA of fused experts
@@ -34,6 +36,8 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 # How checkpoints and older adapters call the matrices of one expert -> the fused parameter that holds them.
 ALIASES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
 ALIASES |= {"down_proj": "down_proj", "w2": "down_proj"}
+Spellings = dict[str, tuple[set[str], int | None]]  # name -> (parameters meant, which expert; None: all of the layer)
+_SINGLE = re.compile(r"(^|\.)\d+(\.\w+)?$")  # ends like the name of one expert, or of one of its matrices
 
 
 class ExpertLoraConfig(LoraConfig):
@@ -86,19 +90,23 @@ def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: 
     if expert_lora is None:
         expert_lora = getattr(getattr(model, "kt_config", None), "expert_lora", None)
 
-    experts = [name for name, _ in iter_routed_experts(model)]
+    regexes = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+    if broken := [names.broken(name, p) for name, p in regexes.items() if isinstance(p, str) and names.broken(name, p)]:
+        raise ConfigError(broken)
+    modules, experts = plain_modules(model), expert_names(model)
     faults = _unknown_parameters(model, config, experts)
-    named = _take_expert_names(model, config, experts)
-    shorthand = _is_shorthand(config.target_modules)
+    shorthand = _split_shorthand(config)
+    spelled = _spellings(modules, experts, singles=_may_name_one(config.target_modules))
+    by_parameter = {p for entry in config.target_parameters or [] for p in _matches(entry, _expert_parameters(experts))}
+    by_module, dense = _take_expert_names(config, modules, spelled, faults)
+    named, entries = by_parameter | by_module, config.target_modules
     if shorthand:
-        config.target_modules = "all-linear"
-        config = _maybe_include_all_linear_layers(config, model)
-        config.target_modules -= set(router_linears(model))
+        config.target_modules = _every_linear(model, config) | set(entries or ())
     if expert_lora is False and named:
         logger.warning("expert LoRA is off: the routed experts named in the LoRA target are left out")
     selected = set() if expert_lora is False else named
-    if not selected and (expert_lora or (expert_lora is None and shorthand)):
-        selected = {f"{name}.{projection}" for name in experts for projection in PROJECTIONS}
+    if expert_lora is not False and ((shorthand and not by_parameter) or (expert_lora and not named)):
+        selected = set(_expert_parameters(experts))
     selected = {parameter for parameter in selected if _is_kept(config, parameter)}
 
     _exclude(config, [name for name in router_linears(model) if _is_matched(config, name)], what="router")
@@ -108,18 +116,46 @@ def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: 
     if config.target_modules is None and config.target_parameters and not lora_config.target_parameters:
         logger.info("target_modules is not set: PEFT's default for %s applies besides the experts", config.model_type)
 
-    faults += _faults(config, selected, experts, expert_lora)
+    found = names.find(config, entries, modules, spelled, selected, _every_parameter(model, experts))
+    faults += found.faults + _faults(config, selected, experts, expert_lora)
     if faults:
         raise ConfigError(faults)
+    for option, unused in found.unused.items():
+        logger.warning("%s: %s: no such layer in %s; without effect", option, ", ".join(unused), config.model_type)
+    _warn_of_halves(dense, by_module, selected, expert_lora)
     if selected:
         config.move_dropout()
     return config
 
 
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the names that they have without adapters, and nothing of the adapters."""
+    modules, inside = {}, ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            inside = (*inside, f"{name}.")
+        modules[name] = without_adapter(module)
+    return modules
+
+
+def without_adapter(module: nn.Module) -> nn.Module:
+    """What PEFT has wrapped; another module is itself."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return without_adapter(module.original_module)
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def expert_names(model: nn.Module) -> list[str]:
+    """Names of the routed experts without adapters."""
+    return [name.replace(".base_layer", "") for name, _ in iter_routed_experts(model)]
+
+
 def expert_targets(config: LoraConfig, experts: Iterable[str]) -> list[str]:
     """Full names of the experts' parameters that `config.target_parameters` names, in PEFT's nesting order."""
     entries = config.target_parameters or []
-    return [name for name in _expert_parameters(experts) if any(_is_suffix(entry, name) for entry in entries)]
+    return [name for name in _expert_parameters(experts) if any(_matches(entry, [name]) for entry in entries)]
 
 
 def effective_rank(config: LoraConfig, parameter: str) -> int:
@@ -132,67 +168,141 @@ def router_linears(model: nn.Module) -> list[str]:
 
     Routers that hold a bare Parameter cannot be hit.
     """
-    return list(
-        find_routers(model, {name: experts.gate_up_proj.shape[0] for name, experts in iter_routed_experts(model)})
-    )
+    experts = {name.replace(".base_layer", ""): module for name, module in iter_routed_experts(model)}
+    return list(find_routers(model, {name: module.gate_up_proj.shape[0] for name, module in experts.items()}))
 
 
 def _expert_parameters(experts: Iterable[str]) -> list[str]:
     return [f"{name}.{projection}" for name in experts for projection in PROJECTIONS]
 
 
-def _is_suffix(entry: str, name: str) -> bool:
-    """PEFT's rule for list entries."""
-    return name == entry or name.endswith(f".{entry}")
-
-
-def _matches(entry: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if _is_suffix(entry, name)]
-
-
-def _is_shorthand(target: object) -> bool:
-    entries = [target] if isinstance(target, str) else list(target or [])
-    return len(entries) == 1 and entries[0].lower() in ALL_LINEAR
-
-
-def _take_expert_names(model: nn.Module, config: LoraConfig, experts: list[str]) -> set[str]:
-    """Full names of the experts' parameters that the user named; list entries that only name experts are taken out."""
-    named = {p for entry in config.target_parameters or [] for p in _matches(entry, _expert_parameters(experts))}
+def _split_shorthand(config: LoraConfig) -> bool:
+    """Whether the target asks for every linear layer; what it names beside that is left in `target_modules`."""
     target = config.target_modules
-    if not target or _is_shorthand(target):
-        return named
+    entries = [target] if isinstance(target, str) else list(target or [])
+    others = {entry for entry in entries if entry.lower() not in ALL_LINEAR}
+    if len(others) == len(entries):
+        return False
+    config.target_modules = others
+    return True
 
-    spelled: dict[str, set[str]] = {}  # every way to spell an expert's matrices -> the parameters meant
+
+def _every_linear(model: nn.Module, config: LoraConfig) -> set[str]:
+    """What PEFT takes for all-linear, without the routers and without the layers that the config leaves out."""
+    probe = copy.copy(config)
+    probe.target_modules = "all-linear"
+    found = _maybe_include_all_linear_layers(probe, model).target_modules - set(router_linears(model))
+    if config.layers_to_transform is None:
+        return found
+    return {name for name in found if _is_left_in(config, name)}
+
+
+def _may_name_one(target: object) -> bool:
+    """Whether a target could name one expert of a layer: every expert of each has to be spelled then."""
+    return isinstance(target, str) or any(_SINGLE.search(entry) for entry in target or ())
+
+
+def _spellings(modules: dict[str, nn.Module], experts: list[str], *, singles: bool) -> Spellings:
+    """Every way to name the experts' matrices; with `singles` also those of one expert."""
+    spelled: Spellings = {}
     for name in experts:
-        spelled[name] = {f"{name}.{projection}" for projection in PROJECTIONS}
-        for projection in PROJECTIONS:
-            spelled[f"{name}.{projection}"] = {f"{name}.{projection}"}
-        for alias, projection in ALIASES.items():
-            spelled[f"{name}.{alias}"] = spelled[f"{name}.0.{alias}"] = {f"{name}.{projection}"}
-    if isinstance(target, str):
-        return named.union(*(spelled[name] for name in spelled if re.fullmatch(target, name)))
+        both = {f"{name}.{projection}" for projection in PROJECTIONS}
+        spelled[name] = (both, None)
+        for spelling, projection in (*((p, p) for p in PROJECTIONS), *ALIASES.items()):
+            spelled[f"{name}.{spelling}"] = ({f"{name}.{projection}"}, None)
+        for index in range(modules[name].num_experts if singles else 0):
+            spelled[f"{name}.{index}"] = (both, index)
+            for alias, projection in ALIASES.items():
+                spelled[f"{name}.{index}.{alias}"] = ({f"{name}.{projection}"}, index)
+    return spelled
 
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    kept = set()
-    for entry in target:
-        meant = [] if _matches(entry, linears) else _matches(entry, spelled)
-        if not meant:
+
+def _take_expert_names(
+    config: LoraConfig, modules: dict[str, nn.Module], spelled: Spellings, faults: list[str]
+) -> tuple[set[str], list[str]]:
+    """Take the names of experts out of `config.target_modules`; a regular expression stays as it is.
+
+    Returns:
+        Full names of the experts' parameters that are meant, and the list entries that experts' matrices share with
+        dense layers, which are meant.
+    """
+    target = config.target_modules
+    if not target:
+        return set(), []
+    if isinstance(target, str):
+        matches = re.compile(target).fullmatch
+        return _whole(target, [name for name in spelled if matches(name)], modules, spelled, faults), []
+
+    known = {name for name, module in modules.items() if isinstance(module, names.LORA_LAYERS)}
+    kept, dense, named, single = set(), [], set(), []
+    for entry in sorted(target):
+        is_single = _SINGLE.search(entry) is not None
+        meant = [name for name in _matches(entry, spelled) if is_single or spelled[name][1] is None]
+        if not meant or (is_single and _matches(entry, modules)):
             kept.add(entry)
-        elif entry in ALIASES:
-            logger.info("LoRA target %s: the model has no dense layer of that name; taken as the routed experts", entry)
-        named.update(*(spelled[name] for name in meant))
+        elif _matches(entry, known):
+            kept.add(entry)
+            dense.append(entry)
+        elif is_single:
+            single += meant
+        else:
+            if entry in ALIASES:
+                logger.info("LoRA target %s: no dense layer of the model has that name; taken as the experts", entry)
+            named.update(*(spelled[name][0] for name in meant))
+    named |= _whole(None, single, modules, spelled, faults)
     config.target_modules = kept
-    return named
+    return named, dense
+
+
+def _whole(
+    pattern: str | None,
+    hits: list[str],
+    modules: dict[str, nn.Module],
+    spelled: Spellings,
+    faults: list[str],
+) -> set[str]:
+    """The parameters that `hits` name; naming some experts of a layer is a fault: their factors are one parameter."""
+    whole: set[str] = set()
+    indices: dict[str, dict[int, str]] = {}
+    for name in hits:
+        parameters, index = spelled[name]
+        if index is None:
+            whole |= parameters
+            continue
+        for parameter in parameters:
+            indices.setdefault(parameter, {})[index] = name
+    for parameter, by_index in indices.items():
+        count = modules[parameter.rpartition(".")[0]].num_experts
+        if len(by_index) == count:
+            whole.add(parameter)
+        elif parameter not in whole:
+            entry = pattern or next(iter(by_index.values()))
+            faults.append(
+                f"target_modules: {entry!r} names {len(by_index)} of {count} experts; those of a layer are trained "
+                f"together: name {parameter!r}, or 'experts'"
+            )
+            break
+    return whole
+
+
+def _warn_of_halves(dense: list[str], by_module: set[str], selected: set[str], expert_lora: bool | None) -> None:
+    if dense and not selected and expert_lora is None:
+        logger.warning(
+            "LoRA target %s: means the dense and shared layers of that name; the routed experts stay frozen; add "
+            "'experts' to the target, or set expert_lora (LLaMA-Factory: kt_expert_lora: true)",
+            ", ".join(dense),
+        )
 
 
 def _is_kept(config: LoraConfig, parameter: str) -> bool:
     """Whether exclude_modules and layers_to_transform leave this expert parameter in; PEFT itself would not look."""
+    return all(_is_left_in(config, name) for name in (parameter.rpartition(".")[0], parameter))
+
+
+def _is_left_in(config: LoraConfig, name: str) -> bool:
     probe = copy.copy(config)
-    for name in (parameter.rpartition(".")[0], parameter):
-        probe.target_modules = {name.rpartition(".")[2]}  # PEFT looks at the layer's number for suffixes only
-        if not check_target_module_exists(probe, name):
-            return False
-    return True
+    probe.target_modules = {name.rpartition(".")[2]}  # PEFT looks at the layer's number for suffixes only
+    return bool(check_target_module_exists(probe, name))
 
 
 def _is_matched(config: LoraConfig, module_name: str) -> bool:
@@ -204,7 +314,7 @@ def _exclude(config: LoraConfig, names: list[str], *, what: str) -> None:
     if not names:
         return
     if what:
-        logger.info("LoRA target: %s %s stays frozen", what, ", ".join(names))
+        logger.warning("LoRA target: %s %s stays frozen", what, ", ".join(names))
     if isinstance(config.exclude_modules, str):
         config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, names)])
     else:

@@ -1,0 +1,174 @@
+"""The one seam in PEFT: whoever puts an adapter on a model with our experts, it is prepared, bound and checked here.
+
+`peft.get_peft_model`, `PeftModel(...)`, TRL's trainers, `inject_adapter_in_model` and transformers' `add_adapter` all
+end in `BaseTuner.inject_adapter`. `install` puts a step around it, and around the class methods of PeftModel that know
+nothing of experts. A model without our experts passes straight through.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType
+from torch import nn
+
+from kt_sft.errors import ConfigError
+from kt_sft.integrations.peft import coverage
+from kt_sft.integrations.peft.binding import (
+    bind_expert_lora,
+    bind_experts,
+    chain_of,
+    expose_placeholders,
+    restore_linear_dropout,
+)
+from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_names, expert_targets, prepare_lora_config
+from kt_sft.models.spec import iter_routed_experts
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What our own calls know beside the config: their `expert_lora`, and whether the config is a saved one's."""
+
+    expert_lora: bool | None = None
+    is_saved: bool = False
+
+
+_request: contextvars.ContextVar[_Request | None] = contextvars.ContextVar("request", default=None)
+
+
+@contextmanager
+def requesting(*, expert_lora: bool | None = None, is_saved: bool = False) -> Iterator[None]:
+    """Within it, a new adapter follows these.
+
+    Args:
+        expert_lora: see `prepare_lora_config`.
+        is_saved: the config was saved with its adapter: it is taken word by word.
+    """
+    token = _request.set(_Request(expert_lora, is_saved))
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+def install(load_adapter: Callable[..., PeftModel]) -> None:
+    """Put the step into PEFT, once per process.
+
+    Args:
+        load_adapter: what `PeftModel.from_pretrained` does on a model with our experts.
+    Raises:
+        RuntimeError: this PEFT lacks one of the names, or a parameter that the step reads.
+    """
+    if hasattr(BaseTuner.inject_adapter, "of_kt_sft"):
+        return
+    for owner, name, parameter in (
+        (BaseTuner, "inject_adapter", "adapter_name"),
+        (PeftModel, "__init__", "model"),
+        (PeftModel, "from_pretrained", "model_id"),
+    ):
+        method = getattr(owner, name, None)
+        if method is None or parameter not in inspect.signature(method).parameters:
+            raise RuntimeError(f"no {owner.__name__}.{name}(..., {parameter}) in this PEFT; pip install 'peft<0.19'")
+    stock_inject, stock_init = BaseTuner.inject_adapter, PeftModel.__init__
+    stock_from_pretrained = PeftModel.from_pretrained.__func__
+
+    @functools.wraps(stock_inject)
+    def inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        stock = functools.partial(stock_inject, self, model, adapter_name, *args, **kwargs)
+        return _inject(stock, self, model, adapter_name) if has_experts(model) else stock()
+
+    @functools.wraps(stock_init)
+    def init(self: PeftModel, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, model, *args, **kwargs)
+        if has_experts(model):
+            bind_expert_lora(self)
+
+    @functools.wraps(stock_from_pretrained)
+    def from_pretrained(cls, model, model_id, adapter_name="default", is_trainable=False, config=None, **kwargs):
+        if not has_experts(model):
+            return stock_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
+        return load_adapter(model, model_id, is_trainable, adapter_name=adapter_name, config=config, **kwargs)
+
+    inject_adapter.of_kt_sft = True
+    BaseTuner.inject_adapter, PeftModel.__init__ = inject_adapter, init
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether routed experts of ours are in a model, wrapped or not."""
+    return next(iter_routed_experts(model), None) is not None
+
+
+def check_kind(config: object, *, mixed: bool = False) -> None:
+    """Refuse other adapters than LoRA.
+
+    Raises:
+        ConfigError: the config is of another kind, or the adapter would be one of several kinds.
+    """
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA or mixed:
+        kind = type(config).__name__ + (" with mixed=True" if mixed else "")
+        raise ConfigError(f"lora_config: expected a plain peft.LoraConfig, got {kind}; only LoRA is supported")
+
+
+def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapter_name: str) -> None:
+    request, config = _request.get() or _Request(), tuner.peft_config[adapter_name]
+    check_kind(config, mixed=type(tuner).__name__ == "MixedModel")
+    _check_holds_none(model)
+    prepared = _saved(config) if request.is_saved else prepare_lora_config(model, config, request.expert_lora)
+    present = _adapters(model)
+    if expert_targets(prepared, expert_names(model)):
+        _check_is_first(present)
+    if not present:
+        expose_placeholders(model)
+    tuner.peft_config[adapter_name] = prepared
+    with _quiet_about_experts():
+        stock()
+    dropout = prepared.adapter_dropout or 0.0
+    if dropout:
+        restore_linear_dropout(model, adapter_name, dropout)
+    bind_experts(model, dropout=dropout)
+    if not prepared.inference_mode:
+        coverage.check(model, prepared, adapter_name)
+        coverage.log(model, coverage.asked(config))
+
+
+def _saved(config: LoraConfig) -> ExpertLoraConfig:
+    return config if isinstance(config, ExpertLoraConfig) else ExpertLoraConfig.of(config)
+
+
+def _check_holds_none(model: nn.Module) -> None:
+    ours = {id(experts) for _, experts in iter_routed_experts(model)}
+    wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper) and id(m.get_base_layer()) in ours]
+    _check_is_first(list(dict.fromkeys(name for outer in wrappers for w in chain_of(outer) for name in w.lora_A)))
+
+
+def _check_is_first(present: list[str]) -> None:
+    if present:
+        raise ConfigError(
+            f"expert LoRA: a model holds one adapter at a time and has {present[0]!r}; "
+            "call unload() before loading another one"
+        )
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters in a model's layers."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    return list(dict.fromkeys(name for m in layers for name in (m.r if isinstance(m, LoraLayer) else ["another"])))
+
+
+@contextmanager
+def _quiet_about_experts() -> Iterator[None]:
+    """PEFT warns of every layer type that it does not list, ours included."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*RoutedExperts")
+        yield
