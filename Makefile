@@ -6,6 +6,7 @@ STAMPS := $(VENV)/.stamps
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+MUTANT_ARGS ?=
 export CXX ?= g++
 export HF_HUB_OFFLINE ?= 1
 # torch's OpenMP threads spin after every operation; on a CPU that others use, too, that costs more than all the work.
@@ -19,7 +20,7 @@ CPP_FILES = $(shell find native tests benchmarks -name '*.h' -o -name '*.cc')
 # pytest's default thread count would have two pools fight for the cores in the many small models of the tests.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo evaluate test test-long fuzz test-gpu sanitize lint format bench targets clean force
+.PHONY: help setup demo evaluate test test-long fuzz mutants test-gpu sanitize lint format bench targets clean force
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -50,6 +51,9 @@ test-long: setup  ## everything that this machine can run
 
 fuzz: setup  ## readers of checkpoints, GGUF files and containers against damaged files, for minutes
 	$(TEST_ENV) $(PY) -m pytest -m fuzz $(PYTEST_ARGS)
+
+mutants: setup  ## plants faults in a copy of the tree, one at a time: do the tests see them? MUTANT_ARGS="--python-only --only NAME"
+	$(PY) -m scripts.mutants $(MUTANT_ARGS)
 
 test-gpu:  ## tests on a CUDA device, and on AMX if it is there, with the machine's own Python; installs nothing
 	packaging/test_gpu.sh $(PYTHON) $(PYTEST_ARGS)

@@ -29,10 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # since one step sees a handful of rows. Not the largest ratio: the last losses are those of rows known by heart, a
 # hundredth of the first, and differ by tens of percent without meaning.
 SMOOTHED_STEPS = 5
-ALLOWED = {"int8": 0.01, "int4": 0.03}
+# int4 rounds the weights of a 135 M model by 8 %; its scales are the best ones there are. Measured: 4 to 6 %, wherever
+# it was. bf16 kernels give the same curve on the int4 values (the last test), so no kernel can mend it; less than 2 %
+# would mean that the experts are not in int4.
+EXPECTED = {"int8": (0.0, 0.01), "int4": (0.02, 0.08)}
 ALLOWED_BETWEEN_KERNELS = 0.01
-# Measured: 4 to 6 %. bf16 kernels give the same curve on the int4 values (the last test), so no kernel can mend it.
-INT4_IS_COARSE = "int4 rounds the weights of a 135 M model by 8 %; its scales are the best ones there are"
 
 
 def area_between(losses: list[float], expected: list[float]) -> float:
@@ -98,22 +99,17 @@ def curve_of(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.convergence
-@pytest.mark.parametrize(
-    "method",
-    [
-        "int8",
-        pytest.param("int4", marks=pytest.mark.xfail(reason=INT4_IS_COARSE, raises=AssertionError, strict=False)),
-    ],
-)
+@pytest.mark.parametrize("method", EXPECTED)
 def test_demo_learns_alike_in_every_format(curve_of, model, method):
     area = area_between(curve_of(method, model), curve_of("bf16", model))
     print(f"{method} experts, bf16 experts: {area:.2%}")
-    assert area <= ALLOWED[method], f"{area:.2%}"
+    least, most = EXPECTED[method]
+    assert least <= area <= most, f"{area:.2%}"
 
 
 @pytest.mark.slow
 @pytest.mark.convergence
-@pytest.mark.parametrize("method", ALLOWED)
+@pytest.mark.parametrize("method", EXPECTED)
 def test_kernels_learn_alike_from_the_same_weights(curve_of, model, tmp_path, method):
     """What separates a format from bf16 is the rounding of the weights: given the rounded ones, bf16 learns alike."""
     rounded = tmp_path / "rounded"

@@ -172,8 +172,10 @@ def test_types_of_the_file_as_they_are_stored(plain, tmp_path, method, caplog):
         assert (model(ids).logits.double() - ours).norm() <= 1e-3 * ours.norm()  # block floating point
     path.unlink()
     model.save_pretrained(tmp_path / "saved")  # nothing but the packed weights is needed
-    saved = load_file(next((tmp_path / "saved").glob("model*.safetensors")))
-    assert saved
+    saved = {k: v for f in (tmp_path / "saved").glob("model*.safetensors") for k, v in load_file(f).items()}
+    stored = {k: v for f in (tmp_path / "twin").glob("*.safetensors") for k, v in load_file(f).items()}
+    assert saved.keys() == stored.keys()
+    assert all(torch.equal(saved[key].bfloat16(), stored[key].bfloat16()) for key in stored)
 
 
 def test_types_without_kernels_become_int8(plain, tmp_path, caplog):

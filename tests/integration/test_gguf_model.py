@@ -17,9 +17,11 @@ from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations import gguf_model
 from kt_sft.integrations.converting import open_source
 from kt_sft.integrations.gguf_tokenizer import read_tokenizer
+from kt_sft.models.spec import iter_routed_experts
 from scripts.demo.tiny_moe.gguf_source import find_gguf
 from scripts.demo.tiny_moe.tokenizer import build_tokenizer
 from tests.helpers import gguf_files, gguf_models, tiny_models
+from tests.helpers.tolerance import rel_l2
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +66,27 @@ def test_directory_is_made_once_and_again_for_a_changed_file(tmp_path, cache, mo
 def test_trains_with_quantised_experts(tmp_path):
     plain = tiny_models.build("deepseek_v2", tmp_path / "plain", hidden_size=64, moe_intermediate_size=32)
     file = gguf_models.write_model(plain, tmp_path / "model.gguf", kind="Q8_0")
-    model = kt_sft.load_model(file, KTConfig(method="INT8"))
+    model = kt_sft.load_model(file, KTConfig(method="INT8"), dtype=torch.float32)
+    stock = tiny_models.load_stock(plain)
+    parameters = dict(stock.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" not in name.split("."):
+                parameters[name].copy_(parameter)
+        for name, experts in iter_routed_experts(model):
+            parts = [experts.unpack_expert(index) for index in range(experts.num_experts)]
+            for index, (gate, up, down) in enumerate(parts):
+                parameters[f"{name}.gate_up_proj"][index] = torch.cat([gate, up])
+                parameters[f"{name}.down_proj"][index] = down
     ids = tiny_models.token_ids()
-    model(ids, labels=ids).loss.backward()
+    losses = [m(ids, labels=ids).loss for m in (model, stock)]
+    for loss in losses:
+        loss.backward()
+    assert abs(losses[0] - losses[1]) <= 2**-7 * losses[1]
+    trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert "model.embed_tokens.weight" in trained and len(trained) > 15
+    for name, gradient in trained.items():
+        assert rel_l2(gradient, parameters[name].grad) <= 0.03, name
 
 
 def contents(file):

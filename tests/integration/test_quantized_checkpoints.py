@@ -75,10 +75,11 @@ def test_saved_model_is_plain_bf16(checkpoints, tmp_path):
     kt_sft.load_model(quantized, KTConfig(method="INT4")).save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     saved = {k: v for f in (tmp_path / "saved").glob("*.safetensors") for k, v in load_file(f).items()}
-    for file in twin.glob("*.safetensors"):
-        for key, value in load_file(file).items():
-            if ".layers.3." not in key:  # the prediction layer is not part of the model
-                assert torch.equal(saved[key], value), key
+    stored = {k: v for f in twin.glob("*.safetensors") for k, v in load_file(f).items()}
+    in_model = [key for key in stored if ".layers.3." not in key]  # the prediction layer is no part of it
+    assert saved.keys() == set(in_model)
+    for key in in_model:
+        assert torch.equal(saved[key], stored[key]), key
 
 
 def test_experts_from_an_fp8_weight_path(checkpoints):
@@ -202,9 +203,10 @@ def test_rawint4_holds_the_stored_numbers(int4, tmp_path):
                 assert torch.equal(mine, stored)
     ours.save_pretrained(tmp_path / "saved")
     saved = {k: v for f in (tmp_path / "saved").glob("*.safetensors") for k, v in load_file(f).items()}
-    for file in twin.glob("*.safetensors"):
-        for key, value in load_file(file).items():
-            assert torch.equal(saved[key], value), key
+    stored = {k: v for f in twin.glob("*.safetensors") for k, v in load_file(f).items()}
+    assert saved.keys() == stored.keys()
+    for key, value in stored.items():
+        assert torch.equal(saved[key], value), key
 
 
 def exact_matrices(experts, index):

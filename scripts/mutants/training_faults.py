@@ -1,0 +1,417 @@
+"""Faults of a training run: PEFT's wrappers bound to the kernels, gradients, LLaMA-Factory's hook."""
+
+from __future__ import annotations
+
+from scripts.mutants.fault import Fault
+
+_ACTIVE = "tests/integration/test_peft_active.py::"
+_OPERANDS = "tests/numerics/test_expert_operands.py::"
+_TRUTH = "tests/integration/test_llamafactory_truth.py::"
+_PEFT = "tests/integration/test_peft.py::"
+_TARGETS = "tests/integration/test_peft_targets.py::"
+_FORMATS = "tests/integration/test_formats.py::"
+_PARITY = "tests/integration/test_parity.py::test_logits_and_all_gradients_match_plain_peft"
+_LAYER = "tests/numerics/test_routed_experts.py::"
+_GRADIENTS = "tests/numerics/test_moe_gradients.py::"
+_PROPERTIES = "tests/numerics/test_moe_properties.py::"
+_ARGS = "tests/integration/test_llamafactory_args.py::"
+_RUNS = "tests/integration/test_llamafactory.py::"
+_HOOK = "tests/integration/test_llamafactory_hook.py::"
+_SMALL_DELTA = f"{_FORMATS}test_small_delta_survives_merging_into_rounded_weights[INT8-0.06]"
+_PEFT_MERGE = f"{_PEFT}test_merged_experts_are_base_plus_delta_rounded_once[qwen3_moe]"
+
+_BINDING = "kt_sft/integrations/peft/binding.py"
+_EXPERT_LORA = "kt_sft/nn/expert_lora.py"
+_EXPERTS = "kt_sft/nn/routed_experts.py"
+_OPS = "kt_sft/ops/moe.py"
+_HOOK_FILE = "kt_sft/integrations/llamafactory/hook.py"
+
+FAULTS = (
+    # --- PEFT's wrappers and the kernels
+    Fault(
+        "PEFT's scaling is ignored",
+        _BINDING,
+        "return float(self.wrapper.scaling[self.adapter])",
+        "return 1.0",
+        (f"{_PEFT}test_scale_and_rank_are_pefts_own",),
+    ),
+    Fault(
+        "disable_adapter leaves expert LoRA on",
+        _BINDING,
+        "if wrapper.disable_adapters or wrapper.merged or",
+        "if wrapper.merged or",
+        (f"{_PEFT}test_disabled_adapter_is_the_base_model_exactly",),
+    ),
+    Fault(
+        "a merged adapter is applied twice",
+        _BINDING,
+        "if wrapper.disable_adapters or wrapper.merged or",
+        "if wrapper.disable_adapters or",
+        (f"{_PEFT}test_merged_adapter_cannot_be_taken_out_again",),
+    ),
+    Fault(
+        "an adapter that is not active computes",
+        _BINDING,
+        " or self.adapter not in wrapper.active_adapters:",
+        ":",
+        (f"{_ACTIVE}test_adapter_that_is_not_active_does_nothing",),
+    ),
+    Fault(
+        "merging into the model drops the delta of down",
+        _BINDING,
+        'if "down_proj" in self.deltas:',
+        "if False:",
+        (_SMALL_DELTA,),
+    ),
+    Fault(
+        "merging into the model drops the delta of gate and up",
+        _BINDING,
+        'if "gate_up_proj" in self.deltas:',
+        "if False:",
+        (_SMALL_DELTA,),
+    ),
+    Fault(
+        "merging into the model exchanges gate and up",
+        _BINDING,
+        "gate_delta, up_delta = self.deltas",
+        "up_delta, gate_delta = self.deltas",
+        (_PEFT_MERGE,),
+    ),
+    Fault(
+        "merging into the model forgets the scale",
+        _BINDING,
+        "return self.scaling * (self.b[index].T",
+        "return (self.b[index].T",
+        (_PEFT_MERGE,),
+    ),
+    Fault(
+        "merging into the model adds expert 0's down to all",
+        _BINDING,
+        'self.deltas["down_proj"].of(self.index)',
+        'self.deltas["down_proj"].of(0)',
+        (_PEFT_MERGE,),
+    ),
+    Fault(
+        "a delta is rounded before it is added",
+        _BINDING,
+        "down = (down.float() + self",
+        "down = (down + self",
+        (_PEFT_MERGE,),
+        reason="the same: torch adds bf16 and f32 in f32",
+    ),
+    Fault(
+        "a merge rounds twice: into rounded weights",
+        _BINDING,
+        "return origin\n",
+        "return lambda: experts.unpack_expert(index)\n",
+        (_SMALL_DELTA,),
+    ),
+    Fault(
+        "safe_merge lets an expert through that is partly finite",
+        _BINDING,
+        "if not all(part.isfinite().all()",
+        "if not any(part.isfinite().all()",
+        (f"{_PEFT}test_safe_merge_of_a_broken_adapter_changes_nothing",),
+    ),
+    Fault(
+        "factors that PEFT has replaced are not seen",
+        _BINDING,
+        "if _is_stale(self, experts.lora):",
+        "if False:",
+        (f"{_PEFT}test_weights_loaded_into_a_running_model_are_used",),
+    ),
+    Fault(
+        "linear layers train without dropout",
+        _BINDING,
+        "nn.Dropout(dropout).train(",
+        "nn.Dropout(0.0).train(",
+        (f"{_PEFT}test_linear_layers_keep_the_users_dropout",),
+    ),
+    Fault(
+        "placeholders stay parameters, which DDP would broadcast",
+        _BINDING,
+        "    hide_placeholders(peft_model)\n",
+        "",
+        (f"{_PEFT}test_parameter_counts_are_those_of_plain_peft[qwen3_moe]",),
+    ),
+    Fault(
+        "DDP leaves the gradients of expert LoRA to each process",
+        _BINDING,
+        "    hide_placeholders(peft_model)\n",
+        "    hide_placeholders(peft_model)\n"
+        "    mine = [name for name, _ in peft_model.named_parameters() if '.experts.' in name]\n"
+        "    peft_model._ddp_params_and_buffers_to_ignore = mine\n",
+        (f"{_TRUTH}test_two_processes_train_as_one_that_accumulates",),
+    ),
+    Fault(
+        "experts train without dropout",
+        "kt_sft/integrations/peft/api.py",
+        "return bind_expert_lora(peft_model, dropout=dropout)",
+        "return bind_expert_lora(peft_model)",
+        (f"{_PEFT}test_dropout_equals_a_reference_with_the_same_mask",),
+    ),
+    Fault(
+        "the dropout is not written beside the adapter",
+        "kt_sft/integrations/peft/targets.py",
+        'beside["lora_dropout"] = self.adapter_dropout',
+        "pass",
+        (f"{_PEFT}test_saved_adapter_gives_equal_logits_in_plain_peft[qwen3_moe-0.1]",),
+    ),
+    Fault(
+        "a router that is named is trained",
+        "kt_sft/integrations/peft/targets.py",
+        'if _is_matched(config, name)], what="router")',
+        'if False], what="router")',
+        (f"{_TARGETS}test_router_named_outright_stays_frozen",),
+    ),
+    Fault(
+        "all-linear leaves the experts frozen",
+        "kt_sft/integrations/peft/targets.py",
+        "expert_lora is None and shorthand",
+        "False",
+        (f"{_TARGETS}test_all_reaches_the_experts_and_never_the_router",),
+    ),
+    Fault(
+        "DoRA on experts is computed as LoRA",
+        "kt_sft/integrations/peft/targets.py",
+        'for option in ("use_dora", ',
+        "for option in (",
+        (f"{_TARGETS}test_refusals_are_one_line_and_come_first",),
+    ),
+    # --- the experts module and its factors
+    Fault(
+        "down is scaled as gate and up are",
+        _EXPERT_LORA,
+        "self.down.scaling() if self.down is not None else 0.0",
+        "gate_up",
+        (f"{_PEFT}test_scale_and_rank_are_pefts_own",),
+    ),
+    Fault(
+        "factors that were written are not read again",
+        _EXPERT_LORA,
+        "(p.data_ptr(), p._version, sample)",
+        "(p.data_ptr(),)",
+        (f"{_LAYER}test_inference_sees_parameters_that_were_written",),
+    ),
+    Fault(
+        "a hand-written step after backward is not seen",
+        _EXPERT_LORA,
+        "self._last, self._projections = _NO_OPERANDS, None",
+        "pass",
+        (f"{_OPERANDS}test_steps_between_the_sampled_values_are_seen_after_backward",),
+    ),
+    Fault(
+        "dropout stays on in eval mode",
+        _EXPERTS,
+        "if self.training and self.lora.dropout > 0.0:",
+        "if self.lora.dropout > 0.0:",
+        (f"{_PEFT}test_dropout_is_seeded_and_off_in_eval",),
+    ),
+    Fault(
+        "dropout masks repeat at every step",
+        _EXPERTS,
+        'int(torch.randint(0, 2**62, (), device="cpu").item())',
+        "1",
+        (f"{_PEFT}test_dropout_is_seeded_and_off_in_eval",),
+    ),
+    Fault(
+        "training takes int8 activations",
+        _EXPERTS,
+        "(self.training or torch.is_grad_enabled())",
+        "False",
+        (f"{_FORMATS}test_auto_activations_are_int8_in_inference_only",),
+    ),
+    Fault(
+        "changed biases are not read again",
+        _EXPERTS,
+        "self._biases is None or self._biases[0] != looks",
+        "self._biases is None",
+        (f"{_LAYER}test_biases_in_a_state_dict_take_effect_or_name_their_size",),
+    ),
+    # --- gradients
+    Fault(
+        "the router gets no gradient",
+        _OPS,
+        "dweights.to(*ctx.weights_like) if needs_weights else None",
+        "None",
+        (f"{_LAYER}test_gradient_of_routing_weights_alone", f"{_PARITY}[qwen3_moe-scalar]"),
+    ),
+    Fault(
+        "nothing flows back to the hidden states",
+        _OPS,
+        "dx.to(*ctx.x_like) if needs_x else None",
+        "None",
+        (f"{_GRADIENTS}test_any_rank",),
+    ),
+    Fault(
+        "the scale of LoRA is 1",
+        _OPS,
+        "(a, b, scale) for (a, b), scale in",
+        "(a, b, 1.0) for (a, b), scale in",
+        (f"{_PEFT}test_scale_and_rank_are_pefts_own",),
+    ),
+    Fault(
+        "gradients of the factors are rounded to bf16",
+        _OPS,
+        "grad.to(spec[0], spec[1])",
+        "grad.to(spec[0], torch.bfloat16).to(spec[1])",
+        (f"{_OPERANDS}test_gradients_of_f32_parameters_keep_their_bits",),
+    ),
+    Fault(
+        "the last expert gets no gradient",
+        _OPS,
+        "        if call.after_backward is not None:\n",
+        "        [grad[-1].zero_() for grad in dlora if grad is not None]\n"
+        "        if call.after_backward is not None:\n",
+        (f"{_GRADIENTS}test_any_rank",),
+    ),
+    Fault(
+        "lora_b's gradient is not scaled",
+        _OPS,
+        "        if call.after_backward is not None:\n",
+        "        [grad.div_(lora[2][2]) for grad in dlora[5:] if grad is not None]\n"
+        "        if call.after_backward is not None:\n",
+        (f"{_GRADIENTS}test_any_rank",),
+    ),
+    Fault(
+        "gate and up exchange halves of the shared factor b",
+        _OPS,
+        "(gate_a, gate_b[..., :inter]), (gate_a, gate_b[..., inter:])",
+        "(gate_a, gate_b[..., inter:]), (gate_a, gate_b[..., :inter])",
+        (f"{_PARITY}[qwen3_moe-scalar]",),
+    ),
+    Fault(
+        "backward does not know the biases",
+        _OPS,
+        '"bias": self.bias,',
+        '"bias": None,',
+        (f"{_GRADIENTS}test_biases",),
+    ),
+    Fault(
+        "the setting of activations does not reach the kernels",
+        _OPS,
+        '"rows": self.rows,',
+        '"rows": "bf16",',
+        (f"{_FORMATS}test_int8_activations_reach_the_kernels_and_inference_equals_forward",),
+    ),
+    Fault(
+        "masks of dropout do not depend on the seed",
+        _OPS,
+        '"dropout_seed": self.seed,',
+        '"dropout_seed": 1,',
+        (f"{_PEFT}test_dropout_equals_a_reference_with_the_same_mask",),
+    ),
+    # --- LLaMA-Factory
+    Fault(
+        "LLaMA-Factory wraps our model with PEFT's own function",
+        _HOOK_FILE,
+        "adapter.get_peft_model = adapters.get_peft_model",
+        "pass",
+        (f"{_HOOK}test_names_that_loading_uses_are_ours",),
+    ),
+    Fault(
+        "LLaMA-Factory loads adapters with PEFT's own class",
+        _HOOK_FILE,
+        "adapter.PeftModel = adapters.PeftModelLoader",
+        "pass",
+        (f"{_HOOK}test_names_that_loading_uses_are_ours",),
+    ),
+    Fault(
+        "lora_target all of LLaMA-Factory trains the router",
+        _HOOK_FILE,
+        "return adapters.without_routers(model, stock_find(model, freeze_vision_tower))",
+        "return stock_find(model, freeze_vision_tower)",
+        (f"{_HOOK}test_all_is_every_linear_layer_but_the_router",),
+    ),
+    Fault(
+        "names that routers alone bear stay in the target",
+        "kt_sft/integrations/llamafactory/adapters.py",
+        "[name for name in module_names if name in others]",
+        "module_names",
+        (f"{_HOOK}test_all_is_every_linear_layer_but_the_router",),
+    ),
+    Fault(
+        "use_kt runs stock code",
+        _HOOK_FILE,
+        "model_args.use_kt, model_args.kt_active = False, True",
+        "model_args.use_kt, model_args.kt_active = False, False",
+        (f"{_ARGS}test_good_configuration_switches_the_flags",),
+    ),
+    Fault(
+        "unknown keys are accepted",
+        _HOOK_FILE,
+        "            args.check_known(",
+        "            (lambda *_: None)(",
+        (f"{_ARGS}test_refusal_is_one_line_with_the_names[unknown-words0]",),
+    ),
+    Fault(
+        "ZeRO-3 is not refused before the deepspeed package is asked for",
+        _HOOK_FILE,
+        "if args.asks_for_zero3(values):",
+        "if False:",
+        (f"{_ARGS}test_refusal_is_one_line_with_the_names",),
+    ),
+    Fault(
+        "a configuration that cannot work is accepted",
+        _HOOK_FILE,
+        "    args.check(*groups)\n",
+        "",
+        (f"{_ARGS}test_refusal_is_one_line_with_the_names",),
+    ),
+    Fault(
+        "files are looked at after the data set is made",
+        _HOOK_FILE,
+        "    check_inputs(model_args)\n",
+        "",
+        (f"{_ARGS}test_refusal_is_one_line_with_the_names",),
+    ),
+    Fault(
+        "an error of ours ends with status 1",
+        _HOOK_FILE,
+        "raise SystemExit(2)",
+        "raise SystemExit(1)",
+        (f"{_ARGS}test_command_ends_with_one_line_and_status_2",),
+    ),
+    Fault(
+        "several GPUs train by nn.DataParallel",
+        _HOOK_FILE,
+        "training_args._n_gpu = 1",
+        "pass",
+        (f"{_RUNS}test_several_gpus_without_torchrun_are_one",),
+    ),
+    Fault(
+        "device_map auto reaches the loader",
+        _HOOK_FILE,
+        'device_map = init_kwargs.pop("device_map", None)',
+        'device_map = init_kwargs.get("device_map", None)',
+        (f"{_RUNS}test_model_is_placed_on_one_device",),
+    ),
+    Fault(
+        "kt_expert_lora false is overruled by the target",
+        "kt_sft/integrations/llamafactory/args.py",
+        "return True if config.expert_lora is None and list(lora_target)",
+        "return True if list(lora_target)",
+        (f"{_ARGS}test_expert_lora_follows_the_target_unless_set",),
+    ),
+    Fault(
+        "chat merges the adapter",
+        "kt_sft/integrations/llamafactory/adapters.py",
+        "    model_args.use_kt = True\n",
+        "",
+        (f"{_HOOK}test_adapters_are_merged_for_export_and_below_a_new_one_only",),
+    ),
+    Fault(
+        "a new adapter is made beside an old one that is not merged",
+        "kt_sft/integrations/llamafactory/adapters.py",
+        " or (is_trainable and finetuning_args.create_new_adapter)",
+        "",
+        (f"{_HOOK}test_adapters_are_merged_for_export_and_below_a_new_one_only",),
+    ),
+    Fault(
+        "the log counts no experts",
+        "kt_sft/integrations/llamafactory/adapters.py",
+        "return kt_peft.count_parameters(model) if",
+        "return stock(model) if",
+        (f"{_HOOK}test_names_that_loading_uses_are_ours",),
+    ),
+)
