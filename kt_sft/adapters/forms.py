@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.adapters import fused, gguf, peft_config, per_expert
+from kt_sft.adapters.kinds import FORMS, check_form
 from kt_sft.adapters.model import Adapter, BaseModel
 from kt_sft.adapters.tensor_file import CONFIG_NAME, WEIGHTS_NAME, TensorFile, write_tensors
 from kt_sft.errors import ConfigError, FormatError, OutputError, nearest
 from kt_sft.formats import gguf_writer
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 
-FORMS = ("peft-0.18", "peft-0.19", "vllm", "sglang", "gguf")
 _FUSED = re.compile(r".+\.experts(\.base_layer)*\.lora_[AB]\.weight")
 _COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "chat_template")
 
@@ -91,8 +91,11 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel) -> Adapter:
     if not is_per_expert(tensors):
         config = _with_parameters(config, tensors, base)
     opened = (per_expert if is_per_expert(tensors) else fused).read(source, tensors, config, base)
-    if not opened.ranks and not opened.whole:
+    if not opened.ranks and not opened.whole and not opened.extras:
         raise FormatError(tensors.path, "tensors", expected="LoRA pairs", found="none")
+    if config.get("use_dora") and opened.experts:
+        found, remedy = f"LoRA on {opened.experts[0]}", "train the experts without DoRA"
+        raise FormatError(source, "use_dora", expected="an adapter without expert LoRA", found=found, remedy=remedy)
     return replace(opened, beside=beside)
 
 
@@ -124,6 +127,7 @@ def convert(adapter: Adapter, form: str, output: str | os.PathLike[str]) -> Path
         target = target / f"{adapter.source.stem or 'adapter'}{SUFFIX}"
     if target.resolve() == adapter.source.resolve():
         raise ConfigError(f"output: {target} is the adapter that is read; choose another path")
+    check_form(adapter, form)
     with staged(target, is_file=form == "gguf") as staging:
         if form == "gguf":
             metadata, plan, pieces = gguf.write(adapter)

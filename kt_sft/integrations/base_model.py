@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations import gguf_model, placing
 from kt_sft.integrations.model_files import find_config_file, read_config_file
 from kt_sft.models.expert_keys import KeyMap, LayerSource
-from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
+from kt_sft.models.spec import ExpertsSpec, find_experts, find_routers, iter_routed_experts
+from kt_sft.nn.packed_linear import PackedLinear
 
 
 def find_base_model(
@@ -74,12 +76,20 @@ def describe(model: nn.Module, path: str | None = None) -> BaseModel:
     config: PreTrainedConfig = model.config
     specs = {name: experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
     linears = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if _is_linear(m, name, specs)}
+    bare = {name: shape for name, shape in _bare(model, linears, specs)}
+    routers = find_routers(model, {name: spec.num_experts for name, spec in specs.items()})
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "_name_or_path", None) or None
     layers = hub_layers(model, specs)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
-    return BaseModel(name, config.model_type, values, specs, layers, linears, _hub_names(model, linears), shapes)
+    matrices = linears | {name.removesuffix(".weight"): shape for name, shape in bare.items()}
+    return BaseModel(
+        name, config.model_type, values, specs, layers, linears, _hub_names(model, matrices), shapes, bare,
+        frozenset(routers) & linears.keys(), tied,
+    )  # fmt: skip
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:
@@ -110,11 +120,31 @@ def expert_shapes(
 
 
 def _is_linear(module: nn.Module, name: str, specs: dict[str, ExpertsSpec]) -> bool:
+    """Whether a module multiplies by a weight and gives the product, so that PEFT adds to its output.
+
+    Routers of some families (Llama 4, Phi-3.5-MoE) are Linear layers with a forward of their own.
+    """
     return (
         hasattr(module, "out_features")
         and hasattr(module, "in_features")
+        and (not isinstance(module, nn.Linear) or isinstance(module, PackedLinear) or _is_plain(module))
         and not any(name.startswith(f"{experts}.") for experts in specs)
     )
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    return type(module).forward is nn.Linear.forward
+
+
+def _bare(
+    model: nn.Module, linears: dict[str, tuple[int, int]], specs: dict[str, ExpertsSpec]
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Matrices named `weight` of other modules, which PEFT reaches through `target_parameters`."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        is_of_experts = any(f"{name}.".startswith(f"{experts}.") for experts in specs)
+        if weight is not None and weight.dim() == 2 and name not in linears and not is_of_experts:
+            yield f"{name}.weight", tuple(weight.shape)
 
 
 def _hub_names(model: Any, linears: dict[str, tuple[int, int]]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 from torch import nn
 
 from kt_sft.adapters.forms import adapter_file, is_fused, is_per_expert, open_adapter, write_directory
+from kt_sft.adapters.model import BaseModel
 from kt_sft.adapters.tensor_file import TensorFile
 from kt_sft.errors import FormatError
 from kt_sft.integrations.base_model import describe
@@ -93,11 +94,24 @@ def has_other_form(model: nn.Module, source: Path) -> bool:
     names = TensorFile(source)
     if is_per_expert(names) or (is_fused(names) and not config.target_parameters):
         return True
+    if _names_others(describe(model), config, names):
+        return True
     experts = dict(iter_routed_experts(model))
     expected = _expected_expert_tensors(config, experts)
     shapes = {f"{PREFIX}{name}": names.shape(name) for name in names}
     found = [(shapes.get(key), ours, other) for key, (ours, other) in expected.items()]
     return any(shape != ours for shape, ours, _ in found) and all(shape == other for shape, _, other in found)
+
+
+def _names_others(base: BaseModel, config: ExpertLoraConfig, names: TensorFile) -> bool:
+    """Whether pairs are stored under names that PEFT cannot wrap: those of checkpoints, or of routers that are no
+    Linear layers any more, as adapters of transformers 4 have them.
+    """
+    stems = {name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
+    parameters = [f"{stem}.weight" for stem in stems if f"{stem}.weight" in base.bare]
+    entries = config.target_parameters or []
+    unnamed = [p for p in parameters if not any(p == entry or p.endswith(f".{entry}") for entry in entries)]
+    return bool(unnamed) or bool(stems & set(base.hub_names.values()))
 
 
 def read_adapter_config(folder: Path) -> ExpertLoraConfig:

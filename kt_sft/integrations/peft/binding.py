@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from kt_sft.errors import ConfigError
+from kt_sft.integrations.peft.outside import bind_outside
 from kt_sft.integrations.peft.targets import PROJECTIONS, expert_targets
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
@@ -111,6 +112,7 @@ def bind_expert_lora(peft_model: PeftModel, *, dropout: float = 0.0) -> PeftMode
             for wrapper in _chain(outermost):
                 wrapper.__class__ = ExpertParamWrapper
             experts.lora = _expert_lora(outermost, dropout)
+    bind_outside(peft_model)
     hide_placeholders(peft_model)
     peft_model.get_nb_trainable_parameters = types.MethodType(_get_nb_trainable_parameters, peft_model)
     tuner = peft_model.base_model
