@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,13 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kt_sft.adapters import fused, gguf, peft_config, per_expert
+from kt_sft.adapters import fused, gguf, ktransformers, layout, peft_config, per_expert
+from kt_sft.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_files, left_out
 from kt_sft.adapters.kinds import FORMS, check_form
 from kt_sft.adapters.model import Adapter, BaseModel
-from kt_sft.adapters.tensor_file import CONFIG_NAME, WEIGHTS_NAME, TensorFile, write_tensors
+from kt_sft.adapters.tensor_file import TensorFile, write_tensors
 from kt_sft.errors import ConfigError, FormatError, OutputError, nearest
 from kt_sft.formats import gguf_writer
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
+
+logger = logging.getLogger(__name__)
 
 _FUSED = re.compile(r".+\.experts(\.base_layer)*\.lora_[AB]\.weight")
 _COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "chat_template")
@@ -29,7 +33,7 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
     """The GGUF file or the directory that a path names: a directory that holds one GGUF file and no config means it.
 
     Raises:
-        FormatError: nothing there, or neither of both.
+        FormatError: nothing there, neither of both, or a GGUF file beside others with tensors.
     """
     path = Path(path)
     if path.is_file() and path.suffix == SUFFIX:
@@ -39,7 +43,10 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
         expected = f"a directory with {CONFIG_NAME}, or a {SUFFIX} file"
         raise FormatError(path, "adapter", expected=expected, found=found, remedy="check the path")
     files = sorted(path.glob(f"*{SUFFIX}"))
-    return files[0] if len(files) == 1 and not (path / CONFIG_NAME).is_file() else path
+    if len(files) != 1 or (path / CONFIG_NAME).is_file():
+        return path
+    check_files(path, (files[0].name,))
+    return files[0]
 
 
 def base_name(path: str | os.PathLike[str]) -> str | None:
@@ -69,16 +76,21 @@ def is_fused(names: Iterator[str] | list[str] | TensorFile) -> bool:
     return any(_FUSED.fullmatch(name) for name in names)
 
 
-def open_adapter(path: str | os.PathLike[str], base: BaseModel) -> Adapter:
-    """Open an adapter of any form; names and shapes are compared with the model.
+def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers_only: bool = False) -> Adapter:
+    """Open an adapter of any form; names and shapes are compared with the model, and every number is looked at.
 
+    Args:
+        reads_headers_only: leave the numbers alone.
     Raises:
-        FormatError: missing, damaged, incomplete, or made for another model.
+        FormatError: missing, damaged, incomplete, with NaN or infinity, or made for another model.
         UnsupportedModel: a GGUF adapter of a family that has no names there.
     """
     source = adapter_file(path)
     if source.is_file():
-        return gguf.read(source, base)
+        adapter = gguf.read(source, base)
+        if not reads_headers_only:
+            gguf.check_finite(source)
+        return adapter
     config = peft_config.read_config(source)
     beside = peft_config.read_side_file(source)
     there = beside.get("model_type")
@@ -87,16 +99,38 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel) -> Adapter:
             source, "trained on another model type", expected=base.model_type, found=there,
             remedy="name its own model with --base-model",
         )  # fmt: skip
-    tensors = TensorFile(source)
-    if not is_per_expert(tensors):
-        config = _with_parameters(config, tensors, base)
-    opened = (per_expert if is_per_expert(tensors) else fused).read(source, tensors, config, base)
+    tensors, experts = TensorFile(source), TensorFile.of_experts(source)
+    opened = _read(source, tensors, experts, config, beside, base)
     if not opened.ranks and not opened.whole and not opened.extras:
         raise FormatError(tensors.path, "tensors", expected="LoRA pairs", found="none")
+    for sentence in left_out(source):
+        logger.warning("%s: %s", source, sentence)
+    for file in (tensors, experts) if not reads_headers_only else ():
+        if file is not None:
+            file.check_finite()
     if config.get("use_dora") and opened.experts:
         found, remedy = f"LoRA on {opened.experts[0]}", "train the experts without DoRA"
         raise FormatError(source, "use_dora", expected="an adapter without expert LoRA", found=found, remedy=remedy)
     return replace(opened, beside=beside)
+
+
+def _read(
+    source: Path,
+    tensors: TensorFile,
+    experts: TensorFile | None,
+    config: dict[str, Any],
+    beside: dict[str, Any],
+    base: BaseModel,
+) -> Adapter:
+    """The adapter of a directory, by the reader of its form."""
+    if experts is not None:
+        if is_per_expert(tensors) or is_fused(tensors):
+            expected, found = f"LoRA of routed experts in one of {tensors.path.name} and it", "in both"
+            raise FormatError(experts.path, "routed experts", expected=expected, found=found)
+        return ktransformers.read(source, tensors, experts, config, base)
+    if is_per_expert(tensors):
+        return per_expert.read(source, tensors, config, base)
+    return fused.read(source, tensors, _with_parameters(config, tensors, base), beside, base)
 
 
 def _with_parameters(config: dict[str, Any], tensors: TensorFile, base: BaseModel) -> dict[str, Any]:
@@ -150,9 +184,13 @@ def write_directory(adapter: Adapter, form: str, folder: Path) -> None:
     for path in sorted(adapter.source.glob("*")) if adapter.source.is_dir() else ():
         if path.name.startswith(_COPIED) and path.is_file():
             shutil.copyfile(path, folder / path.name)
-    if form in fused.RELEASES:
-        beside = {"model_type": adapter.base.model_type, **adapter.beside}
-        (folder / peft_config.SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+    beside = {"model_type": adapter.base.model_type, **adapter.beside}
+    kept = {"lora_dropout": peft_config.dropout_of(adapter)} if config["target_parameters"] else {}
+    beside = {name: value for name, value in beside.items() if name not in ("lora_dropout", layout.MARK)} | kept
+    written = layout.of_release(config["peft_version"])
+    if config["target_parameters"]:
+        beside[layout.MARK] = written[0]
+    (folder / peft_config.SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

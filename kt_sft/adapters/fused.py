@@ -3,8 +3,7 @@
     <experts>(.base_layer).lora_A.weight  [experts * rank, x]   expert by expert
     <experts>(.base_layer).lora_B.weight  [y, rank * experts]   the expert varies fastest
 
-PEFT 0.19 has x = in and y = out. PEFT 0.18 reads a parameter `[experts, out, in]` as if it were `[experts, in, out]`:
-x = out, y = in, so that its lora_A is what makes the output. Transposed parameters (gpt-oss) are x = in in both.
+`layout` says which of x and y is `in` and which `out`.
 The wrapper of gate_up_proj lies inside that of down_proj, hence `.base_layer`.
 """
 
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kt_sft.adapters import peft_config
+from kt_sft.adapters import layout, peft_config
 from kt_sft.adapters.model import Adapter, BaseModel, Lora
 from kt_sft.adapters.plain import LinearReader, check_whole, linear_tensors, whole_tensors
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
@@ -36,11 +35,15 @@ class _Stored:
     scale: float
 
 
-def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: BaseModel) -> Adapter:
-    """Open an adapter of PEFT's layout, of either release.
+def read(
+    folder: Path, tensors: TensorFile, config: Mapping[str, Any], beside: Mapping[str, Any], base: BaseModel
+) -> Adapter:
+    """Open an adapter of PEFT's layout, of any release.
 
+    Args:
+        beside: values of kt_sft.json.
     Raises:
-        FormatError: tensors missing, of another shape, or of no target of the model.
+        FormatError: tensors missing, of another shape, of no target of the model, or in a layout that cannot be told.
     """
     stored: dict[str, _Stored] = {}
     ranks: dict[str, int] = {}
@@ -61,10 +64,10 @@ def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: Bas
     linear = LinearReader(tensors, config, base, known)
     whole = check_whole(tensors, linear.rest, base)
     widths = {name: _widths(tensors, entry, name, base) for name, entry in stored.items()}
-    swapped = _is_swapped(widths, base, config)
+    name_of_layout, swapped = layout.decide(widths, base.specs, base.model_type, config, beside, tensors.path)
     for name, found in widths.items():
-        out, into = _parameter_shape(name, base)
-        expected = (out, into) if swapped(name) else (into, out)
+        out, into = layout.matrix_shape(base.specs[name.rpartition(".")[0]], name)
+        expected = (out, into) if swapped[name] else (into, out)
         if found != expected:
             what = f"{stored[name].stem}A.weight and B.weight: widths"
             raise FormatError(tensors.path, what, expected=expected, found=found, remedy=_OTHER_MODEL)
@@ -74,11 +77,10 @@ def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: Bas
         for parameter in peft_config.PARAMETERS:
             name = f"{module}.{parameter}"
             if name in stored:
-                loras |= _unfused(tensors, stored[name], name, base, swapped(name))
+                loras |= _unfused(tensors, stored[name], name, base, swapped[name])
         return loras
 
-    straight = [name for name in widths if not base.specs[name.rpartition(".")[0]].is_transposed]
-    form = "peft-0.18" if not straight or swapped(straight[0]) else "peft-0.19"
+    form = "peft-0.19" if name_of_layout == layout.NEW else "peft-0.18"
     return Adapter(
         folder, form, base, config, ranks | linear.ranks, scales | linear.scales, linear, experts, whole=whole,
         extras=linear.extras,
@@ -90,13 +92,6 @@ _OTHER_MODEL = "the adapter belongs to another model; name its own with --base-m
 
 def _projections(parameter: str) -> tuple[str, ...]:
     return ("down",) if parameter.endswith(".down_proj") else ("gate", "up")
-
-
-def _parameter_shape(name: str, base: BaseModel) -> tuple[int, int]:
-    """`(out, in)` of one expert's fused matrix."""
-    module, _, parameter = name.rpartition(".")
-    spec = base.specs[module]
-    return (2 * spec.inter, spec.hidden) if parameter == "gate_up_proj" else (spec.hidden, spec.inter)
 
 
 def _widths(tensors: TensorFile, entry: _Stored, name: str, base: BaseModel) -> tuple[int, int]:
@@ -113,26 +108,6 @@ def _widths(tensors: TensorFile, entry: _Stored, name: str, base: BaseModel) -> 
             raise FormatError(tensors.path, f"tensor {key}", expected=expected, found=list(shape), remedy=_OTHER_MODEL)
         found.append(shape[1 - axis])
     return found[0], found[1]
-
-
-def _is_swapped(widths: Mapping[str, tuple[int, int]], base: BaseModel, config: Mapping[str, Any]):
-    """Which parameters have lora_A on the output's side; the widths tell it, or where they cannot the release."""
-    votes = set()
-    for name, found in widths.items():
-        out, into = _parameter_shape(name, base)
-        if out != into and not base.specs[name.rpartition(".")[0]].is_transposed:
-            votes.add(found == (out, into))
-    release = tuple(int(part) for part in str(config.get("peft_version") or "0.18").split(".")[:2] if part.isdecimal())
-    swaps = votes.pop() if len(votes) == 1 else release < (0, 19)
-
-    def swapped(name: str) -> bool:
-        out, into = _parameter_shape(name, base)
-        is_transposed = base.specs[name.rpartition(".")[0]].is_transposed
-        if is_transposed and out != into:
-            return widths[name] == (out, into)
-        return swaps and not is_transposed
-
-    return swapped
 
 
 def _unfused(tensors: TensorFile, entry: _Stored, name: str, base: BaseModel, swapped: bool) -> dict[str, Lora]:
@@ -206,7 +181,7 @@ def _tensors(
             fused["gate_up_proj"] = _fused_gate_up(loras, adapter.base, module)
         if "down" in loras:
             fused["down_proj"] = loras["down"]
-        swaps = form == "peft-0.18" and not spec.is_transposed
+        swaps = layout.exchanges(form, spec, adapter.base.model_type)
         for depth, parameter in enumerate(reversed(fused)):
             target = f"{module}.{parameter}"
             lora = fused[parameter].fitted(ranks[target], scales[target])

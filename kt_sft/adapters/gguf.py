@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import peft_config
 from kt_sft.adapters.model import Adapter, BaseModel, Lora
+from kt_sft.adapters.tensor_file import not_finite
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_encode import encode
@@ -87,6 +88,18 @@ def read(file: Path, base: BaseModel) -> Adapter:
     rank = max(ranks.values(), default=1)
     config: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "base_model_name_or_path": base.path}
     return Adapter(file, "gguf", base, config, ranks, scales, linear, experts)
+
+
+def check_finite(file: Path) -> None:
+    """Look at every number of a GGUF adapter.
+
+    Raises:
+        FormatError: names the first tensor with NaN or infinity.
+    """
+    index = GgufIndex.from_path(file)
+    bad = [name for name in index if not index.read(name).isfinite().all()]
+    if bad:
+        raise not_finite(file, bad[0], len(bad) - 1)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Any], list[PlannedGguf], Iterator[Iterator[Tensor]]]:

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kt_sft.adapters import layout
 from kt_sft.adapters.model import Adapter, BaseModel
 from kt_sft.adapters.tensor_file import CONFIG_NAME
 from kt_sft.errors import FormatError
 
 SIDE_FILE = "kt_sft.json"
+_WITHOUT = "restore the file or delete it (dropout is then 0)"
 PARAMETERS = ("gate_up_proj", "down_proj")
 # PEFT 0.19 takes target_modules that end so for the matrices of experts, dense and shared MLPs included; as
 # target_parameters they are left alone, and their tensors are the same.
@@ -33,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FormatError(folder, f"no {CONFIG_NAME} in it", remedy="name the directory that save_pretrained wrote")
-    values = _object(path)
+    values = read_object(path)
     if values.get("peft_type") != "LORA":
         raise FormatError(path, "peft_type", expected="LORA", found=values.get("peft_type"))
     for name in _UNSUPPORTED:
@@ -81,13 +83,30 @@ def read_side_file(folder: Path) -> dict[str, Any]:
     """Values of kt_sft.json; empty where there is none.
 
     Raises:
-        FormatError: no JSON object.
+        FormatError: no JSON object, or values that it cannot have.
     """
     path = folder / SIDE_FILE
-    return _object(path) if path.is_file() else {}
+    try:
+        values = read_object(path) if path.is_file() else {}
+        if not 0.0 <= float(values.get("lora_dropout", 0.0)) < 1.0:
+            raise ValueError("expected an object with 0 <= lora_dropout < 1")
+        if values.get(layout.MARK) not in (None, *layout.LAYOUTS):
+            raise ValueError(
+                f"{layout.MARK}: expected one of {', '.join(layout.LAYOUTS)}, found {values[layout.MARK]!r}"
+            )
+    except FormatError as error:
+        raise FormatError(path, "content", found=str(error), remedy=_WITHOUT) from None
+    except (ValueError, TypeError) as error:
+        raise FormatError(path, str(error), remedy=_WITHOUT) from None
+    return values
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Values of a JSON file.
+
+    Raises:
+        FormatError: no JSON object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -106,6 +125,16 @@ def scale_of(config: Mapping[str, Any], target: str, rank: int) -> float:
     """What PEFT multiplies b a with."""
     alpha = float(_by_pattern(config.get("alpha_pattern"), target, config["lora_alpha"]))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def has_pattern(patterns: Mapping[str, Any] | None, target: str) -> bool:
+    """Whether a rank_pattern or alpha_pattern has a key for a module or parameter."""
+    return any(re.match(_whole_name(pattern), target) for pattern in patterns or {})
+
+
+def dropout_of(adapter: Adapter) -> float:
+    """The dropout that an adapter was trained with, wherever its files keep it."""
+    return float(adapter.beside.get("lora_dropout", adapter.config.get("lora_dropout") or 0.0))
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, target: str, default: Any) -> Any:
@@ -150,8 +179,8 @@ def fused_config(adapter: Adapter, ranks: Mapping[str, int], scales: Mapping[str
     config["target_modules"] = _targets(adapter, [name for name in adapter.linears if name not in apart])
     config["target_modules"] += [name for name in ranks if f"{name}.weight" in adapter.base.bare]  # embeddings
     config["target_parameters"] = [*parameters, *(f"{name}.weight" for name in apart)] or None
-    if apart:
-        config["lora_dropout"] = 0.0  # which PEFT refuses for target_parameters
+    if config["target_parameters"]:
+        config["lora_dropout"] = 0.0  # PEFT refuses another with target_parameters; the user's lies beside it
     config["rank_pattern"] = _pattern(ranks, common_rank, adapter.base)
     config["alpha_pattern"] = _pattern({name: scales[name] * ranks[name] for name in ranks}, alpha, adapter.base)
     return config
@@ -169,11 +198,11 @@ def _frame(adapter: Adapter, rank: int, alpha: float, release: str) -> dict[str,
     }
     return {
         "task_type": "CAUSAL_LM",
-        "lora_dropout": 0.0,
-        "init_lora_weights": True,
         "modules_to_save": None,
         "bias": "none",
         **given,
+        "init_lora_weights": True,  # some other ways to begin cannot build the wrappers of experts
+        "lora_dropout": dropout_of(adapter),
         "peft_type": "LORA",
         "peft_version": release,
         "base_model_name_or_path": given.get("base_model_name_or_path") or adapter.base.path,

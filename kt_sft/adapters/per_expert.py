@@ -6,11 +6,13 @@
 Both name an expert's matrix as the checkpoint does (`mlp.experts.0.gate_proj`, Mixtral:
 `block_sparse_moe.experts.0.w1`), want every projection of every expert, and read one rank and one alpha for the whole
 adapter. SGLang copies factors into buffers of exactly that rank. Families whose checkpoints hold fused experts have no
-such names: for them vLLM reads the layout of PEFT 0.19.
+such names: for them vLLM reads the layout of PEFT 0.19. PEFT itself can leave experts out and give each a rank and an
+alpha of its own: such are read, and written as all experts at the highest rank.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +28,8 @@ from kt_sft.models.expert_keys import PROJECTIONS
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 _ALIASES = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",
     "gate": "gate", "up": "up", "down": "down",
@@ -34,10 +38,10 @@ PER_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)\.(?P<child>\w+)\.lora_
 
 
 def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: BaseModel) -> Adapter:
-    """Open an adapter with a pair per expert.
+    """Open an adapter with a pair per expert; experts that it leaves alone are zeros.
 
     Raises:
-        FormatError: an expert or half a pair is missing, a shape does not fit, or a name is not of the model.
+        FormatError: half a pair is missing, a shape does not fit, or a name is not of the model.
     """
     stems = _stems(tensors, base)
     known = {f"{stem}.lora_{role}.weight" for stem in stems.values() for role in "AB"}
@@ -45,27 +49,22 @@ def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: Bas
     ranks, scales = dict(linear.ranks), dict(linear.scales)
     for module, spec in base.specs.items():
         for projection in PROJECTIONS:
-            mine = [stems.get((module, projection, expert)) for expert in range(spec.num_experts)]
-            if not any(mine):
+            mine = [stems[module, projection, e] for e in range(spec.num_experts) if (module, projection, e) in stems]
+            if not mine:
                 continue
-            if None in mine:
-                what = f"{projection} of {module}"
-                found = f"{mine.count(None)} missing, first expert {mine.index(None)}"
-                raise FormatError(tensors.path, what, expected=f"{spec.num_experts} experts", found=found)
-            rank = _check_shapes(tensors, mine, base.expert_shape(module, projection))
-            ranks[f"{module}.{projection}"] = rank
-            scales[f"{module}.{projection}"] = peft_config.scale_of(config, mine[0] or "", rank)
+            found = [_check_pair(tensors, stem, config, base.expert_shape(module, projection)) for stem in mine]
+            target = f"{module}.{projection}"
+            ranks[target], scales[target] = max(found), peft_config.scale_of(config, mine[0], found[0])
+            if len(mine) < spec.num_experts:
+                logger.info("%s: %d of %d experts have LoRA", target, len(mine), spec.num_experts)
 
     def experts(module: str) -> dict[str, Lora]:
-        import torch
-
         found: dict[str, Lora] = {}
         for projection in PROJECTIONS:
-            if f"{module}.{projection}" not in ranks:
-                continue
-            mine = [stems[module, projection, expert] for expert in range(base.specs[module].num_experts)]
-            a, b = (torch.stack([tensors.read(f"{stem}.lora_{role}.weight") for stem in mine]) for role in "AB")
-            found[projection] = Lora(a, b, scales[f"{module}.{projection}"])
+            target = f"{module}.{projection}"
+            if target in ranks:
+                mine = [stems.get((module, projection, e)) for e in range(base.specs[module].num_experts)]
+                found[projection] = _stacked(tensors, mine, config, ranks[target], scales[target])
         return found
 
     whole = check_whole(tensors, linear.rest, base)
@@ -98,22 +97,39 @@ def _stems(tensors: TensorFile, base: BaseModel) -> dict[tuple[str, str, int], s
     return found
 
 
-def _check_shapes(tensors: TensorFile, stems: list[str | None], shape: tuple[int, int]) -> int:
-    """The rank that all experts have in common."""
+def _check_pair(tensors: TensorFile, stem: str, config: Mapping[str, Any], shape: tuple[int, int]) -> int:
+    """The rank of one expert's pair, which adapter_config.json says, too."""
     out, into = shape
-    rank = None
-    for stem in stems:
-        for role in "AB":
-            key = f"{stem}.lora_{role}.weight"
-            if key not in tensors:
-                raise FormatError(tensors.path, f"tensor {key}", expected="present", found="missing")
-            found = tensors.shape(key)
-            rank = found[0] if rank is None and len(found) == 2 else rank
-            expected = (rank, into) if role == "A" else (out, rank)
-            if found != expected:
-                raise FormatError(tensors.path, f"tensor {key}", expected=list(expected), found=list(found))
-    assert rank is not None
+    rank = peft_config.rank_of(config, stem)
+    for role, expected in (("A", (rank, into)), ("B", (out, rank))):
+        key = f"{stem}.lora_{role}.weight"
+        if key not in tensors:
+            raise FormatError(tensors.path, f"tensor {key}", expected="present", found="missing")
+        found = tensors.shape(key)
+        if found != expected:
+            raise FormatError(tensors.path, f"tensor {key}", expected=list(expected), found=list(found))
     return rank
+
+
+def _stacked(tensors: TensorFile, stems: list[str | None], config: Mapping[str, Any], rank: int, scale: float) -> Lora:
+    """All experts at one rank and one scale: padded with zeros, the difference of scales in b."""
+    import torch
+
+    pairs: list[tuple[Tensor, Tensor] | None] = []
+    for stem in stems:
+        if stem is None:
+            pairs.append(None)
+            continue
+        a, b = (tensors.read(f"{stem}.lora_{role}.weight") for role in "AB")
+        own = peft_config.rank_of(config, stem)
+        one = Lora(a, b, peft_config.scale_of(config, stem, own)).fitted(rank, scale)
+        pairs.append((one.a, one.b))
+    some = next(pair for pair in pairs if pair is not None)
+    zeros = (torch.zeros_like(some[0]), torch.zeros_like(some[1]))
+    dtypes = [[pair[i].dtype for pair in pairs if pair is not None] for i in (0, 1)]
+    common = [torch.float32 if len(set(found)) > 1 else found[0] for found in dtypes]
+    a, b = (torch.stack([(pair or zeros)[i].to(common[i]) for pair in pairs]) for i in (0, 1))
+    return Lora(a, b, scale)
 
 
 def write(adapter: Adapter, form: str) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import gguf, peft_config
+from kt_sft.adapters.folder import left_out
 from kt_sft.adapters.forms import is_per_expert
 from kt_sft.adapters.model import Adapter, Lora
 from kt_sft.adapters.tensor_file import TensorFile
@@ -67,13 +68,16 @@ def begin_report(source: Path) -> Report:
         report.problems += _not_finite((name, index.read(name)) for name in index)
         return report
     config = peft_config.read_config(source)
-    tensors = TensorFile(source)
-    form = "per-expert" if is_per_expert(tensors) else "peft"
-    report = Report(str(source), form, config.get("base_model_name_or_path"), tensors=len(tensors))
-    report.peft_version, report.dtypes = config.get("peft_version"), sorted(tensors.dtypes())
-    report.size_bytes = tensors.path.stat().st_size
+    tensors, experts = TensorFile(source), TensorFile.of_experts(source)
+    files = [tensors] if experts is None else [tensors, experts]
+    form = "ktransformers" if experts is not None else "per-expert" if is_per_expert(tensors) else "peft"
+    report = Report(str(source), form, config.get("base_model_name_or_path"), tensors=sum(map(len, files)))
+    report.peft_version = config.get("peft_version")
+    report.dtypes = sorted(set().union(*(file.dtypes() for file in files)))
+    report.size_bytes = sum(file.path.stat().st_size for file in files if file.path.is_file())
     report.model_type = peft_config.read_side_file(source).get("model_type")
-    report.problems += _not_finite((name, tensors.read(name)) for name in tensors)
+    report.problems += _not_finite((name, file.read(name)) for file in files for name in file)
+    report.notes += left_out(source)
     return report
 
 

@@ -1,4 +1,5 @@
-"""The tensors of an adapter directory by name: adapter_model.safetensors, or adapter_model.bin of older releases."""
+"""The tensors of an adapter directory by name: adapter_model.safetensors, or adapter_model.bin of older releases, and
+KTransformers' file of the experts beside it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kt_sft.adapters.folder import CONFIG_NAME, EXPERTS_NAME, PICKLE_NAME, WEIGHTS_NAME, weights_file
 from kt_sft.errors import FormatError
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
@@ -14,9 +16,8 @@ from kt_sft.formats.safetensors_writer import PlannedTensor, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
+__all__ = ["CONFIG_NAME", "EXPERTS_NAME", "PICKLE_NAME", "PREFIX", "WEIGHTS_NAME", "TensorFile", "write_tensors"]
+
 PREFIX = "base_model.model."
 _DEFAULT = re.compile(r"\.lora_([AB])\.default\.")
 
@@ -24,26 +25,33 @@ _DEFAULT = re.compile(r"\.lora_([AB])\.default\.")
 class TensorFile:
     """Names without PEFT's prefix, shapes from the header, tensors on demand.
 
+    Args:
+        name: of the file; None: PEFT's, whichever is there. Without one, beside KTransformers' file, there are none.
     Raises:
-        FormatError: no such file, or a damaged one.
+        FormatError: no such file, a damaged one, or others with tensors that are not read.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / WEIGHTS_NAME
+    def __init__(self, folder: Path, name: str | None = None):
+        file = weights_file(folder) if name is None else folder / name
+        self.path = file or folder / WEIGHTS_NAME
         self._index: SafetensorsIndex | None = None
         self._tensors: dict[str, Tensor] = {}
         self._keys: dict[str, str] = {}
-        if self.path.is_file():
-            self._index = SafetensorsIndex.from_files([self.path])
-            keys = list(self._index)
-        elif (folder / PICKLE_NAME).is_file():
-            self.path = folder / PICKLE_NAME
-            self._tensors = _unpickle(self.path)
-            keys = list(self._tensors)
+        if self.path.suffix == ".safetensors":
+            self._index = SafetensorsIndex.from_files([file]) if file else SafetensorsIndex({}, folder)
         else:
-            raise FormatError(folder, "no adapter weights", expected=WEIGHTS_NAME, found="none")
-        for key in keys:
-            self._keys[_DEFAULT.sub(r".lora_\1.", key.removeprefix(PREFIX))] = key
+            self._tensors = _unpickle(self.path)
+        for key in self._index if self._index is not None else self._tensors:
+            plain = _DEFAULT.sub(r".lora_\1.", key.removeprefix(PREFIX))
+            if plain in self._keys:
+                what, found = f"tensor {key}", f"{self._keys[plain]}, too, which means the same"
+                raise FormatError(self.path, what, expected="one of a name", found=found)
+            self._keys[plain] = key
+
+    @classmethod
+    def of_experts(cls, folder: Path) -> TensorFile | None:
+        """KTransformers' LoRA of the routed experts; None if there is none."""
+        return cls(folder, EXPERTS_NAME) if (folder / EXPERTS_NAME).is_file() else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -65,11 +73,28 @@ class TensorFile:
         tensor = self._index.read(key) if self._index is not None else self._tensors[key]
         return tensor.bfloat16() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
+    def check_finite(self) -> None:
+        """Look at every number.
+
+        Raises:
+            FormatError: names the first tensor with NaN or infinity.
+        """
+        bad = [name for name in self if not self.read(name).isfinite().all()]
+        if bad:
+            raise not_finite(self.path, self._keys[bad[0]], len(bad) - 1)
+
     def dtypes(self) -> set[str]:
         """Names of the element types."""
         if self._index is not None:
             return {self._index.info(key).dtype for key in self._index}
         return {str(tensor.dtype).removeprefix("torch.") for tensor in self._tensors.values()}
+
+
+def not_finite(path: Path, name: str, others: int = 0) -> FormatError:
+    """An adapter that would make every weight it touches NaN."""
+    more = f" (and in {others} more tensors)" if others else ""
+    remedy = "take an earlier checkpoint of the training"
+    return FormatError(path, f"tensor {name}", expected="finite numbers", found=f"NaN or infinity{more}", remedy=remedy)
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

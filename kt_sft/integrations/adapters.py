@@ -44,7 +44,7 @@ def inspect(path: str | os.PathLike[str], base_model: str | None = None, *, trus
         report.notes.append(f"names and shapes were not compared with the model: {error}")
         return report
     try:
-        complete_report(report, open_adapter(source, base))
+        complete_report(report, open_adapter(source, base, reads_headers_only=True))
     except KTError as error:
         report.problems.append(str(error))
     return report

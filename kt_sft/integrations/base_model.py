@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations import gguf_model, placing
 from kt_sft.integrations.model_files import find_config_file, read_config_file
 from kt_sft.models.expert_keys import KeyMap, LayerSource
-from kt_sft.models.spec import ExpertsSpec, find_experts, find_routers, iter_routed_experts
+from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
 from kt_sft.nn.packed_linear import PackedLinear
 
 
@@ -41,7 +42,9 @@ def find_base_model(
         try:
             find_config_file(name, {})
         except FormatError as error:
-            raise ConfigError(f"{adapter}: base model: {error}; name its directory with --base-model") from None
+            where = f"; looked for in {os.getcwd()}, in the directories above the adapter, and on the hub"
+            told = "" if os.path.isabs(name) or os.path.exists(name) else where
+            raise ConfigError(f"{adapter}: base model: {error}{told}; name its directory with --base-model") from None
     return describe(meta_model(name, trust_remote_code=trust_remote_code), str(name))
 
 
@@ -72,24 +75,39 @@ def meta_model(name: str | os.PathLike[str], *, trust_remote_code: bool = False)
 
 
 def describe(model: nn.Module, path: str | None = None) -> BaseModel:
-    """Of a model in memory (meta device is enough), with transformers' experts modules or ours, without an adapter."""
+    """Of a model in memory (meta device is enough), with transformers' experts modules or ours.
+
+    Wrappers of PEFT are looked through: the model below them is described.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     config: PreTrainedConfig = model.config
-    specs = {name: experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
-    linears = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if _is_linear(m, name, specs)}
-    bare = {name: shape for name, shape in _bare(model, linears, specs)}
-    routers = find_routers(model, {name: spec.num_experts for name, spec in specs.items()})
-    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    specs = {plain_name(name): experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
+    modules = {plain_name(name): m for name, m in model.named_modules() if _is_of_base(name)}
+    linears = {name: (m.out_features, m.in_features) for name, m in modules.items() if _is_linear(m, name, specs)}
+    bare = dict(_bare(modules, linears, specs))
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "_name_or_path", None) or None
     layers = hub_layers(model, specs)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    shapes = {plain_name(name): tuple(tensor.shape) for name, tensor in named if _is_of_base(name)}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
     matrices = linears | {name.removesuffix(".weight"): shape for name, shape in bare.items()}
     return BaseModel(
         name, config.model_type, values, specs, layers, linears, _hub_names(model, matrices), shapes, bare,
-        frozenset(routers) & linears.keys(), tied,
+        frozenset(_routers(modules, linears, specs)), _tied(model),
     )  # fmt: skip
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter in the model without PEFT's wrappers."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return name.replace(".original_module", "").replace(".token_adapter", "")
+
+
+def _is_of_base(name: str) -> bool:
+    """Whether a module, parameter or buffer is the model's and not PEFT's."""
+    return ".lora_" not in name and ".modules_to_save" not in name and ".trainable_tokens_" not in name
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:
@@ -137,14 +155,35 @@ def _is_plain(module: nn.Linear) -> bool:
 
 
 def _bare(
-    model: nn.Module, linears: dict[str, tuple[int, int]], specs: dict[str, ExpertsSpec]
+    modules: Mapping[str, nn.Module], linears: Mapping[str, tuple[int, int]], specs: Mapping[str, ExpertsSpec]
 ) -> Iterator[tuple[str, tuple[int, int]]]:
     """Matrices named `weight` of other modules, which PEFT reaches through `target_parameters`."""
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         weight = module._parameters.get("weight")
         is_of_experts = any(f"{name}.".startswith(f"{experts}.") for experts in specs)
         if weight is not None and weight.dim() == 2 and name not in linears and not is_of_experts:
             yield f"{name}.weight", tuple(weight.shape)
+
+
+def _routers(
+    modules: Mapping[str, nn.Module], linears: Mapping[str, tuple[int, int]], specs: Mapping[str, ExpertsSpec]
+) -> Iterator[str]:
+    """Linear layers that are routers, as `find_routers` finds them, below PEFT's wrappers as well."""
+    for experts, spec in specs.items():
+        block = experts.rpartition(".")[0]
+        for name, (out, _) in linears.items():
+            parent = name.rpartition(".")[0]
+            is_beside = parent == block or (
+                parent.rpartition(".")[0] == block and re.search("Router|Gate", type(modules[parent]).__name__)
+            )
+            if is_beside and out == spec.num_experts:
+                yield name
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """Parameters that the config makes one matrix, target -> source."""
+    found = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return {plain_name(target): plain_name(source) for target, source in found.items()}
 
 
 def _hub_names(model: Any, linears: dict[str, tuple[int, int]]) -> dict[str, str]:
@@ -157,8 +196,15 @@ def _hub_names(model: Any, linears: dict[str, tuple[int, int]]) -> dict[str, str
 
 
 def default_name(adapter_base: str | None, adapter: Path) -> str | None:
-    """The base model that an adapter names, looked for as it is and beside the adapter's own directory."""
-    if adapter_base is None or os.path.exists(adapter_base):
+    """The base model that an adapter names, as it is, or else from the nearest directory above the adapter.
+
+    A relative name is one of the directory in which the training ran; the adapter usually lies somewhere below it.
+    """
+    if adapter_base is None or os.path.isabs(adapter_base) or os.path.exists(adapter_base):
         return adapter_base
-    beside = adapter.parent / adapter_base
-    return str(beside) if beside.exists() else adapter_base
+    candidates = (folder / adapter_base for folder in adapter.absolute().parents)
+    return str(next((path for path in candidates if _is_model(path)), adapter_base))
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path.is_file() and gguf_model.is_gguf_model(path))

@@ -280,7 +280,8 @@ def _lora_of(path: str, values: dict[str, Any], model: nn.Module) -> tuple[dict[
     """
     hub = {"cache_dir": values.get("cache_dir")}
     base = describe(model)
-    adapter = open_adapter(local_adapter_dir(path, subfolder=values.get("adapter_folder"), **hub), base)
+    folder = local_adapter_dir(path, subfolder=values.get("adapter_folder"), **hub)
+    adapter = open_adapter(folder, base, reads_headers_only=True)
     elements = {name: adapter.ranks[name] * sum(base.linears[name]) for name in adapter.linears}
     highest = 0
     for name in adapter.experts:

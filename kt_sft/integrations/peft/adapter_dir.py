@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import PeftType
 from torch import nn
 
+from kt_sft.adapters import layout, peft_config
+from kt_sft.adapters.folder import CONFIG_NAME, EXPERTS_NAME, check_names, left_out
 from kt_sft.adapters.forms import adapter_file, is_fused, is_per_expert, open_adapter, write_directory
 from kt_sft.adapters.model import BaseModel
-from kt_sft.adapters.tensor_file import TensorFile
+from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
-from kt_sft.integrations.base_model import describe
-from kt_sft.integrations.peft.binding import PEFT_SWAPS_FACTORS
-from kt_sft.integrations.peft.targets import SIDE_FILE, ExpertLoraConfig, effective_rank, expert_targets
+from kt_sft.integrations.base_model import describe, plain_name
+from kt_sft.integrations.peft.targets import (
+    RUNNING_FORM,
+    SIDE_FILE,
+    ExpertLoraConfig,
+    effective_rank,
+    expert_targets,
+)
+from kt_sft.models.layout import ExpertsSpec
 from kt_sft.models.spec import iter_routed_experts
 
-PREFIX = "base_model.model."
-RUNNING_FORM = "peft-0.18" if PEFT_SWAPS_FACTORS else "peft-0.19"
+logger = logging.getLogger(__name__)
 
 
 def local_adapter_dir(adapter: str | Path, *, subfolder: str | None = None, **hub) -> Path:
@@ -40,14 +47,7 @@ def local_adapter_dir(adapter: str | Path, *, subfolder: str | None = None, **hu
         not root.exists() and len(root.parts) == 2 and not root.is_absolute() and root.parts[0] not in (".", "..")
     )
     if is_hub_name:
-        from huggingface_hub import snapshot_download
-
-        try:
-            patterns = ["*adapter_*", f"*{SIDE_FILE}"]
-            root = Path(snapshot_download(str(adapter), allow_patterns=patterns, **hub))
-        except Exception as exc:
-            missing = f"no such adapter directory, and not available from the hub ({type(exc).__name__})"
-            raise FormatError(adapter, missing, remedy="check the path") from exc
+        root = _downloaded(str(adapter), subfolder, hub)
     folder = root / subfolder if subfolder else root
     if not folder.is_dir():
         raise FormatError(folder, "no such adapter directory", remedy="check the path")
@@ -57,14 +57,38 @@ def local_adapter_dir(adapter: str | Path, *, subfolder: str | None = None, **hu
     return folder
 
 
-def check_adapter(model: nn.Module, source: Path) -> None:
-    """Whether an adapter of any form fits a model without one; reads headers only.
+def _downloaded(adapter: str, subfolder: str | None, hub: dict) -> Path:
+    """A snapshot with what is read of an adapter, and with the names of other files that have tensors."""
+    from huggingface_hub import HfApi, snapshot_download
 
+    patterns = ["*adapter_*", f"*{SIDE_FILE}", f"*{EXPERTS_NAME}"]
+    try:
+        root = Path(snapshot_download(adapter, allow_patterns=patterns, **hub))
+    except Exception as exc:
+        missing = f"no such adapter directory, and not available from the hub ({type(exc).__name__})"
+        raise FormatError(adapter, missing, remedy="check the path") from exc
+    if hub.get("local_files_only"):
+        return root
+    try:
+        names = HfApi(token=hub.get("token")).list_repo_files(adapter, revision=hub.get("revision"))
+    except Exception as exc:  # offline: what was downloaded earlier has to do
+        logger.info("%s: the names of its files could not be asked for (%s)", adapter, type(exc).__name__)
+        return root
+    here = [name for name in names if Path(name).parent == Path(subfolder or ".")]
+    check_names(root, [Path(name).name for name in here])
+    return root
+
+
+def check_adapter(model: nn.Module, source: Path) -> None:
+    """Whether an adapter of any form fits a model; reads headers only.
+
+    Args:
+        model: one that carries PEFT's wrappers already is taken for the model below them.
     Raises:
         FormatError, UnsupportedModel: it does not, or is damaged.
     """
     if has_other_form(model, source):
-        open_adapter(source, describe(model))
+        open_adapter(source, describe(model), reads_headers_only=True)
     else:
         check_adapter_fits(model, read_adapter_config(source), source)
 
@@ -73,10 +97,18 @@ def check_adapter(model: nn.Module, source: Path) -> None:
 def in_running_form(model: nn.Module, source: Path) -> Iterator[Path]:
     """The adapter's directory for the PEFT that runs: its own, or a converted copy that is gone afterwards.
 
+    Every number is looked at.
+
+    Args:
+        model: with or without PEFT's wrappers.
     Raises:
-        FormatError, UnsupportedModel: an adapter of another form that does not fit, or is damaged.
+        FormatError, UnsupportedModel: an adapter with NaN or infinity, or one of another form that does not fit, or is
+            damaged.
     """
     if not has_other_form(model, source):
+        TensorFile(source).check_finite()
+        for sentence in left_out(source):
+            logger.warning("%s: %s", source, sentence)
         yield source
         return
     with tempfile.TemporaryDirectory(prefix="kt_sft-adapter-") as folder:
@@ -85,22 +117,48 @@ def in_running_form(model: nn.Module, source: Path) -> Iterator[Path]:
 
 
 def has_other_form(model: nn.Module, source: Path) -> bool:
-    """Whether an adapter has to be converted before the running PEFT reads it: a GGUF file, pairs per expert, or
-    fused experts in the layout of another release.
+    """Whether an adapter has to be converted before the running PEFT reads it: a GGUF file, one of KTransformers, pairs
+    per expert, or fused experts in the layout of another release.
+
+    Raises:
+        FormatError: damaged, or fused experts in a layout that cannot be told.
     """
     if source.is_file():
         return True
     config = read_adapter_config(source)
     names = TensorFile(source)
-    if is_per_expert(names) or (is_fused(names) and not config.target_parameters):
+    if TensorFile.of_experts(source) is not None or is_per_expert(names):
         return True
     if _names_others(describe(model), config, names):
         return True
-    experts = dict(iter_routed_experts(model))
-    expected = _expected_expert_tensors(config, experts)
-    shapes = {f"{PREFIX}{name}": names.shape(name) for name in names}
-    found = [(shapes.get(key), ours, other) for key, (ours, other) in expected.items()]
-    return any(shape != ours for shape, ours, _ in found) and all(shape == other for shape, _, other in found)
+    if is_fused(names) and not config.target_parameters:
+        return True
+    specs = {plain_name(name): experts.spec for name, experts in iter_routed_experts(model)}
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    widths = _widths(config, specs, names)
+    given = {"peft_version": _stated_version(source)}
+    beside = peft_config.read_side_file(source)
+    found = layout.decide(widths, specs, model_type, given, beside, names.path)
+    return any(
+        is_exchanged != layout.exchanges(RUNNING_FORM, specs[name.rpartition(".")[0]], model_type)
+        for name, is_exchanged in found.exchanged.items()
+    )
+
+
+def _stated_version(folder: Path) -> object:
+    """As the file has it: PEFT's own config would put the running version in the place of none."""
+    return peft_config.read_object(folder / CONFIG_NAME).get("peft_version")
+
+
+def _widths(config: ExpertLoraConfig, specs: Mapping[str, ExpertsSpec], names: TensorFile) -> layout.Widths:
+    """Columns of lora_A and rows of lora_B of each parameter of the experts, where both are there."""
+    found = {}
+    for target, stem in _stems(config, specs).items():
+        keys = [f"{stem}{role}.weight" for role in "AB"]
+        shapes = [names.shape(key) if key in names else () for key in keys]
+        if all(len(shape) == 2 for shape in shapes):
+            found[target] = (shapes[0][1], shapes[1][0])
+    return found
 
 
 def _names_others(base: BaseModel, config: ExpertLoraConfig, names: TensorFile) -> bool:
@@ -126,7 +184,7 @@ def read_adapter_config(folder: Path) -> ExpertLoraConfig:
             path, "peft_type", expected="LORA", found=getattr(config.peft_type, "value", config.peft_type)
         )
     config = ExpertLoraConfig.of(config)
-    beside = _read_side_file(folder)
+    beside = peft_config.read_side_file(folder)
     config.model_type = beside.get("model_type")
     if config.target_parameters:
         config.move_dropout(beside.get("lora_dropout"))
@@ -139,7 +197,8 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path)
     Raises:
         FormatError: one line with the first fault and the number of further ones.
     """
-    path, shapes = _tensor_shapes(folder)
+    names = TensorFile(folder)
+    path, shapes = names.path, {f"{PREFIX}{name}": names.shape(name) for name in names}
     _check_model_type(model, config, path)
     faults = list(_faults(model, config, shapes))
     if faults:
@@ -147,37 +206,6 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path)
         what, expected, found = faults[0]
         remedy = f"load it on the model it was trained on{_base_hint(config)}"
         raise FormatError(path, what, expected=expected, found=f"{found}{more}", remedy=remedy)
-
-
-def _read_side_file(folder: Path) -> dict:
-    path = folder / SIDE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        beside = json.loads(path.read_text())
-        if not isinstance(beside, dict) or not 0.0 <= float(beside.get("lora_dropout", 0.0)) < 1.0:
-            raise ValueError("expected an object with 0 <= lora_dropout < 1")
-    except (ValueError, TypeError) as exc:
-        raise FormatError(path, str(exc), remedy="restore the file or delete it (dropout is then 0)") from exc
-    return beside
-
-
-def _tensor_shapes(folder: Path) -> tuple[Path, dict[str, tuple[int, ...]]]:
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if path.is_file():
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as tensors:
-                keys = tensors.keys()
-                return path, {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
-        except (SafetensorError, OSError) as exc:
-            raise FormatError(path, f"damaged ({exc})", remedy="save or copy the adapter again") from exc
-    path = folder / WEIGHTS_NAME
-    if path.is_file():
-        tensors = torch.load(path, map_location="meta", weights_only=True)
-        return path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    raise FormatError(folder, "no adapter weights", expected=SAFETENSORS_WEIGHTS_NAME, found="none")
 
 
 def _check_model_type(model: nn.Module, config: ExpertLoraConfig, path: Path) -> None:
@@ -204,16 +232,15 @@ def _base_hint(config: ExpertLoraConfig) -> str:
 
 def _faults(model: nn.Module, config: ExpertLoraConfig, shapes: dict[str, tuple[int, ...]]):
     """(what, expected, found) for each tensor that does not fit."""
-    experts = dict(iter_routed_experts(model))
-    expected = _expected_expert_tensors(config, experts)
-    for key, (shape, other_shape) in expected.items():
+    experts = {plain_name(name): module for name, module in iter_routed_experts(model)}
+    expected = _expected_expert_tensors(config, {name: module.spec for name, module in experts.items()}, model)
+    for key, shape in expected.items():
         found = shapes.get(key)
         if found is None:
             yield f"{key} is missing", list(shape), "none"
         elif found != shape:
-            by_other = " (written by a PEFT release with the roles of lora_A and lora_B exchanged)"
-            yield f"{key} has another shape", list(shape), f"{list(found)}{by_other if found == other_shape else ''}"
-    modules = dict(model.named_modules())
+            yield f"{key} has another shape", list(shape), list(found)
+    modules = {plain_name(n): m for n, m in model.named_modules() if not isinstance(m, BaseTunerLayer)}
     for name, module in modules.items():
         key = f"{PREFIX}{name}.lora_A.weight"
         is_target = config.target_modules and check_target_module_exists(config, name)
@@ -235,19 +262,29 @@ def _faults(model: nn.Module, config: ExpertLoraConfig, shapes: dict[str, tuple[
                 yield f"{key} has another shape", list(shape), list(found)
 
 
-def _expected_expert_tensors(config: ExpertLoraConfig, experts: dict[str, nn.Module]) -> dict[str, tuple]:
-    """Key -> (shape in the running PEFT's layout, shape in the other one), nested as PEFT nests its wrappers."""
+def _stems(config: ExpertLoraConfig, experts: Iterable[str]) -> dict[str, str]:
+    """Name of the factors without `A.weight`, by parameter of the experts, nested as PEFT nests its wrappers."""
+    experts = list(experts)
     targets = expert_targets(config, experts)
-    expected = {}
-    for name, module in experts.items():
+    found = {}
+    for name in experts:
         mine = [target for target in targets if target.rpartition(".")[0] == name]
         for depth, target in enumerate(reversed(mine)):  # the last one wrapped is the outermost
-            num_experts, out_width, in_width = getattr(module, target.rpartition(".")[2]).shape
-            stacked = num_experts * effective_rank(config, target)
-            swapped = ((stacked, out_width), (in_width, stacked))
-            straight = ((stacked, in_width), (out_width, stacked))
-            ours, other = (swapped, straight) if PEFT_SWAPS_FACTORS else (straight, swapped)
-            stem = f"{PREFIX}{name}{'.base_layer' * depth}.lora_"
-            expected[f"{stem}A.weight"] = (ours[0], other[0])
-            expected[f"{stem}B.weight"] = (ours[1], other[1])
+            found[target] = f"{name}{'.base_layer' * depth}.lora_"
+    return found
+
+
+def _expected_expert_tensors(
+    config: ExpertLoraConfig, specs: Mapping[str, ExpertsSpec], model: nn.Module
+) -> dict[str, tuple[int, int]]:
+    """Shapes in the running PEFT's layout, by key."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    expected = {}
+    for target, stem in _stems(config, specs).items():
+        spec = specs[target.rpartition(".")[0]]
+        stacked = spec.num_experts * effective_rank(config, target)
+        out, into = layout.matrix_shape(spec, target)
+        columns, rows = (out, into) if layout.exchanges(RUNNING_FORM, spec, model_type) else (into, out)
+        expected[f"{PREFIX}{stem}A.weight"] = (stacked, columns)
+        expected[f"{PREFIX}{stem}B.weight"] = (rows, stacked)
     return expected

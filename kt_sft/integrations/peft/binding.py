@@ -11,9 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import peft
 import torch
-from packaging.version import Version
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -25,10 +23,6 @@ from kt_sft.integrations.peft.targets import PROJECTIONS, expert_targets
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
 from kt_sft.nn.packed_linear import PackedLinear
-
-# Up to 0.18 ParamWrapper read a parameter [experts, out, in] as if it were [experts, in, out]: lora_A then has the
-# output's width and lora_B the input's.
-PEFT_SWAPS_FACTORS = Version(peft.__version__).release < (0, 19)
 
 
 class ExpertParamWrapper(ParamWrapper):
@@ -185,7 +179,7 @@ def _pair(wrapper: ParamWrapper, adapter: str) -> LoraPair:
     """PEFT's factors in our roles: a meets the input, b makes the output.
 
     lora_A is `[experts * rank, x]`, lora_B `[y, rank * experts]`; which of x and y is `in` and which `out` depends on
-    PEFT's version. The widths tell it unless they are equal.
+    PEFT's version: of a parameter `[experts, p, q]` x is p, unless the wrapper says that it swapped the two.
     """
     num_experts, out_width, in_width = wrapper.get_param().shape
     spec = wrapper.get_base_layer().spec
@@ -197,8 +191,8 @@ def _pair(wrapper: ParamWrapper, adapter: str) -> LoraPair:
         raise ConfigError(
             f"expert LoRA: {wrapper.parameter_name} needs widths {in_width} and {out_width}, got {widths}"
         )
-    swaps = PEFT_SWAPS_FACTORS and not spec.is_transposed
-    swapped = swaps if in_width == out_width else widths == (out_width, in_width)
+    is_p_first = not getattr(wrapper, "_did_swap_in_out_features", False)
+    swapped = is_p_first != spec.is_transposed if in_width == out_width else widths == (out_width, in_width)
     mixed = spec.is_interleaved and wrapper.parameter_name == "gate_up_proj"  # along the output
     of_lora_a = LoraFactor(lora_a, EXPERT_MAJOR, num_experts, is_interleaved=mixed and swapped)
     of_lora_b = LoraFactor(lora_b, EXPERT_MINOR, num_experts, is_interleaved=mixed and not swapped)

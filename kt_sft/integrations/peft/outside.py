@@ -10,10 +10,12 @@ Classes are changed in place, as binding.py does it with PEFT's wrappers around 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from kt_sft.models.spec import find_routers, iter_routed_experts
+from kt_sft.models.spec import iter_routed_experts
 
 
 class _ReadWeight:
@@ -79,14 +81,14 @@ def bind_outside(peft_model: nn.Module) -> None:
             _become(layers.get(id(module)), _TIED)
 
 
-def _routers(model: nn.Module) -> list[nn.Module]:
-    """Routers that are Linear layers, below whatever is around them."""
-    counts = {name: experts.spec.num_experts for name, experts in iter_routed_experts(model)}
-    outermost = {name.replace(".base_layer", ""): count for name, count in counts.items()}
-    return [
-        module.get_base_layer() if isinstance(module := model.get_submodule(name), LoraLayer) else module
-        for name in find_routers(model, outermost)
-    ]
+def _routers(model: nn.Module) -> Iterator[nn.Module]:
+    """Linear layers right beside the experts with an output per expert."""
+    for name, experts in iter_routed_experts(model):
+        block = model.get_submodule(name.replace(".base_layer", "").rpartition(".")[0])
+        for child in block.children():
+            router = child.get_base_layer() if isinstance(child, LoraLayer) else child
+            if isinstance(router, nn.Linear) and router.out_features == experts.spec.num_experts:
+                yield router
 
 
 def _become(layer: nn.Module | None, classes: dict[type, type]) -> None:

@@ -14,17 +14,20 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from kt_sft.adapters import layout
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.models.spec import find_routers, iter_routed_experts
 
 logger = logging.getLogger(__name__)
 
 SIDE_FILE = "kt_sft.json"
+RUNNING_FORM = layout.of_release(peft.__version__)[-1]  # in which the PEFT that runs writes LoRA of fused experts
 MAX_RANK = 256
 ALL_LINEAR = ("all", "all-linear")
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -58,7 +61,7 @@ class ExpertLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        beside = {"model_type": self.model_type}
+        beside = {"model_type": self.model_type, layout.MARK: RUNNING_FORM}
         if self.adapter_dropout is not None:
             beside["lora_dropout"] = self.adapter_dropout
         Path(save_directory, SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n")
