@@ -22,7 +22,7 @@ PARAMETERS = ("gate_up_proj", "down_proj")
 # target_parameters they are left alone, and their tensors are the same.
 _TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
 # Ways to begin that move a part of the weights into the factors: such an adapter belongs to what was left of them.
-_RESIDUAL = ("pissa", "olora", "corda", "loftq")
+RESIDUAL = ("pissa", "olora", "corda", "loftq")
 _UNSUPPORTED = ("fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens", "arrow_config")
 
 
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if values.get(name):
             raise FormatError(path, name, expected="plain LoRA", found=values[name], remedy="it has no other form")
     begun = values.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(_RESIDUAL):
+    if isinstance(begun, str) and begun.lower().startswith(RESIDUAL):
         raise FormatError(
             path,
             "init_lora_weights",
@@ -176,7 +176,7 @@ def fused_config(adapter: Adapter, ranks: Mapping[str, int], scales: Mapping[str
     parameters = _shortened([target for target in ranks if is_of_experts(target, adapter.base)], adapter.base)
     parameters += _shortened_bare(adapter)
     apart = [name for name in adapter.linears if release >= "0.19" and name.endswith(_TAKEN_FOR_EXPERTS)]
-    config["target_modules"] = _targets(adapter, [name for name in adapter.linears if name not in apart])
+    config["target_modules"] = target_names(adapter, [name for name in adapter.linears if name not in apart])
     config["target_modules"] += [name for name in ranks if f"{name}.weight" in adapter.base.bare]  # embeddings
     config["target_parameters"] = [*parameters, *(f"{name}.weight" for name in apart)] or None
     if config["target_parameters"]:
@@ -216,7 +216,7 @@ def _frame(adapter: Adapter, rank: int, alpha: float, release: str) -> dict[str,
     }
 
 
-def _targets(adapter: Adapter, names: list[str]) -> list[str]:
+def target_names(adapter: Adapter, names: list[str]) -> list[str]:
     """Last names of the Linear layers where such a name means exactly these, full names elsewhere."""
     mine = set(names)
     found = set()

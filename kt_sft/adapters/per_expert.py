@@ -149,7 +149,7 @@ def write(adapter: Adapter, form: str) -> tuple[dict[str, Any], Iterator[tuple[s
             remedy="merge the adapter instead",
         )
     rank, scale = peft_config.uniform(adapter)
-    targets = {name.rpartition(".")[2] for name in adapter.linears}
+    targets = set(peft_config.target_names(adapter, adapter.linears))
     if adapter.experts and form == "sglang":
         targets |= {"gate_proj", "up_proj", "down_proj"}  # it renames w1, w3 and w2 to these
     elif adapter.experts:

@@ -7,6 +7,8 @@ here is a plain PEFT adapter.
     api          get_peft_model, load_adapter, count_parameters
     targets      user's LoraConfig -> one that PEFT accepts and that names the experts
     binding      PEFT's wrappers around the experts: pass-through forward, merge into packed weights
+    outside      PEFT layers outside the experts that need help: routers, tied heads
+    limits       what can be trained and not be merged, converted or saved
     adapter_dir  what lies in a saved adapter's directory, and whether it fits the model
 """
 

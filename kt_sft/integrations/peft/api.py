@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,11 @@ from kt_sft.integrations.peft.adapter_dir import (
     read_adapter_config,
 )
 from kt_sft.integrations.peft.binding import bind_expert_lora, expose_placeholders, hidden_numel, restore_linear_dropout
+from kt_sft.integrations.peft.limits import lost_biases, training_limits
 from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_faults, expert_targets, prepare_lora_config
 from kt_sft.models.spec import iter_routed_experts
+
+logger = logging.getLogger(__name__)
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -51,10 +55,16 @@ def get_peft_model(
         raise ConfigError(f"lora_config: expected a plain peft.LoraConfig, got {kind}; only LoRA is supported")
     _check_has_no_adapter(model)
     config = prepare_lora_config(model, lora_config, expert_lora)
+    lost = lost_biases(model, config)
+    if lost:
+        raise ConfigError(
+            f"bias: 'lora_only' would train biases such as that of {lost[0]}, and PEFT does not save them; use "
+            "'all' or 'none'"
+        )
     expose_placeholders(model)
     with _quiet_about_experts():
         peft_model = peft.get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
-    return _bind(peft_model, config, adapter_name)
+    return _said(_bind(peft_model, config, adapter_name), adapter_name)
 
 
 def load_adapter(
@@ -99,13 +109,20 @@ def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str,
     result = peft_model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
     if result.missing_keys:
         warnings.warn(f"{folder}: the adapter lacks {result.missing_keys}", stacklevel=2)
-    return peft_model
+    return _said(peft_model, adapter_name) if is_trainable else peft_model
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, the routed experts counted although `parameters()` does not show them."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters()) + hidden_numel(model)
+
+
+def _said(peft_model: PeftModel, adapter_name: str) -> PeftModel:
+    """The same, after a warning of what will not be possible with it."""
+    for sentence in training_limits(peft_model, adapter_name):
+        logger.warning("%s", sentence)
+    return peft_model
 
 
 def _bind(peft_model: PeftModel, config: ExpertLoraConfig, adapter_name: str) -> PeftModel:
