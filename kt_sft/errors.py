@@ -9,6 +9,7 @@ from typing import Protocol
 GIB = 1 << 30
 # A wrong, missing or swapped letter in a name of four is above it; other words with the same ending are below.
 _NEAR = 0.72
+_LEAST_BEGINNING = 4  # letters of a name that is only begun
 
 
 class KTError(Exception):
@@ -138,13 +139,16 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 
 def near(name: object, known: Iterable[str]) -> str | None:
-    """The known name that a misspelt one was meant to be; None when none is close.
+    """The known name that a misspelt one was meant to be, or the only one that begins with it; None when none is close.
 
     The prefix of our keys counts for nothing: it would make any two of them alike.
     """
     by_short = {each.lower().removeprefix("kt_"): each for each in known}
     short = str(name).lower().removeprefix("kt_")
     close = difflib.get_close_matches(short, by_short, n=1, cutoff=_NEAR)
+    if not close and len(short) >= _LEAST_BEGINNING:
+        begun = [each for each in by_short if each.startswith(short)]
+        close = begun if len(begun) == 1 else []
     return by_short[close[0]] if close else None
 
 

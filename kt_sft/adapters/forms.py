@@ -16,6 +16,7 @@ from typing import Any
 
 from kt_sft.adapters import fused, gguf, ktransformers, layout, peft_config, per_expert
 from kt_sft.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_files, left_out
+from kt_sft.adapters.kinds import FORMS, check_form
 from kt_sft.adapters.model import Adapter, BaseModel
 from kt_sft.adapters.tensor_file import TensorFile, write_tensors
 from kt_sft.errors import ConfigError, FormatError, OutputError, nearest
@@ -24,7 +25,6 @@ from kt_sft.formats.gguf import SUFFIX, GgufIndex
 
 logger = logging.getLogger(__name__)
 
-FORMS = ("peft-0.18", "peft-0.19", "vllm", "sglang", "gguf")
 _FUSED = re.compile(r".+\.experts(\.base_layer)*\.lora_[AB]\.weight")
 _COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "chat_template")
 
@@ -101,13 +101,16 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers
         )  # fmt: skip
     tensors, experts = TensorFile(source), TensorFile.of_experts(source)
     opened = _read(source, tensors, experts, config, beside, base)
-    if not opened.ranks and not opened.whole:
+    if not opened.ranks and not opened.whole and not opened.extras:
         raise FormatError(tensors.path, "tensors", expected="LoRA pairs", found="none")
     for sentence in left_out(source):
         logger.warning("%s: %s", source, sentence)
     for file in (tensors, experts) if not reads_headers_only else ():
         if file is not None:
             file.check_finite()
+    if config.get("use_dora") and opened.experts:
+        found, remedy = f"LoRA on {opened.experts[0]}", "train the experts without DoRA"
+        raise FormatError(source, "use_dora", expected="an adapter without expert LoRA", found=found, remedy=remedy)
     return replace(opened, beside=beside)
 
 
@@ -158,6 +161,7 @@ def convert(adapter: Adapter, form: str, output: str | os.PathLike[str]) -> Path
         target = target / f"{adapter.source.stem or 'adapter'}{SUFFIX}"
     if target.resolve() == adapter.source.resolve():
         raise ConfigError(f"output: {target} is the adapter that is read; choose another path")
+    check_form(adapter, form)
     with staged(target, is_file=form == "gguf") as staging:
         if form == "gguf":
             metadata, plan, pieces = gguf.write(adapter)

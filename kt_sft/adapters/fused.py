@@ -82,7 +82,8 @@ def read(
 
     form = "peft-0.19" if name_of_layout == layout.NEW else "peft-0.18"
     return Adapter(
-        folder, form, base, config, ranks | linear.ranks, scales | linear.scales, linear, experts, whole=whole
+        folder, form, base, config, ranks | linear.ranks, scales | linear.scales, linear, experts, whole=whole,
+        extras=linear.extras,
     )  # fmt: skip
 
 
@@ -140,8 +141,13 @@ def write(
         raise UnsupportedModel(
             f"--to {form}", expected="a family whose experts PEFT reads the right way round", found=base.model_type
         )
-    ranks = {name: adapter.ranks[name] for name in adapter.linears}
-    scales = {name: adapter.scales[name] for name in adapter.linears}
+    others = (*adapter.linears, *adapter.bare)
+    ranks, scales = ({name: values[name] for name in others} for values in (adapter.ranks, adapter.scales))
+    for extra in adapter.extras:
+        if extra.kind == "embedding":
+            name = extra.parameter.removesuffix(".weight")
+            ranks[name] = peft_config.rank_of(adapter.config, name)
+            scales[name] = peft_config.scale_of(adapter.config, name, ranks[name])
     for module in adapter.experts:
         loras = adapter.read_experts(module)
         if "gate" in loras or "up" in loras:

@@ -106,12 +106,9 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], list[PlannedGguf], Iterator
     """Metadata, plan and data of the file, all factors in f32.
 
     Raises:
-        UnsupportedModel: the family is not known, modules are trained as a whole, or a matrix has no name there.
+        UnsupportedModel: the family is not known, or a matrix has no name there.
     """
     base = adapter.base
-    if adapter.whole:
-        found = f"modules trained as a whole, {next(iter(adapter.whole))} among them"
-        raise UnsupportedModel("--to gguf", expected="LoRA only", found=found, remedy="merge the adapter instead")
     metadata: dict[str, Any] = {
         "general.architecture": _architecture(base),
         "general.type": "adapter",

@@ -64,7 +64,7 @@ def read(folder: Path, tensors: TensorFile, beside: TensorFile, config: Mapping[
             found[projection] = Lora(a, b, scales[f"{module}.{projection}"])
         return found
 
-    return Adapter(folder, FORM, base, config, ranks, scales, linear, experts, whole=whole)
+    return Adapter(folder, FORM, base, config, ranks, scales, linear, experts, whole=whole, extras=linear.extras)
 
 
 def _keys(beside: TensorFile, base: BaseModel) -> dict[tuple[str, str, str], str]:

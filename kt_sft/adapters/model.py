@@ -62,7 +62,10 @@ class BaseModel:
         layers: where checkpoints keep the experts of each module.
         linears: all `nn.Linear` by module name, `(out, in)`.
         hub_names: what checkpoints call a Linear, where that is not its module name.
-        parameters: shapes by name, tied ones under each of theirs.
+        parameters: shapes by name, buffers included, tied ones under each of theirs.
+        bare: matrices that are no weight of a Linear, as most routers', by parameter name, `(out, in)`.
+        routers: names of the Linear layers that are routers.
+        tied: parameters that the config makes one matrix: target (the head) -> source (the embedding).
     """
 
     path: str | None
@@ -73,11 +76,31 @@ class BaseModel:
     linears: Mapping[str, tuple[int, int]]
     hub_names: Mapping[str, str]
     parameters: Mapping[str, tuple[int, ...]]
+    bare: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    routers: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def expert_shape(self, module: str, projection: str) -> tuple[int, int]:
         """`(out, in)` of gate, up or down of one expert."""
         spec = self.specs[module]
         return (spec.hidden, spec.inter) if projection == "down" else (spec.inter, spec.hidden)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Something that an adapter holds beside pairs of LoRA and whole parameters.
+
+    Args:
+        kind: a key of `kinds.KINDS`.
+        parameter: of the model, that it changes.
+        tensors: as PEFT stores them, by name without its prefix.
+        apply: what it makes of the parameter, once what comes before it has been applied; f32 or f64 -> the same.
+    """
+
+    kind: str
+    parameter: str
+    tensors: Mapping[str, Callable[[], Tensor]]
+    apply: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,11 +112,12 @@ class Adapter:
         form: its name in `forms.FORMS`.
         config: values of adapter_config.json; of a GGUF file those that follow from it.
         beside: values of kt_sft.json, which PEFT does not know.
-        ranks: rank by target: Linear, or `<experts module>.<projection>`.
+        ranks: rank by target: Linear, parameter of `base.bare`, or `<experts module>.<projection>`.
         scales: likewise.
-        read_linear: by module name.
+        read_linear: by name of a Linear or of a parameter of `base.bare`.
         read_experts: by module name: gate, up and down where the adapter has them; several experts per tensor.
         whole: tensors that are trained as a whole (modules_to_save) or stored along, by parameter name.
+        extras: whatever else there is.
     """
 
     source: Path
@@ -106,11 +130,17 @@ class Adapter:
     read_experts: Callable[[str], dict[str, Lora]]
     beside: Mapping[str, Any] = field(default_factory=dict)
     whole: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    extras: tuple[Extra, ...] = ()
 
     @property
     def linears(self) -> list[str]:
         """Module names, in model order."""
         return [name for name in self.base.linears if name in self.ranks]
+
+    @property
+    def bare(self) -> list[str]:
+        """Parameters of `base.bare`, in model order."""
+        return [name for name in self.base.bare if name in self.ranks]
 
     def projections(self, module: str) -> tuple[str, ...]:
         """Which of gate, up and down of an experts module the adapter has."""

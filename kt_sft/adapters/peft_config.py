@@ -22,8 +22,8 @@ PARAMETERS = ("gate_up_proj", "down_proj")
 # target_parameters they are left alone, and their tensors are the same.
 _TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
 # Ways to begin that move a part of the weights into the factors: such an adapter belongs to what was left of them.
-_RESIDUAL = ("pissa", "olora", "corda", "loftq")
-_UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens")
+RESIDUAL = ("pissa", "olora", "corda", "loftq")
+_UNSUPPORTED = ("fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens", "arrow_config")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -42,17 +42,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         if values.get(name):
             raise FormatError(path, name, expected="plain LoRA", found=values[name], remedy="it has no other form")
     begun = values.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(_RESIDUAL):
+    if isinstance(begun, str) and begun.lower().startswith(RESIDUAL):
         raise FormatError(
             path,
             "init_lora_weights",
             expected="LoRA of the base model's own weights",
             found=f"{begun!r}, LoRA of what it left of them",
             remedy="save it with PEFT's path_initial_model_for_weight_conversion",
-        )
-    if values.get("bias", "none") != "none":
-        raise FormatError(
-            path, "bias", expected="none", found=values["bias"], remedy="trained biases are not converted"
         )
     _check_number(path, "r", values.get("r"), is_whole=True)
     _check_number(path, "lora_alpha", values.get("lora_alpha"))
@@ -170,17 +166,18 @@ def fused_config(adapter: Adapter, ranks: Mapping[str, int], scales: Mapping[str
     """adapter_config.json for fused experts.
 
     Args:
-        ranks: by parameter or Linear, as they are written; `scales` likewise.
+        ranks: by parameter, Linear or embedding, as they are written; `scales` likewise.
         release: of PEFT, whose layout the tensors have.
     """
-    common_rank = Counter(ranks.values()).most_common(1)[0][0]
-    common_scale = Counter(scales.values()).most_common(1)[0][0]
+    common_rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    common_scale = Counter(scales.values()).most_common(1)[0][0] if scales else 1.0
     alpha = common_scale * common_rank
     config = _frame(adapter, common_rank, alpha, release)
-    experts = [target for target in ranks if target not in adapter.base.linears]
-    parameters = _shortened(experts, adapter.base)
+    parameters = _shortened([target for target in ranks if is_of_experts(target, adapter.base)], adapter.base)
+    parameters += _shortened_bare(adapter)
     apart = [name for name in adapter.linears if release >= "0.19" and name.endswith(_TAKEN_FOR_EXPERTS)]
-    config["target_modules"] = _targets(adapter, [name for name in adapter.linears if name not in apart])
+    config["target_modules"] = target_names(adapter, [name for name in adapter.linears if name not in apart])
+    config["target_modules"] += [name for name in ranks if f"{name}.weight" in adapter.base.bare]  # embeddings
     config["target_parameters"] = [*parameters, *(f"{name}.weight" for name in apart)] or None
     if config["target_parameters"]:
         config["lora_dropout"] = 0.0  # PEFT refuses another with target_parameters; the user's lies beside it
@@ -192,7 +189,7 @@ def fused_config(adapter: Adapter, ranks: Mapping[str, int], scales: Mapping[str
 def plain_config(adapter: Adapter, rank: int, scale: float, targets: Iterable[str]) -> dict[str, Any]:
     """adapter_config.json for engines that read one rank and one alpha for all modules."""
     config = _frame(adapter, rank, rank * scale, "0.18.1")
-    return config | {"target_modules": sorted(targets), "target_parameters": None}
+    return config | {"target_modules": sorted(targets), "target_parameters": None, "bias": "none"}
 
 
 def _frame(adapter: Adapter, rank: int, alpha: float, release: str) -> dict[str, Any]:
@@ -202,13 +199,13 @@ def _frame(adapter: Adapter, rank: int, alpha: float, release: str) -> dict[str,
     return {
         "task_type": "CAUSAL_LM",
         "modules_to_save": None,
+        "bias": "none",
         **given,
         "init_lora_weights": True,  # some other ways to begin cannot build the wrappers of experts
         "lora_dropout": dropout_of(adapter),
         "peft_type": "LORA",
         "peft_version": release,
         "base_model_name_or_path": given.get("base_model_name_or_path") or adapter.base.path,
-        "bias": "none",
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -219,7 +216,7 @@ def _frame(adapter: Adapter, rank: int, alpha: float, release: str) -> dict[str,
     }
 
 
-def _targets(adapter: Adapter, names: list[str]) -> list[str]:
+def target_names(adapter: Adapter, names: list[str]) -> list[str]:
     """Last names of the Linear layers where such a name means exactly these, full names elsewhere."""
     mine = set(names)
     found = set()
@@ -241,18 +238,29 @@ def _shortened(parameters: list[str], base: BaseModel) -> list[str]:
     return found
 
 
+def is_of_experts(target: str, base: BaseModel) -> bool:
+    """Whether a target is a parameter of an experts module."""
+    return target.rpartition(".")[0] in base.specs
+
+
+def _shortened_bare(adapter: Adapter) -> list[str]:
+    """`mlp.gate.weight` instead of a name per layer, where that means exactly these."""
+    mine, every = adapter.bare, [*adapter.base.bare, *(f"{name}.weight" for name in adapter.base.linears)]
+    tails = {name: ".".join(name.split(".")[-3:]) for name in mine}
+    exact = {tail for tail in tails.values() if all(n in tails for n in every if n.endswith(f".{tail}") or n == tail)}
+    return list(dict.fromkeys(tail if tail in exact else name for name, tail in tails.items()))
+
+
 def _pattern(values: Mapping[str, float], common: float, base: BaseModel) -> dict[str, Any]:
     """Entries of rank_pattern or alpha_pattern for what differs from the common value."""
     found: dict[str, Any] = {}
     for parameter in PARAMETERS:
-        mine = {
-            name: value for name, value in values.items() if name.endswith(f".{parameter}") and name not in base.linears
-        }
+        mine = {n: v for n, v in values.items() if n.endswith(f".{parameter}") and is_of_experts(n, base)}
         names = _shortened(list(mine), base)
         if len(set(mine.values())) == 1 and len(names) == 1:
             mine = {names[0]: next(iter(mine.values()))}
         found |= mine
-    found |= {name: value for name, value in values.items() if name in base.linears}
+    found |= {name: value for name, value in values.items() if not is_of_experts(name, base)}
     return {
         re.escape(name) + (r"(\.weight)?" if name in base.linears else ""): int(value)
         if float(value).is_integer()

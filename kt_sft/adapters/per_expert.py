@@ -68,7 +68,9 @@ def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: Bas
         return found
 
     whole = check_whole(tensors, linear.rest, base)
-    return Adapter(folder, "per-expert", base, config, ranks, scales, linear, experts, whole=whole)
+    return Adapter(
+        folder, "per-expert", base, config, ranks, scales, linear, experts, whole=whole, extras=linear.extras
+    )
 
 
 def _stems(tensors: TensorFile, base: BaseModel) -> dict[tuple[str, str, int], str]:
@@ -134,12 +136,9 @@ def write(adapter: Adapter, form: str) -> tuple[dict[str, Any], Iterator[tuple[s
     """adapter_config.json and the tensors for vLLM or SGLang.
 
     Raises:
-        UnsupportedModel: the engine has no such form for this family, or for modules trained as a whole.
+        UnsupportedModel: the engine has no such form for this family.
     """
     base = adapter.base
-    if adapter.whole:
-        found = f"modules trained as a whole, {next(iter(adapter.whole))} among them"
-        raise UnsupportedModel(f"--to {form}", expected="LoRA only", found=found, remedy="merge the adapter instead")
     if adapter.experts and not all(base.layers[module].single for module in adapter.experts):
         if form == "vllm":
             return fused.write(_completed(adapter), "peft-0.19", is_uniform=True)
@@ -150,7 +149,7 @@ def write(adapter: Adapter, form: str) -> tuple[dict[str, Any], Iterator[tuple[s
             remedy="merge the adapter instead",
         )
     rank, scale = peft_config.uniform(adapter)
-    targets = {name.rpartition(".")[2] for name in adapter.linears}
+    targets = set(peft_config.target_names(adapter, adapter.linears))
     if adapter.experts and form == "sglang":
         targets |= {"gate_proj", "up_proj", "down_proj"}  # it renames w1, w3 and w2 to these
     elif adapter.experts:

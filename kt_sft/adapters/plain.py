@@ -1,4 +1,6 @@
-"""LoRA on ordinary Linear layers, which all forms in adapter directories have alike, and modules trained as a whole."""
+"""What all forms in adapter directories have alike: LoRA on ordinary Linear layers and on other matrices, what DoRA and
+biases add to it, embeddings, and modules trained as a whole.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import peft_config
-from kt_sft.adapters.model import Adapter, BaseModel, Lora
+from kt_sft.adapters.model import Adapter, BaseModel, Extra, Lora
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
 
@@ -16,76 +18,206 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<role>[AB])\.weight")
+_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_[AB]")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
+_LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+_OTHER_MODEL = "name the model of the adapter with --base-model"
 
 
 class LinearReader:
-    """Finds the pairs of Linear layers among the tensors that nobody else knows; called with a name it reads one.
+    """Finds the pairs of matrices outside the experts among the tensors that nobody else knows, and what belongs to
+    them; called with a name it reads a pair.
 
     Args:
         known: names that belong to the experts.
     Raises:
-        FormatError: half a pair, another shape, a name that is no Linear of the model.
+        FormatError: half a pair, another shape, a name that is no matrix of the model.
     """
 
     def __init__(self, tensors: TensorFile, config: Mapping[str, Any], base: BaseModel, known: set[str]):
-        self._tensors = tensors
+        self._tensors, self._config, self._base = tensors, config, base
         self._stems: dict[str, str] = {}
         self.ranks: dict[str, int] = {}
         self.scales: dict[str, float] = {}
         self.rest: list[str] = []
-        by_hub_name = {hub: name for name, hub in base.hub_names.items()}
+        self._hub = {hub: name for name, hub in base.hub_names.items()}
+        others: dict[str, dict[str, str]] = {}  # kind -> module -> key
         for key in tensors:
-            found = _FACTOR.fullmatch(key)
             if key in known:
                 continue
-            if found is None:
-                self.rest.append(key)
+            if found := _FACTOR.fullmatch(key):
+                self._stems[self._target(key, found["module"])] = found["module"]
                 continue
-            stem = found["module"]
-            name = stem if stem in base.linears else by_hub_name.get(stem, stem)
-            if name not in base.linears:
-                what = f"tensor {key}"
-                remedy = "name the model of the adapter with --base-model"
-                raise FormatError(
-                    tensors.path, what, expected="a LoRA target of the model", found="none", remedy=remedy
-                )
-            self._stems[name] = stem
+            for kind, pattern in _OTHERS.items():
+                if found := pattern.fullmatch(key):
+                    others.setdefault(kind, {})[self._module(found["module"])] = key
+                    break
+            else:
+                self.rest.append(key)
         for name, stem in self._stems.items():
-            self._check(name, stem, config, base)
+            self._check(name, stem)
+        self.extras = tuple(self._extra(kind, name, key) for kind in others for name, key in others[kind].items())
+        self._check_complete(others)
 
-    def _check(self, name: str, stem: str, config: Mapping[str, Any], base: BaseModel) -> None:
-        rank = peft_config.rank_of(config, name)
-        out, into = base.linears[name]
+    def _check_complete(self, others: Mapping[str, Mapping[str, str]]) -> None:
+        """What the config names is there: without it the adapter would compute something else."""
+        pairs = [name for name in self._stems if name in self._base.linears] if self._config.get("use_dora") else []
+        missing = [f"{name}.lora_magnitude_vector" for name in pairs if name not in others.get("dora", {})]
+        if self._config.get("trainable_token_indices") and "tokens" not in others:
+            missing.append("token_adapter.trainable_tokens_delta")
+        for entry in self._config.get("modules_to_save") or []:
+            named = [name for name in self._base.parameters if is_saved({"modules_to_save": [entry]}, name)]
+            is_there = any(is_saved({"modules_to_save": [entry]}, key) for key in self.rest)
+            missing += [] if is_there else named[:1]
+        if missing:
+            raise FormatError(self._tensors.path, f"tensor {missing[0]}", expected="present", found="missing")
+
+    def _module(self, stem: str) -> str:
+        """The model's own name of a module."""
+        stem = stem.removesuffix(".base_layer")
+        is_known = stem in self._base.linears or f"{stem}.weight" in self._base.parameters
+        return stem if is_known else self._hub.get(stem, stem)
+
+    def _target(self, key: str, stem: str) -> str:
+        """The Linear, or the parameter of another module, that a pair is of."""
+        module = self._module(stem)
+        if module in self._base.linears:
+            return module
+        if f"{module}.weight" in self._base.bare:
+            return f"{module}.weight"
+        what = f"tensor {key}"
+        raise FormatError(
+            self._tensors.path, what, expected="a LoRA target of the model", found="none", remedy=_OTHER_MODEL
+        )
+
+    def _check(self, name: str, stem: str) -> None:
+        """A pair's shapes; PEFT looks a target parameter's rank up by the parameter's name."""
+        parameter = name if name in self._base.bare else f"{name}.weight"
+        entries = self._config.get("target_parameters") or []
+        is_parameter = any(parameter == entry or parameter.endswith(f".{entry}") for entry in entries)
+        named = parameter if is_parameter else parameter.removesuffix(".weight")
+        rank = peft_config.rank_of(self._config, named)
+        out, into = (self._base.bare if name in self._base.bare else self._base.linears)[name]
         for role, shape in (("A", (rank, into)), ("B", (out, rank))):
-            key = f"{stem}.lora_{role}.weight"
-            found = self._tensors.shape(key) if key in self._tensors else None
-            if found != shape:
-                shown = "missing" if found is None else list(found)
-                raise FormatError(self._tensors.path, f"tensor {key}", expected=list(shape), found=shown)
-        self.ranks[name], self.scales[name] = rank, peft_config.scale_of(config, name, rank)
+            self._expect(f"{stem}.lora_{role}.weight", shape)
+        self.ranks[name], self.scales[name] = rank, peft_config.scale_of(self._config, named, rank)
+
+    def _expect(self, key: str, shape: tuple[int, ...]) -> None:
+        found = self._tensors.shape(key) if key in self._tensors else None
+        if found != shape:
+            shown = "missing" if found is None else list(found)
+            raise FormatError(self._tensors.path, f"tensor {key}", expected=list(shape), found=shown)
 
     def __call__(self, name: str) -> Lora:
         stem = self._stems[name]
         a, b = (self._tensors.read(f"{stem}.lora_{role}.weight") for role in "AB")
         return Lora(a, b, self.scales[name])
 
+    def _extra(self, kind: str, name: str, key: str) -> Extra:
+        """What a tensor that belongs to a module does to it."""
+        parameter = f"{name}.weight"
+        shape = self._base.parameters.get(parameter)
+        if shape is None or len(shape) != 2:
+            what = f"tensor {key}"
+            raise FormatError(
+                self._tensors.path, what, expected="a matrix of the model", found="none", remedy=_OTHER_MODEL
+            )
+        if kind == "embedding":
+            return self._embedding(name, key, shape)
+        read = partial(self._tensors.read, key)
+        tensors = {f"{name}.{_SUFFIXES[kind]}": read}
+        if kind == "tokens":
+            indices = self._token_indices(key, name)
+            self._expect(key, (len(indices), shape[1]))
+            return Extra(kind, parameter, tensors, partial(_put_rows, indices, read))
+        if kind == "dora":
+            is_embedding = name not in self._base.linears
+            self._expect(key, (shape[1] if is_embedding else shape[0],))
+            return Extra(kind, parameter, tensors, partial(_rescaled, read, 0 if is_embedding else 1))
+        self._expect(key, (shape[0],))
+        if name not in self.scales or self._config.get("use_dora"):
+            raise FormatError(self._tensors.path, f"tensor {key}", expected="one beside plain LoRA", found="none")
+        scale = self.scales[name]
+        return Extra(kind, f"{name}.bias", tensors, lambda bias: bias + scale * read().to(bias.dtype))
+
+    def _embedding(self, name: str, key: str, shape: tuple[int, ...]) -> Extra:
+        """W `[tokens, hidden]` + scale * (B A)^T with A `[rank, tokens]` and B `[hidden, rank]`."""
+        stem = key[:-1]
+        rank = peft_config.rank_of(self._config, name)
+        self._expect(f"{stem}A", (rank, shape[0]))
+        self._expect(f"{stem}B", (shape[1], rank))
+        scale = peft_config.scale_of(self._config, name, rank)
+        a, b = (partial(self._tensors.read, f"{stem}{role}") for role in "AB")
+        tensors = {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
+
+        def apply(weight: Tensor) -> Tensor:
+            return weight + scale * (a().float().mT @ b().float().mT)
+
+        return Extra("embedding", f"{name}.weight", tensors, apply)
+
+    def _token_indices(self, key: str, name: str) -> list[int]:
+        given = self._config.get("trainable_token_indices")
+        by_module = given if isinstance(given, dict) else {name: given}
+        found = next((value for entry, value in by_module.items() if name.endswith(entry)), None)
+        size = self._base.parameters[f"{name}.weight"][0]
+        is_good = isinstance(found, list) and all(isinstance(n, int) and 0 <= n < size for n in found)
+        if not is_good or len(set(found)) != len(found):
+            what, expected = f"tensor {key}", f"trainable_token_indices of {name}, different rows below {size}"
+            raise FormatError(self._tensors.path, what, expected=expected, found=repr(found)[:80])
+        return found
+
+
+_SUFFIXES = {
+    "dora": "lora_magnitude_vector",
+    "lora_bias": "lora_B.bias",
+    "tokens": "token_adapter.trainable_tokens_delta",
+}
+_OTHERS = {"embedding": _EMBEDDING, "dora": _MAGNITUDE, "lora_bias": _LORA_BIAS, "tokens": _TOKENS}
+
+
+def _put_rows(indices: list[int], read: Callable[[], Tensor], weight: Tensor) -> Tensor:
+    """`weight` with new rows."""
+    weight = weight.clone()
+    weight[indices] = read().to(weight.dtype)
+    return weight
+
+
+def _rescaled(read: Callable[[], Tensor], axis: int, weight: Tensor) -> Tensor:
+    """DoRA: every row (axis 1), or column of an embedding (axis 0), at a length of its own."""
+    magnitude = read().to(weight.dtype).unsqueeze(axis)
+    return weight * (magnitude / weight.norm(dim=axis, keepdim=True))
+
+
+def is_saved(config: Mapping[str, Any], parameter: str) -> bool:
+    """Whether a parameter is of a module in modules_to_save, which PEFT copies: no other module has that copy."""
+    module, parents = parameter.rpartition(".")[0], []
+    while module:
+        parents.append(module)
+        module = module.rpartition(".")[0]
+    return any(parent.endswith(entry) for parent in parents for entry in config.get("modules_to_save") or [])
+
 
 def check_whole(tensors: TensorFile, rest: list[str], base: BaseModel) -> dict[str, Callable[[], Tensor]]:
-    """Modules trained as a whole: what is left over, which must be parameters of the model.
+    """Modules trained as a whole: what is left over, which must be parameters or buffers of the model.
 
     Raises:
-        FormatError: something else, as the vectors of DoRA; no parameter of the model, or one of another shape.
+        FormatError: something else; no parameter of the model, or one of another shape.
     """
     found: dict[str, Callable[[], Tensor]] = {}
+    by_hub_name = {f"{hub}.weight": f"{name}.weight" for name, hub in base.hub_names.items()}
     for key in rest:
-        if ".lora_" in key or not key.endswith((".weight", ".bias")):
+        if ".lora_" in key or ".token_adapter." in key:
             what = f"tensor {key}"
             raise FormatError(tensors.path, what, expected="lora_A and lora_B of plain LoRA", found="something else")
         name = key.replace(".modules_to_save.default", "").replace(".base_layer.", ".")
+        name = name if name in base.parameters else by_hub_name.get(name, name)
         expected, shape = base.parameters.get(name), tensors.shape(key)
         if expected is None:
-            what, remedy = f"tensor {key}", "name the model of the adapter with --base-model"
-            raise FormatError(tensors.path, what, expected="a parameter of the model", found="none", remedy=remedy)
+            what = f"tensor {key}"
+            raise FormatError(
+                tensors.path, what, expected="a parameter of the model", found="none", remedy=_OTHER_MODEL
+            )
         if shape != expected:
             what, remedy = f"tensor {key}", "name the model that it was trained on, with the vocabulary of that time"
             raise FormatError(tensors.path, what, expected=list(expected), found=list(shape), remedy=remedy)
@@ -96,16 +228,22 @@ def check_whole(tensors: TensorFile, rest: list[str], base: BaseModel) -> dict[s
 def linear_tensors(
     adapter: Adapter, ranks: Mapping[str, int], scales: Mapping[str, float], names: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The pairs of all Linear layers at the given ranks and scales, under other names where `names` has some."""
-    for name in adapter.linears:
+    """The pairs outside the experts at the given ranks and scales, under other names where `names` has some."""
+    for name in (*adapter.linears, *adapter.bare):
         lora = adapter.read_linear(name).fitted(ranks[name], scales[name])
-        stem = f"{PREFIX}{(names or {}).get(name, name)}.lora_"
+        module = name.removesuffix(".weight") if name in adapter.base.bare else name
+        stem = f"{PREFIX}{(names or {}).get(module, module)}.lora_"
         yield f"{stem}A.weight", lora.a
         yield f"{stem}B.weight", lora.b
 
 
 def whole_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Modules trained as a whole; PEFT keeps the weight of one that has LoRA, too, in its base layer."""
+    """Modules trained as a whole, PEFT keeps the weight of one that has LoRA, too, in its base layer; and extras."""
+    has_pairs = {*adapter.ranks, *(name.removesuffix(".weight") for name in adapter.bare)}
+    has_pairs |= {e.parameter.rpartition(".")[0] for e in adapter.extras if e.kind == "embedding"}
     for name, read in adapter.whole.items():
         module, _, kind = name.rpartition(".")
-        yield f"{PREFIX}{module}{'.base_layer' if module in adapter.ranks else ''}.{kind}", read()
+        yield f"{PREFIX}{module}{'.base_layer' if module in has_pairs else ''}.{kind}", read()
+    for extra in adapter.extras:
+        for key, read in extra.tensors.items():
+            yield f"{PREFIX}{key}", read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from kt_sft.integrations import gguf_model, placing
 from kt_sft.integrations.model_files import find_config_file, read_config_file
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
+from kt_sft.nn.packed_linear import PackedLinear
 
-_OF_PEFT = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter)(\.|$)")  # what its wrappers hold beside the module
+# What PEFT's wrappers hold beside the module.
+_OF_PEFT = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter|trainable_tokens_\w+)(\.|$)")
 
 
 def find_base_model(
@@ -74,13 +77,18 @@ def describe(model: nn.Module, path: str | None = None) -> BaseModel:
     specs = {plain_name(name): experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
     modules = plain_modules(model)
     linears = {name: (m.out_features, m.in_features) for name, m in modules.items() if _is_linear(m, name, specs)}
+    bare = dict(_bare(modules, linears, specs))
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "_name_or_path", None) or None
     layers = hub_layers(model, specs)
-    parameters = model.named_parameters(remove_duplicate=False)
-    shapes = {plain_name(name): tuple(p.shape) for name, p in parameters if not _OF_PEFT.search(name)}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    shapes = {plain_name(name): tuple(tensor.shape) for name, tensor in named if not _OF_PEFT.search(name)}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
-    return BaseModel(name, config.model_type, values, specs, layers, linears, _hub_names(model, linears), shapes)
+    matrices = linears | {name.removesuffix(".weight"): shape for name, shape in bare.items()}
+    return BaseModel(
+        name, config.model_type, values, specs, layers, linears, _hub_names(model, matrices), shapes, bare,
+        frozenset(_routers(modules, linears, specs)), _tied(model),
+    )  # fmt: skip
 
 
 def plain_name(name: str) -> str:
@@ -121,11 +129,52 @@ def expert_shapes(
 
 
 def _is_linear(module: nn.Module, name: str, specs: dict[str, ExpertsSpec]) -> bool:
+    """Whether a module multiplies by a weight and gives the product, so that PEFT adds to its output.
+
+    Routers of some families (Llama 4, Phi-3.5-MoE) are Linear layers with a forward of their own.
+    """
     return (
         hasattr(module, "out_features")
         and hasattr(module, "in_features")
+        and (not isinstance(module, nn.Linear) or isinstance(module, PackedLinear) or _is_plain(module))
         and not any(name.startswith(f"{experts}.") for experts in specs)
     )
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    return type(module).forward is nn.Linear.forward
+
+
+def _bare(
+    modules: Mapping[str, nn.Module], linears: Mapping[str, tuple[int, int]], specs: Mapping[str, ExpertsSpec]
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Matrices named `weight` of other modules, which PEFT reaches through `target_parameters`."""
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        is_of_experts = any(f"{name}.".startswith(f"{experts}.") for experts in specs)
+        if weight is not None and weight.dim() == 2 and name not in linears and not is_of_experts:
+            yield f"{name}.weight", tuple(weight.shape)
+
+
+def _routers(
+    modules: Mapping[str, nn.Module], linears: Mapping[str, tuple[int, int]], specs: Mapping[str, ExpertsSpec]
+) -> Iterator[str]:
+    """Linear layers that are routers, as `find_routers` finds them, below PEFT's wrappers as well."""
+    for experts, spec in specs.items():
+        block = experts.rpartition(".")[0]
+        for name, (out, _) in linears.items():
+            parent = name.rpartition(".")[0]
+            is_beside = parent == block or (
+                parent.rpartition(".")[0] == block and re.search("Router|Gate", type(modules[parent]).__name__)
+            )
+            if is_beside and out == spec.num_experts:
+                yield name
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """Parameters that the config makes one matrix, target -> source."""
+    found = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return {plain_name(target): plain_name(source) for target, source in found.items()}
 
 
 def _hub_names(model: Any, linears: dict[str, tuple[int, int]]) -> dict[str, str]:

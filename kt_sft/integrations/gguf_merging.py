@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kt_sft.errors import UnsupportedModel
+from kt_sft.formats.finite import is_finite
 from kt_sft.formats.gguf_encode import encode, type_for
 from kt_sft.formats.gguf_export import model_metadata
 from kt_sft.formats.gguf_names import ARCHITECTURES, block_name, layer_of, permute
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 KINDS = {"gguf-q8_0": "Q8_0", "gguf-bf16": "BF16"}
 _SLICE = 1 << 22  # numbers that are encoded at a time
+# What has to hold the largest number of a type, and a fraction of it: Q8_0 has the 127th part in f16.
+_ROUNDED = {"F32": (torch.float32, 1), "BF16": (torch.bfloat16, 1), "Q8_0": (torch.float16, 127)}
 # llama.cpp keeps these in f32: routing decides by small differences.
 _FULL_PRECISION = ("ffn_gate_inp.weight", "exp_probs_b.bias")
 
@@ -73,14 +76,14 @@ def gguf_plan(merged: MergedCheckpoint, kind: str) -> GgufModelFile:
     metadata = model_metadata(config, merged.folder.name, kind)
     metadata |= tokenizer_metadata(merged.folder, config["vocab_size"])
     entries: list[_Entry] = []
-    for key in merged.index:
-        if merged.is_plain(key) and not _is_left_out(key, config, unties_head=merged.unties_head):
+    for key in merged.keys:
+        if merged.is_plain(key) and not merged.repeats(key) and not _is_left_out(key, config):
             entries.append(_plain(merged, key, kind, config))
     for module, spec in merged.base.specs.items():
         for projection in PROJECTIONS:
             shape = (spec.num_experts, *merged.base.expert_shape(module, projection))
-            name = f"blk.{layer_of(module)}.ffn_{projection}_exps.weight"
-            entries.append(_Entry(_planned(name, kind, shape), _experts(merged, module, projection)))
+            planned = _planned(f"blk.{layer_of(module)}.ffn_{projection}_exps.weight", kind, shape)
+            entries.append(_Entry(planned, _experts(merged, module, projection, planned)))
     return GgufModelFile(metadata, sorted(entries, key=lambda entry: _place(entry.planned.name)))
 
 
@@ -89,12 +92,11 @@ def _planned(name: str, kind: str, shape: tuple[int, ...]) -> PlannedGguf:
     return PlannedGguf(name, "F32" if is_full else type_for(kind, shape[-1]), shape)
 
 
-def _is_left_out(key: str, config: dict[str, Any], *, unties_head: bool) -> bool:
-    """Prediction layers behind the last one, tables that are computed, and a head that is still the embedding."""
+def _is_left_out(key: str, config: dict[str, Any]) -> bool:
+    """Prediction layers behind the last one, and tables that are computed."""
     parts = key.split(".")
     is_extra = parts[:2] == ["model", "layers"] and int(parts[2]) >= config["num_hidden_layers"]
-    is_tied = key == "lm_head.weight" and bool(config.get("tie_word_embeddings")) and not unties_head
-    return is_extra or is_tied or key.endswith("rotary_emb.inv_freq")
+    return is_extra or key.endswith("rotary_emb.inv_freq")
 
 
 def _plain(merged: MergedCheckpoint, key: str, kind: str, config: dict[str, Any]) -> _Entry:
@@ -111,17 +113,33 @@ def _plain(merged: MergedCheckpoint, key: str, kind: str, config: dict[str, Any]
     )
     turn = permute(config[heads]) if heads and ARCHITECTURES[config["model_type"]] == "llama" else None
 
+    planned = _planned(name, kind, merged.shape(key))
+
     def parts() -> Iterator[Tensor]:
-        weight = merged.plain(key)
+        weight = _checked(merged, key, merged.plain(key), planned.type)
         yield weight if turn is None else turn(weight)
 
-    return _Entry(_planned(name, kind, merged.index.info(key).shape), parts)
+    return _Entry(planned, parts)
 
 
-def _experts(merged: MergedCheckpoint, module: str, projection: str) -> Callable[[], Iterator[Tensor]]:
+def _checked(merged: MergedCheckpoint, key: str, weight: Tensor, kind: str, module: str | None = None) -> Tensor:
+    """The weight, if the file can hold its numbers.
+
+    Raises:
+        FormatError: it cannot.
+    """
+    if not is_finite(weight, _ROUNDED[kind][0], steps=_ROUNDED[kind][1]):
+        raise merged.not_finite(key, weight, kind, module)
+    return weight
+
+
+def _experts(
+    merged: MergedCheckpoint, module: str, projection: str, planned: PlannedGguf
+) -> Callable[[], Iterator[Tensor]]:
     def parts() -> Iterator[Tensor]:
         for expert in range(merged.base.specs[module].num_experts):
-            yield merged.matrix(module, expert, projection).to(torch.float32)
+            weight = merged.matrix(module, expert, projection).to(torch.float32)
+            yield _checked(merged, planned.name, weight, planned.type, module)
 
     return parts
 

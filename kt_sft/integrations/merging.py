@@ -10,22 +10,24 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kt_sft.adapters.changes import Changes, same
 from kt_sft.adapters.forms import base_name, open_adapter, staged
 from kt_sft.adapters.model import BaseModel, Lora
 from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
+from kt_sft.formats.finite import is_finite
 from kt_sft.formats.quantized_index import FLOAT_DTYPES, QuantizedIndex
 from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME
 from kt_sft.formats.safetensors_writer import TORCH_NAMES, PlannedTensor, write
 from kt_sft.integrations.base_model import default_name, describe, meta_model
 from kt_sft.integrations.expert_files import READABLE
-from kt_sft.integrations.model_files import open_checkpoint
+from kt_sft.integrations.model_files import open_checkpoint, untie
 from kt_sft.models.expert_keys import PROJECTIONS, ExpertPart, KeyMap
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,11 @@ logger = logging.getLogger(__name__)
 # what, total -> context that gives the function to call: (done, total, name)
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int, str], None]]]
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_HEAD = "lm_head.weight"
+
+
+_DAMAGED = "the checkpoint is damaged; download it again"
+_BROKEN = "the adapter is broken (kt-sft adapter inspect); merge an earlier one of its checkpoints"
+_WIDER = "merge into bfloat16 or float32"
 
 
 class MergedCheckpoint:
@@ -72,16 +78,51 @@ class MergedCheckpoint:
         self._parts = {key: (name, parts) for name, layer in self._layers.items() for key, parts in layer.parts()}
         self._targets = {key: keys.target(key)[0] for key in self.index if key not in self._parts}
         self._experts: tuple[str, list[dict[str, Lora]]] | None = None
+        self._keys_of = {target: key for key, target in self._targets.items()}
+        self._copied: dict[str, str] = {}  # key that is written -> the one that holds its tensor in the checkpoint
+        self._tied = self._find_tied()
+        self._changes = Changes(self.adapters, self._tied, lambda name: self.index.read(self._keys_of[name]))
         self._check_targets()
+        self._own = [target for target in self._tied if self._changes.parts(target)]
+        for target in self._own:
+            self._copied.setdefault(self._key_of(target), self._keys_of[target])
+        self.keys = list(self._with_copies(self.index))
+
+    def _find_tied(self) -> dict[str, str]:
+        """Tied parameters that are one matrix in the checkpoint: stored once, or twice alike.
+
+        One of them that is not stored gets the key of the other; transformers does not tie two that differ.
+        """
+        found: dict[str, str] = {}
+        for target, source in self.base.tied.items():
+            one, other = self._keys_of.get(target), self._keys_of.get(source)
+            if one and other and not same(self.index.read(one), self.index.read(other)):
+                continue
+            if one or other:
+                found[target] = source
+                self._keys_of |= {target: one or other, source: other or one}
+            if one and not other:
+                self._copied[self._key_of(source)] = one
+        return found
+
+    def _key_of(self, parameter: str) -> str:
+        """What a checkpoint of the family calls the weight of a module."""
+        module, _, kind = parameter.rpartition(".")
+        return f"{self.base.hub_names.get(module, module)}.{kind}"
+
+    def _with_copies(self, keys: Iterable[str]) -> Iterator[str]:
+        """Keys, each followed by those that are written beside it with a tensor that starts from its own."""
+        held = set(self.index)
+        for key in keys:
+            yield key
+            yield from (new for new, source in self._copied.items() if source == key and new not in held)
 
     def _check_targets(self) -> None:
-        """Everything that the adapters change is in the checkpoint under a key of its own."""
-        held = set(self._targets.values())
-        for adapter in self.adapters:
-            wanted = [*(f"{name}.weight" for name in adapter.linears), *adapter.whole]
-            missing = [name for name in wanted if name not in held]
-            if missing:
-                expected = f"{missing[0]} in {self.folder}"
+        """Everything that the adapters change is in the checkpoint."""
+        for name in self._changes:
+            if name not in self._keys_of:
+                adapter = self._changes.source(name)
+                expected = f"{name} in {self.folder}"
                 raise FormatError(adapter.source, "target", expected=expected, found="no such tensor")
 
     def dtype(self, key: str, wanted: torch.dtype | None = None) -> torch.dtype:
@@ -91,6 +132,7 @@ class MergedCheckpoint:
         Raises:
             UnsupportedModel: stored in a type that torch has not.
         """
+        key = self._source(key)
         info = self.index.info(key)
         if key in self.index.quantized:
             return wanted or torch.bfloat16
@@ -102,26 +144,37 @@ class MergedCheckpoint:
             return getattr(torch, TORCH_NAMES[info.dtype])
         return wanted
 
+    def _source(self, key: str) -> str:
+        """The key that holds a tensor in the checkpoint."""
+        return key if key in self._targets or key in self._parts else self._copied[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor that is written."""
+        return self.index.info(self._source(key)).shape
+
     def is_plain(self, key: str) -> bool:
         """Whether a tensor is none of the experts'."""
         return key not in self._parts
 
     @property
-    def unties_head(self) -> bool:
-        """Whether the adapters make a head of its own of one that was the embedding."""
-        is_changed = any("lm_head" in adapter.ranks or _HEAD in adapter.whole for adapter in self.adapters)
-        return is_changed and bool(self.base.config.get("tie_word_embeddings"))
+    def is_untied(self) -> bool:
+        """Whether the head is a matrix of its own although the base's config ties it to the embedding."""
+        return bool(self._own) or len(self._tied) < len(self.base.tied)
+
+    def repeats(self, key: str) -> bool:
+        """Whether a tensor is the head's and the same as the embedding's."""
+        target = self._parameter(key)
+        return target in self._tied and target not in self._own
+
+    def _parameter(self, key: str) -> str:
+        """The model's name of a tensor."""
+        if key in self._targets:
+            return self._targets[key]
+        return next(name for name in (*self._tied, *self._tied.values()) if self._key_of(name) == key)
 
     def plain(self, key: str) -> Tensor:
-        """A tensor outside the experts, in its own type."""
-        weight, target = self.index.read(key), self._targets[key]
-        for adapter in self.adapters:
-            if target in adapter.whole:
-                weight = adapter.whole[target]().to(weight.dtype)
-            name = target.removesuffix(".weight")
-            if name in adapter.ranks and target != name:
-                weight = _wide(weight) + adapter.read_linear(name).delta()
-        return weight
+        """A tensor outside the experts: in its own type, or wider if it was changed."""
+        return self._changes.apply(self._parameter(key), self.index.read(self._source(key)))
 
     def matrix(self, name: str, index: int, projection: str) -> Tensor:
         """Gate, up `[inter, hidden]` or down `[hidden, inter]` of one expert."""
@@ -133,13 +186,44 @@ class MergedCheckpoint:
         return sum(deltas, start=_wide(weight)) if deltas else weight
 
     def pieces(self, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The parts of a tensor in the order of the file, rounded once."""
+        """The parts of a tensor in the order of the file, rounded once.
+
+        Raises:
+            FormatError: one that is not finite.
+        """
         if self.is_plain(key):
-            yield self.plain(key).to(dtype)
+            yield self._rounded(key, self.plain(key), dtype)
             return
         name, parts = self._parts[key]
         for part in parts:
-            yield self._piece(name, part).to(dtype)
+            yield self._rounded(key, self._piece(name, part), dtype)
+
+    def _rounded(self, key: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        rounded = weight.to(dtype)
+        if not is_finite(rounded):
+            raise self.not_finite(key, weight, str(dtype).removeprefix("torch."))
+        return rounded
+
+    def not_finite(self, key: str, weight: Tensor, kind: str, module: str | None = None) -> FormatError:
+        """Why a tensor is not finite: the checkpoint, an adapter, or the type that is written.
+
+        Args:
+            weight: the part that is not, before it was rounded.
+            module: of the experts that it belongs to, if `key` is not the checkpoint's.
+        """
+        found, expected = "NaN or infinity", "finite numbers"
+        module = module or (None if self.is_plain(key) else self._parts[key][0])
+        if is_finite(weight):
+            found = f"numbers up to {float(weight.abs().max()):.3g}, too large for {kind}"
+            return FormatError(self.folder, f"merged tensor {key}", expected=expected, found=found, remedy=_WIDER)
+        keys = self._layers[module].expected_shapes() if module else [self._source(key)]
+        damaged = next((stored for stored in keys if not is_finite(self.index.read(stored))), None)
+        if damaged is not None:
+            file = self.index.info(damaged).file
+            return FormatError(file, f"tensor {damaged}", expected=expected, found=found, remedy=_DAMAGED)
+        blamed = self._changes.source(self._parameter(key)) if not module else None
+        source = (blamed or next(a for a in self.adapters if module is None or module in a.experts)).source
+        return FormatError(source, f"merged tensor {key}", expected=expected, found=found, remedy=_BROKEN)
 
     def _piece(self, name: str, part: ExpertPart) -> Tensor:
         if part.projection == "gate_up":
@@ -154,7 +238,7 @@ class MergedCheckpoint:
         found: dict[str, list[str]] = {}
         for key in self.index:
             found.setdefault(min(file.name for file in self.index.files(key)), []).append(key)
-        return dict(sorted(found.items()))
+        return {name: list(self._with_copies(keys)) for name, keys in sorted(found.items())}
 
     def shards_of(self, limit_bytes: int, dtype: torch.dtype | None) -> dict[str, list[str]]:
         """Keys by the name of a file of limited size."""
@@ -171,7 +255,7 @@ class MergedCheckpoint:
 
     def planned(self, key: str, dtype: torch.dtype | None) -> PlannedTensor:
         """Name, type and shape of a tensor as it is written."""
-        return PlannedTensor(key, str(self.dtype(key, dtype)), self.index.info(key).shape)
+        return PlannedTensor(key, str(self.dtype(key, dtype)), self.shape(key))
 
 
 def _wide(weight: Tensor) -> Tensor:
@@ -196,7 +280,7 @@ def write_merged(
     names = list(shards) if len(shards) > 1 else [SINGLE_NAME]
     weight_map: dict[str, str] = {}
     total = 0
-    with bar("Merging", len(merged.index)) as move:
+    with bar("Merging", len(merged.keys)) as move:
         done = 0
         for name, keys in zip(names, shards.values(), strict=True):
             plan = [merged.planned(key, dtype) for key in keys]
@@ -204,7 +288,7 @@ def write_merged(
             def pieces(keys: list[str] = keys, before: int = done) -> Iterator[Tensor]:
                 for number, key in enumerate(keys, 1):
                     yield from merged.pieces(key, merged.dtype(key, dtype))
-                    move(before + number, len(merged.index), key)
+                    move(before + number, len(merged.keys), key)
 
             write(folder / name, plan, pieces())
             merged.index.close()
@@ -214,14 +298,14 @@ def write_merged(
     if len(shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    copy_beside(merged.folder, folder, dtype, unties_head=merged.unties_head)
+    copy_beside(merged.folder, folder, dtype, is_untied=merged.is_untied)
 
 
-def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None, *, unties_head: bool = False) -> None:
+def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None, *, is_untied: bool = False) -> None:
     """config.json, without the quantisation that is gone, and the other small files of a model directory.
 
     Args:
-        unties_head: whether the head is no longer the embedding.
+        is_untied: whether the head is no longer the embedding.
     """
     for path in sorted(source.iterdir()):
         is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
@@ -234,8 +318,8 @@ def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None, *,
             for name in ("dtype", "torch_dtype"):
                 if dtype is not None and name in part:
                     part[name] = str(dtype).removeprefix("torch.")
-            if unties_head and (part is values or "tie_word_embeddings" in part):
-                part["tie_word_embeddings"] = False
+    if is_untied:
+        untie(values)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

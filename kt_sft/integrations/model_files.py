@@ -117,3 +117,11 @@ def drop_quantization(config: PreTrainedConfig) -> None:
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+
+
+def untie(values: dict[str, Any]) -> None:
+    """Say in the values of a config.json that head and embedding are two matrices, wherever transformers looks."""
+    values["tie_word_embeddings"] = False
+    for name in ("text_config", "thinker_config", "language_config", "llm_config"):
+        if isinstance(values.get(name), dict):
+            untie(values[name])

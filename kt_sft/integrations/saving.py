@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from kt_sft.errors import ConfigError, FormatError
+from kt_sft.formats.finite import is_finite
 from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
 from kt_sft.integrations.base_model import expert_shapes
+from kt_sft.integrations.model_files import untie
 from kt_sft.models.expert_keys import ExpertPart, KeyMap
 from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
 from kt_sft.nn.packed_linear import has_rounded_linears, saving_packed_weights
@@ -66,6 +68,7 @@ def save_full_model(
         save_kwargs: further arguments of transformers' `save_pretrained`.
     Raises:
         ConfigError: adapters are still attached, or an argument that this writer does not have.
+        FormatError: a weight that is not finite; nothing is written then.
     """
     for name in ("push_to_hub", "variant"):
         if save_kwargs.pop(name, None):
@@ -83,6 +86,7 @@ def save_full_model(
             FORMAT_ERRORS["int8"],
         )
     target = Path(save_directory)
+    _check_finite(model, target)
     target.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
@@ -90,6 +94,11 @@ def save_full_model(
             type(model).save_pretrained(
                 model, staging, max_shard_size=max_shard_size, save_original_format=save_original_format, **save_kwargs
             )
+        if _is_untied(model):
+            config = staging / "config.json"
+            values = json.loads(config.read_text(encoding="utf-8"))
+            untie(values)
+            config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         plan = _plan(model, save_original_format)
         _write_experts(staging, plan, _Unpacker(), limit_bytes)
         _write_index(staging)
@@ -121,6 +130,28 @@ def _check_no_adapters(model: nn.Module) -> None:
             f"save_pretrained: expected a model without adapters, found one at {attached[0]}; "
             "call merge_and_unload() first, or save the adapter through the PeftModel"
         )
+
+
+def _check_finite(model: PreTrainedModel, target: Path) -> None:
+    """The experts are looked at while they are written."""
+    for name, parameter in model.named_parameters():
+        is_placeholder = parameter.is_meta or parameter.untyped_storage().nbytes() < parameter.nbytes
+        if not is_placeholder and not is_finite(parameter.detach()):
+            raise _not_finite(target, name)
+
+
+def _not_finite(target: Path, name: str) -> FormatError:
+    remedy = "save an earlier checkpoint of the training, or export in bfloat16 if float16 was too narrow"
+    return FormatError(target, f"tensor {name}", expected="finite numbers", found="NaN or infinity", remedy=remedy)
+
+
+def _is_untied(model: PreTrainedModel) -> bool:
+    """Whether the config ties the head to the embedding and the model no longer does, as after merging an adapter that
+    trained one of the two.
+    """
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    pairs = [[model.get_submodule(name.rpartition(".")[0]).weight for name in pair] for pair in tied.items()]
+    return any(one is not other and not torch.equal(one, other) for one, other in pairs)
 
 
 def _plan(model: PreTrainedModel, save_original_format: bool) -> list[tuple[PlannedTensor, list[_Part]]]:
@@ -175,14 +206,17 @@ def _write_experts(
         used_bytes += entry[0].num_bytes
     for number, shard in enumerate(hf_logging.tqdm(shards, desc="Writing expert shards"), 1):
         tensors = [tensor for tensor, _ in shard]
-        pieces = _pieces(tensors[0].dtype, (part for _, parts in shard for part in parts), unpack)
+        parts = ((tensor.name, *part) for tensor, parts in shard for part in parts)
+        pieces = _pieces(folder, tensors[0].dtype, parts, unpack)
         write(folder / f"experts-{number:05d}.safetensors", tensors, pieces)
 
 
-def _pieces(dtype: str, parts: Iterable[_Part], unpack: _Unpacker) -> Iterator[Tensor]:
+def _pieces(
+    folder: Path, dtype: str, parts: Iterable[tuple[str, nn.Module, ExpertPart]], unpack: _Unpacker
+) -> Iterator[Tensor]:
     unpacked: tuple[nn.Module, int] | None = None
     matrices: dict[str, Tensor] = {}
-    for module, part in parts:
+    for name, module, part in parts:
         if unpacked != (module, part.expert):
             matrices = dict(zip(_PROJECTIONS, unpack(module, part.expert), strict=True))
             unpacked = (module, part.expert)
@@ -191,7 +225,10 @@ def _pieces(dtype: str, parts: Iterable[_Part], unpack: _Unpacker) -> Iterator[T
         else:
             matrix = matrices[part.projection]
         matrix = matrix.mT.contiguous() if part.is_transposed else matrix
-        yield matrix.to(getattr(torch, dtype.removeprefix("torch.")))
+        matrix = matrix.to(getattr(torch, dtype.removeprefix("torch.")))
+        if not is_finite(matrix):
+            raise _not_finite(folder.parent, name)
+        yield matrix
 
 
 def _write_index(folder: Path) -> None:

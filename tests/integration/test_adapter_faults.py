@@ -53,9 +53,13 @@ DAMAGE = [
         r"lora_A\.weight: expected \[3, 48\], found \[3, 47\]",
     ),
     ("vllm", damaged(lambda t: {**t, "base_model.model.x.lora_A.weight": torch.ones(1)}), "expected a LoRA target"),
-    ("vllm", damaged(lambda t: {**t, "base_model.model.x.lora_magnitude_vector": torch.ones(1)}), "plain LoRA"),
+    (
+        "vllm",
+        damaged(lambda t: {**t, "base_model.model.x.lora_magnitude_vector": torch.ones(1)}),
+        "a matrix of the model",
+    ),
     ("vllm", lambda folder: edit(folder, peft_type="IA3"), "peft_type: expected LORA, found IA3"),
-    ("vllm", lambda folder: edit(folder, use_dora=True), "use_dora: expected plain LoRA"),
+    ("vllm", lambda folder: edit(folder, use_dora=True), r"lora_magnitude_vector: expected present, found missing"),
     (
         "vllm",
         lambda folder: edit(folder, init_lora_weights="pissa_niter_4"),

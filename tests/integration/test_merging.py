@@ -114,8 +114,13 @@ def test_types_that_no_weight_has_are_copied(tmp_path):
 
 @pytest.mark.parametrize("whole", [False, True], ids=["lora", "modules_to_save"])
 def test_head_that_was_the_embedding_gets_its_own_weight(roots, tmp_path, whole):
-    """A checkpoint that stores it although its config says that it is tied."""
+    """A checkpoint that stores it, the same as the embedding, beside a config that ties the two."""
     root = shutil.copytree(roots("mixtral"), tmp_path / "root")
+    embedding = weights(root / "base")["model.embed_tokens.weight"]
+    for file in (root / "base").glob("*.safetensors"):
+        tensors = load_file(file)
+        if "lm_head.weight" in tensors:
+            save_file({**tensors, "lm_head.weight": embedding.clone()}, file, {"format": "pt"})
     config = root / "base" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
     head = weights(root / "base")["lm_head.weight"]
@@ -126,12 +131,15 @@ def test_head_that_was_the_embedding_gets_its_own_weight(roots, tmp_path, whole)
         trained = {f"{stem}lora_A.weight": a, f"{stem}lora_B.weight": b}
         wanted = (head.float() + 5 / 3 * b @ a).bfloat16()
     adapters.damaged(lambda tensors: {**tensors, **trained})(root / "adapter")
-    adapters.edit(root / "adapter", base_model_name_or_path=str(root / "base"))
+    saved = ["lm_head"] if whole else None
+    adapters.edit(root / "adapter", base_model_name_or_path=str(root / "base"), modules_to_save=saved)
     folder = merge(root, tmp_path / "merged")
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(tiny_models.load_stock(folder).lm_head.weight, wanted.float())
     index = GgufIndex.from_path(merge(root, tmp_path / "m.gguf", "gguf-bf16"))
     assert torch.equal(index.read("output.weight"), wanted.float())
     adapters.damaged(lambda tensors: {n: t for n, t in tensors.items() if "lm_head" not in n})(root / "adapter")
+    adapters.edit(root / "adapter", modules_to_save=None)
     assert "output.weight" not in GgufIndex.from_path(merge(root, tmp_path / "tied.gguf", "gguf-bf16"))
 
 

@@ -91,6 +91,11 @@ def test_nearest_lists_the_known_names_when_none_is_close():
     assert nearest("qqqq", ["alpha", "beta"]) == "known: alpha, beta"
 
 
+def test_the_beginning_of_one_name_means_it():
+    assert nearest("embed", ["embed_tokens", "norm"]) == "did you mean 'embed_tokens'?"
+    assert nearest("embed", ["embed_tokens", "embed_other_ones"]).startswith("known: ")
+
+
 def test_error_messages_are_one_line_with_expected_found_remedy():
     error = FormatError("a.safetensors", "tensor w", expected="shape [2]", found=[3], remedy="download it again")
     assert str(error) == "a.safetensors: tensor w: expected shape [2], found [3]; download it again"

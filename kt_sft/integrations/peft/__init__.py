@@ -10,6 +10,8 @@ here is a plain PEFT adapter.
     injecting    the step around PEFT's injection, so that anybody's call binds the experts
     coverage     what trains, by kind, and whether that is what was asked for
     binding      PEFT's wrappers around the experts: pass-through forward, merge into packed weights
+    outside      PEFT layers outside the experts that need help: routers, tied heads
+    limits       what can be trained and not be merged, converted or saved
     adapter_dir  what lies in a saved adapter's directory, and whether it fits the model
 """
 

@@ -17,6 +17,7 @@ from torch import nn
 from kt_sft.adapters import layout, peft_config
 from kt_sft.adapters.folder import CONFIG_NAME, EXPERTS_NAME, check_names, left_out
 from kt_sft.adapters.forms import adapter_file, is_fused, is_per_expert, open_adapter, write_directory
+from kt_sft.adapters.model import BaseModel
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
 from kt_sft.integrations.base_model import describe, plain_modules, plain_name
@@ -128,6 +129,8 @@ def has_other_form(model: nn.Module, source: Path) -> bool:
     names = TensorFile(source)
     if TensorFile.of_experts(source) is not None or is_per_expert(names):
         return True
+    if _names_others(describe(model), config, names):
+        return True
     if is_fused(names) and not config.target_parameters:
         return True
     specs = {plain_name(name): experts.spec for name, experts in iter_routed_experts(model)}
@@ -156,6 +159,17 @@ def _widths(config: ExpertLoraConfig, specs: Mapping[str, ExpertsSpec], names: T
         if all(len(shape) == 2 for shape in shapes):
             found[target] = (shapes[0][1], shapes[1][0])
     return found
+
+
+def _names_others(base: BaseModel, config: ExpertLoraConfig, names: TensorFile) -> bool:
+    """Whether pairs are stored under names that PEFT cannot wrap: those of checkpoints, or of routers that are no
+    Linear layers any more, as adapters of transformers 4 have them.
+    """
+    stems = {name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
+    parameters = [f"{stem}.weight" for stem in stems if f"{stem}.weight" in base.bare]
+    entries = config.target_parameters or []
+    unnamed = [p for p in parameters if not any(p == entry or p.endswith(f".{entry}") for entry in entries)]
+    return bool(unnamed) or bool(stems & set(base.hub_names.values()))
 
 
 def read_adapter_config(folder: Path) -> ExpertLoraConfig:

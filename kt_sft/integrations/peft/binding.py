@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from kt_sft.errors import ConfigError
+from kt_sft.integrations.peft.outside import bind_outside
 from kt_sft.integrations.peft.targets import PROJECTIONS
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
@@ -105,6 +106,7 @@ def bind_experts(model: nn.Module, *, dropout: float = 0.0) -> None:
             for wrapper in chain_of(outermost):
                 wrapper.__class__ = ExpertParamWrapper
             experts.lora = _expert_lora(outermost, dropout)
+    bind_outside(model)
     hide_placeholders(model)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,11 @@ from kt_sft.integrations.peft.binding import (
     expose_placeholders,
     restore_linear_dropout,
 )
+from kt_sft.integrations.peft.limits import lost_biases, training_limits
 from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_names, expert_targets, prepare_lora_config
 from kt_sft.models.spec import iter_routed_experts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,11 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
     check_kind(config, mixed=type(tuner).__name__ == "MixedModel")
     _check_holds_none(model)
     prepared = _saved(config) if request.is_saved else prepare_lora_config(model, config, request.expert_lora)
+    if lost := lost_biases(model, prepared):
+        raise ConfigError(
+            f"bias: 'lora_only' would train biases such as that of {lost[0]}, and PEFT does not save them; use "
+            "'all' or 'none'"
+        )
     present = _adapters(model)
     if expert_targets(prepared, expert_names(model)):
         _check_is_first(present)
@@ -140,6 +149,8 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
     if not prepared.inference_mode:
         coverage.check(model, prepared, adapter_name)
         coverage.log(model, coverage.asked(config))
+        for sentence in training_limits(model, prepared):
+            logger.warning("%s", sentence)
 
 
 def _saved(config: LoraConfig) -> ExpertLoraConfig:

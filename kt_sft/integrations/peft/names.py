@@ -202,4 +202,4 @@ def _nearest(entry: str, known: Iterable[str]) -> str:
     hint = nearest(".".join(entry.split(".")[-depth:]), tails)
     if hint.startswith("did you mean"):
         return hint
-    return nearest(entry, sorted({name.rpartition(".")[2] for name in known if not name[-1:].isdigit()}))
+    return nearest(entry, sorted({name.rpartition(".")[2] for name in known if name and not name[-1].isdigit()}))
