@@ -197,11 +197,11 @@ def write_directory(adapter: Adapter, form: str, folder: Path) -> None:
         if path.name.startswith(_COPIED) and path.is_file():
             shutil.copyfile(path, folder / path.name)
     beside = {"model_type": adapter.base.model_type, **adapter.beside}
-    kept = {"lora_dropout": peft_config.dropout_of(adapter)} if config["target_parameters"] else {}
-    beside = {name: value for name, value in beside.items() if name not in ("lora_dropout", layout.MARK)} | kept
-    written = layout.of_release(config["peft_version"])
+    for name in ("lora_dropout", layout.MARK):
+        beside.pop(name, None)
     if config["target_parameters"]:
-        beside[layout.MARK] = written[0]
+        beside["lora_dropout"] = peft_config.dropout_of(adapter)
+        beside[layout.MARK] = layout.form_of(config["peft_version"])
     (folder / peft_config.SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
 
 

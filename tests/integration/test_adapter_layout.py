@@ -186,3 +186,4 @@ def test_releases():
     assert {layout.of_release(version)[0] for version in OLD} == {"peft-0.18"}
     assert layout.of_release("0.18.1") == ("peft-0.18",)
     assert [layout.of_release(version) for version in (None, "", "unknown", "main")] == [()] * 4
+    assert [layout.form_of(v) for v in ("0.18.1", "0.18.2.dev0", "0.19.1")] == ["peft-0.18", "peft-0.18", "peft-0.19"]
