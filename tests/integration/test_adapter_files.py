@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from kt_sft.cli import app
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.integrations.adapters import open_with_base
 from kt_sft.integrations.base_model import describe
-from kt_sft.integrations.peft.adapter_dir import check_adapter, in_running_form
+from kt_sft.integrations.peft.adapter_dir import check_adapter, in_running_form, local_adapter_dir
 from tests.helpers import adapters, parity, tiny_models
 from tests.helpers.adapters import convert, damaged, edit, opened
 
@@ -152,6 +153,36 @@ def test_dropout_of_an_adapter_without_experts_stays(tmp_path):
     edit(tmp_path / "adapter", lora_dropout=0.1)
     written = forms.convert(opened(tmp_path / "adapter", tmp_path), "peft-0.18", tmp_path / "out")
     assert json.loads((written / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+
+
+@pytest.mark.parametrize("parameters", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]])
+def test_fused_experts_that_the_config_does_not_name(tmp_path, parameters):
+    """As trainers of their own write them; on one layer of the two."""
+    targets = [f"model.layers.1.mlp.experts.{parameter}" for parameter in parameters]
+    adapters.make("qwen3_moe", tmp_path, targets=[*targets, "q_proj"])
+    wanted = adapters.peft_deltas(tmp_path)
+    edit(tmp_path / "adapter", target_parameters=None)
+    adapters.assert_same(adapters.deltas(opened(tmp_path / "adapter", tmp_path)), wanted)
+
+
+def test_hub_adapters_bring_all_their_tensors(adapter, tmp_path, monkeypatch):
+    """What is read is downloaded; of the rest the names are enough to say that it is not."""
+    import huggingface_hub
+
+    names = ["adapter_config.json", "adapter_model.safetensors", "kt_sft.json", "fused_expert_lora.safetensors"]
+    asked = {}
+
+    def snapshot_download(name, *, allow_patterns, **_):
+        asked[name] = [n for n in names if any(fnmatch(n, pattern) for pattern in allow_patterns)]
+        return str(adapter)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: names)
+    assert local_adapter_dir("someone/adapter") == adapter and asked["someone/adapter"] == names
+    names.append("more.safetensors")
+    names.append("checkpoint-2/else.safetensors")
+    with pytest.raises(FormatError, match="found more.safetensors, which nothing here reads"):
+        local_adapter_dir("someone/adapter")
 
 
 class Expert(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -176,9 +177,17 @@ def test_what_is_written_says_its_layout(roots, tmp_path, form):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_saved_adapters_say_their_layout(roots):
-    beside = json.loads((roots("gate_up") / "adapter" / "kt_sft.json").read_text())
-    assert beside["layout"] == "peft-0.18"
+def test_saved_adapters_say_their_layout(roots, tmp_path):
+    """Also one that was loaded from another release: it is saved as the PEFT that runs lays it out."""
+    root = roots("both")
+    assert json.loads((root / "adapter" / "kt_sft.json").read_text())["layout"] == "peft-0.18"
+    for version, swap in (("0.19.0", False), ("0.19.1", True), (None, False)):
+        wanted = rewritten(root, tmp_path / f"{version}", version, swap=swap)
+        model = kt_sft.load_adapter(parity.load_ours(root / "base"), tmp_path / f"{version}", is_trainable=True)
+        model.save_pretrained(tmp_path / f"{version}-saved")
+        config = json.loads((tmp_path / f"{version}-saved" / "adapter_config.json").read_text())
+        assert config["peft_version"] == peft.__version__
+        adapters.assert_same(adapters.deltas(opened(tmp_path / f"{version}-saved", root)), wanted)
 
 
 def test_releases():
@@ -186,3 +195,4 @@ def test_releases():
     assert {layout.of_release(version)[0] for version in OLD} == {"peft-0.18"}
     assert layout.of_release("0.18.1") == ("peft-0.18",)
     assert [layout.of_release(version) for version in (None, "", "unknown", "main")] == [()] * 4
+    assert [layout.form_of(v) for v in ("0.18.1", "0.18.2.dev0", "0.19.1")] == ["peft-0.18", "peft-0.18", "peft-0.19"]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import peft
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType
@@ -184,6 +185,7 @@ def read_adapter_config(folder: Path) -> ExpertLoraConfig:
             path, "peft_type", expected="LORA", found=getattr(config.peft_type, "value", config.peft_type)
         )
     config = ExpertLoraConfig.of(config)
+    config.peft_version = peft.__version__  # which writes it from now on, in its own layout
     beside = peft_config.read_side_file(folder)
     config.model_type = beside.get("model_type")
     if config.target_parameters:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _matches = names.suffix_matches
 
 SIDE_FILE = "kt_sft.json"
-RUNNING_FORM = layout.of_release(peft.__version__)[-1]  # in which the PEFT that runs writes LoRA of fused experts
+RUNNING_FORM = layout.form_of(peft.__version__)  # in which the PEFT that runs writes LoRA of fused experts
 MAX_RANK = 256
 ALL_LINEAR = ("all", "all-linear")
 PROJECTIONS = ("gate_up_proj", "down_proj")
