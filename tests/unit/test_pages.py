@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from typer.main import get_command
 
 from kt_sft import env
@@ -14,6 +15,8 @@ from kt_sft.cli import app
 from kt_sft.config import METHODS, KTConfig
 from kt_sft.integrations.llamafactory import args
 from kt_sft.native import native
+from kt_sft.placement.rules import load_rules
+from tests.helpers import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -56,7 +59,10 @@ def test_files_that_are_named_exist(page):
         return
     for quoted in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
         for name in re.findall(rf"(?<![\w./~-])(?:{FOLDERS})/[\w./-]+", quoted):
-            assert "*" in quoted or "{" in quoted or "-<" in quoted or (ROOT / name).exists(), name
+            assert "*" in quoted or "{" in quoted or (ROOT / name).exists(), name
+    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for name in re.findall(rf"(?<![\w./~-])(?:{FOLDERS})/[\w./-]+\.(?:py|yaml|sh|json)\b", block):
+            assert (ROOT / name).exists(), name
 
 
 @pages
@@ -98,6 +104,24 @@ def test_commands_and_options_exist():
                 known = {option for parameter in command.params for option in parameter.opts}
                 used = {word.split("=")[0] for word in words if re.fullmatch(r"--[a-z][a-z0-9-]+(=.*)?", word)}
                 assert used <= known | {"--help"}, f"{page.name}: {line}"
+
+
+def test_python_of_readme_runs(tmp_path):
+    (code,) = re.findall(r"^```python\n(.*?)^```", text_of("README.md"), re.MULTILINE | re.DOTALL)
+    model = tiny_models.build("qwen3_moe", tmp_path / "model")
+    for shown, real in (("path/to/Qwen3-30B-A3B", model), ("my-adapter", tmp_path / "adapter")):
+        assert code.count(shown) == 1
+        code = code.replace(shown, str(real))
+    exec(compile(code, "README.md", "exec"), {})
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert any("mlp.experts" in name for name in file.keys())  # noqa: SIM118
+
+
+def test_rules_of_their_page_are_rules(tmp_path):
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text_of("docs/rules.md"), re.MULTILINE | re.DOTALL)
+    (shown,) = (block for block in blocks if "rules:" in block)
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert len(load_rules(tmp_path / "shown.yaml").rules) == 2
 
 
 def test_targets_of_make_are_those_of_the_page():
