@@ -117,12 +117,15 @@ def examples_page() -> str:
 
 
 def readme() -> str:
-    """README.md with the packed sizes of all experts in its table."""
+    """README.md with the packed sizes of all experts in its table, and the main memory that goes with two GPUs."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for row, config in README_ROWS.items():
         cells = " | ".join(f"{_short(_experts_bytes(config, method))} GiB" for method in ("bf16", "int8", "int4"))
         text, found = re.subn(rf"^\| {row} \|( [\d.]+ GiB \|){{3}}$", f"| {row} | {cells} |", text, flags=re.MULTILINE)
         assert found == 1, f"README.md: expected one row of {row}"
+    main, _ = totals(EXAMPLES / "train_lora" / "deepseek_v3_int8_two_gpus.yaml")
+    text, found = re.subn(r"beside [\d.]+ GiB of main memory", f"beside {main} of main memory", text)
+    assert found == 1, "README.md: expected one `beside ... GiB of main memory`"
     return text
 
 
