@@ -141,8 +141,7 @@ def read_run(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
             value = values[key] = int(value)
         if type(value) is not int or value < 1:
             faults.append(f"{key}: expected a whole number >= 1, found {value!r}")
-    if args.is_zero3(values.get("deepspeed")):
-        faults.append(args.ZERO3_FAULT)
+    faults += args.deepspeed_faults(values.get("deepspeed"))
     for check in (_check_keys, _check_values):
         try:
             check(values)
