@@ -238,8 +238,14 @@ def expert_lora(config: KTConfig, lora_target: list[str]) -> bool | None:
 
 
 def adapter_paths(values: Mapping[str, Any]) -> list[str]:
-    """The value of `adapter_name_or_path`: a list, or names with commas."""
+    """The value of `adapter_name_or_path`: a list, or names with commas.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     value = values.get("adapter_name_or_path") or []
+    if not isinstance(value, str | list) or not all(isinstance(path, str) for path in value):
+        raise ConfigError(f"adapter_name_or_path: expected the name of a directory, found {value!r}")
     return [path.strip() for path in value.split(",")] if isinstance(value, str) else list(value)
 
 
