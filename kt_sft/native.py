@@ -19,12 +19,16 @@ def native() -> ModuleType:
 
     Raises:
         NativeMissing: it was not built for this Python, or the file is damaged.
+        KeyboardInterrupt: Ctrl-C meanwhile.
     """
     global _module
     if _module is None:
         try:
             from kt_sft import _native
         except ImportError as error:
+            # A Ctrl-C while the library starts is wrapped into the error of the import.
+            if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
             raise NativeMissing(
                 f"the compiled kernels kt_sft._native cannot be imported ({error}); build them for this Python with "
                 "`pip install .` in the kt_sft source folder (needs g++ >= 12)"

@@ -16,13 +16,17 @@ from kt_sft.errors import KTError
 
 @contextmanager
 def errors_in_one_line(command: str) -> Iterator[None]:
-    """Show our own errors as one line and leave with status 2, after Ctrl-C with 130; KT_SFT_TRACEBACK=1 shows all."""
+    """Show our own errors, and those of files, as one line and leave with status 2, after Ctrl-C with 130.
+
+    KT_SFT_TRACEBACK=1 shows all.
+    """
     try:
         yield
-    except KTError as error:
+    except (KTError, OSError) as error:
         if env.traceback():
             raise
-        Console(stderr=True).print(f"kt-sft {command}: error: {escape(str(error))}", soft_wrap=True)
+        found = str(error) if isinstance(error, KTError) else " ".join(str(error).split()) or type(error).__name__
+        Console(stderr=True).print(f"kt-sft {command}: error: {escape(found)}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

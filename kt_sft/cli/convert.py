@@ -37,11 +37,11 @@ def convert(
 
     Interrupted, it goes on where it stopped when it is run again. Exit code 2 on errors.
     """
-    from kt_sft.config import KTConfig
-    from kt_sft.integrations.converting import convert_checkpoint
-
     console = Console()
     with errors_in_one_line("convert"):
+        from kt_sft.config import KTConfig
+        from kt_sft.integrations.converting import convert_checkpoint
+
         config = KTConfig(method=quant_method, int4_group_size=int4_group_size, threads=threads)
         options = {"input_type": input_type, "overwrite": overwrite, "check": verify}
         options["trust_remote_code"] = trust_remote_code

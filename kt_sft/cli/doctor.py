@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from kt_sft.cli.console import errors_in_one_line
+
 if TYPE_CHECKING:
     from kt_sft.doctor import Report
 
@@ -26,9 +28,10 @@ def doctor(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every kernel, not only those in use.")] = False,
 ) -> None:
     """Say what this machine offers, which kernels will run, what to do about each problem; exit code 1 on errors."""
-    from kt_sft.doctor import collect
+    with errors_in_one_line("doctor"):
+        from kt_sft.doctor import collect
 
-    report = collect()
+        report = collect()
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:

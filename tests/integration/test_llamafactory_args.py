@@ -117,7 +117,8 @@ def test_zero3_is_seen_in_a_file_and_in_a_mapping(tmp_path):
 ])  # fmt: skip
 def test_zero3_is_seen_in_command_line_words(tmp_path, line, found):
     (tmp_path / "z3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    assert args.asks_for_zero3(line.replace("FILE", str(tmp_path / "z3.json")).split()) is found
+    words = line.replace("FILE", str(tmp_path / "z3.json")).split()
+    assert (args.is_set(words, "use_kt") and args.is_zero3(args.given(words, "deepspeed"))) is found
 
 
 PARSE = """

@@ -178,11 +178,40 @@ def given(values: dict[str, Any] | list[str], key: str) -> Any:
     return found
 
 
-def asks_for_zero3(values: dict[str, Any] | list[str]) -> bool:
-    """Whether a run that is not parsed yet has use_kt and ZeRO stage 3."""
-    return str(given(values, "use_kt")).lower() in ("true", "t", "yes", "y", "1") and is_zero3(
-        given(values, "deepspeed")
-    )
+def is_set(values: dict[str, Any] | list[str], key: str) -> bool:
+    """Whether a flag of a run that is not parsed yet is on."""
+    return str(given(values, key)).lower() in ("true", "t", "yes", "y", "1")
+
+
+def deepspeed_faults(deepspeed: Any) -> Iterator[str]:
+    """What is wrong with a `deepspeed` value: ZeRO stage 3, or no configuration."""
+    if is_zero3(deepspeed):
+        yield ZERO3_FAULT
+    elif isinstance(deepspeed, str):
+        try:
+            with open(deepspeed, encoding="utf-8") as file:
+                json.load(file)
+        except (OSError, ValueError) as error:
+            found = getattr(error, "strerror", None) or f"no JSON ({error})"
+            yield f"deepspeed: {deepspeed}: expected a configuration of DeepSpeed, found {found}; correct the path"
+
+
+def precision_faults(values: dict[str, Any] | list[str], *, has_bf16: bool, has_gpu: bool) -> Iterator[str]:
+    """What this machine cannot train in, of a run that is not parsed yet.
+
+    Args:
+        has_bf16: there is an accelerator that computes in bf16.
+        has_gpu: there is an accelerator.
+    """
+    on_cpu = is_set(values, "use_cpu")
+    cpu = "a CPU trains with bf16: true and use_cpu: true"
+    for key in ("bf16", "bf16_full_eval"):
+        if is_set(values, key) and not on_cpu and not has_bf16:
+            yield f"{key}: expected a GPU that computes in bf16, found none; add use_cpu: true to train on the CPU"
+    if is_set(values, "pure_bf16") and not has_bf16:
+        yield f"pure_bf16: expected a GPU that computes in bf16, found none; {cpu}"
+    if is_set(values, "fp16") and (on_cpu or not has_gpu):
+        yield f"fp16: expected a GPU, found {'use_cpu: true' if on_cpu else 'none'}; {cpu}"
 
 
 def is_zero3(deepspeed: Any) -> bool:
@@ -192,7 +221,7 @@ def is_zero3(deepspeed: Any) -> bool:
             with open(deepspeed, encoding="utf-8") as file:
                 deepspeed = json.load(file)
         except (OSError, ValueError):
-            return False  # LLaMA-Factory reports a bad file itself
+            return False
     zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
     return isinstance(zero, dict) and zero.get("stage") == 3
 
@@ -209,8 +238,14 @@ def expert_lora(config: KTConfig, lora_target: list[str]) -> bool | None:
 
 
 def adapter_paths(values: Mapping[str, Any]) -> list[str]:
-    """The value of `adapter_name_or_path`: a list, or names with commas."""
+    """The value of `adapter_name_or_path`: a list, or names with commas.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     value = values.get("adapter_name_or_path") or []
+    if not isinstance(value, str | list) or not all(isinstance(path, str) for path in value):
+        raise ConfigError(f"adapter_name_or_path: expected the name of a directory, found {value!r}")
     return [path.strip() for path in value.split(",")] if isinstance(value, str) else list(value)
 
 

@@ -20,7 +20,17 @@ from torch import nn
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.integrations.gguf_model import is_gguf_model
-from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting, native_classes, peer_keys, references
+from kt_sft.integrations.llamafactory import (
+    adapters,
+    args,
+    autoload,
+    data_checks,
+    exporting,
+    native_classes,
+    parsing,
+    peer_keys,
+    references,
+)
 from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
 from kt_sft.integrations.peft.injecting import has_experts
@@ -48,9 +58,9 @@ def patch_parser(parser: ModuleType) -> None:
         values, notes = peer_keys.translate(parser.read_args(values))
         if not allow_extra_keys:
             args.check_known(values, hf_parser.dataclass_types, hf_parser._option_string_actions)
-        if args.asks_for_zero3(values):
-            raise ConfigError(args.ZERO3_FAULT)  # TrainingArguments would first ask for the deepspeed package
-        groups = stock_parse(hf_parser, values, allow_extra_keys=allow_extra_keys)
+        with parsing.errors_in_one_line(values):
+            parsing.check_unparsed(values, hf_parser.dataclass_types)
+            groups = stock_parse(hf_parser, values, allow_extra_keys=allow_extra_keys)
         if any(hasattr(group, "use_kt") for group in groups):
             for note in notes:
                 _warn(note)
@@ -58,6 +68,7 @@ def patch_parser(parser: ModuleType) -> None:
         return groups
 
     parser._parse_args = parse_args
+    parsing.patch_parser(parser)
     report_errors_in_one_line()
 
 
@@ -156,6 +167,9 @@ def activate(groups: tuple[Any, ...]) -> None:
     model_args.use_kt, model_args.kt_active = False, True
     if training_args is not None:
         references.check(model_args, finetuning_args, model, check_inputs)
+    for data_args in (group for group in groups if hasattr(group, "dataset_dir")):
+        data_args.kt_active = True
+        data_checks.check(data_args, finetuning_args.stage)
 
 
 def use_model_directory(model_args: Any) -> None:

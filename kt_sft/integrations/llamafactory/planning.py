@@ -141,8 +141,7 @@ def read_run(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
             value = values[key] = int(value)
         if type(value) is not int or value < 1:
             faults.append(f"{key}: expected a whole number >= 1, found {value!r}")
-    if args.is_zero3(values.get("deepspeed")):
-        faults.append(args.ZERO3_FAULT)
+    faults += args.deepspeed_faults(values.get("deepspeed"))
     for check in (_check_keys, _check_values):
         try:
             check(values)
@@ -257,7 +256,11 @@ def _run(
 def _new_lora(
     values: dict[str, Any], config: KTConfig, model: nn.Module, specs: dict[str, ExpertsSpec]
 ) -> tuple[dict[str, int], int]:
-    """Elements of the LoRA factors of each module that the keys ask for, and the rank on experts (0: none)."""
+    """Elements of the LoRA factors of each module that the keys ask for, and the rank on experts (0: none).
+
+    Raises:
+        ConfigError: the keys ask for no module of the model.
+    """
     rank, names = values.get("lora_rank", _RANK), _targets(values)
     wanted = LoraConfig(r=rank, target_modules="all-linear" if names == ["all"] else names, task_type="CAUSAL_LM")
     prepared = prepare_lora_config(model, wanted, args.expert_lora(config, names))
@@ -270,6 +273,8 @@ def _new_lora(
     for parameter in on_experts:
         name, _, projection = parameter.rpartition(".")
         elements[name] = elements.get(name, 0) + _expert_factors(specs[name], projection, rank)
+    if not elements:
+        raise ConfigError(f"lora_target: expected modules of the model, found none of the name {', '.join(names)}")
     return elements, rank if on_experts else 0
 
 
