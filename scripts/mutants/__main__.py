@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import json
 import os
 import queue
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,12 +87,38 @@ def wanted(fault: Fault, options: argparse.Namespace) -> bool:
     return options.only is None or any(re.search(pattern, text) for pattern in options.only)
 
 
+class Tree:
+    """A copy of the checkout, and a server that runs tests in it."""
+
+    def __init__(self, path: Path):
+        self.path = copy_tree(path)
+        command = [sys.executable, "-m", "scripts.mutants.server"]
+        self._server = subprocess.Popen(
+            command, cwd=path, env=environment(path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def test(self, tests: Iterable[str], *words: str) -> tuple[int | None, str]:
+        """Exit status of pytest, None after a time-out, and its output."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        command = ["-q", "-p", "no:cacheprovider", "-rfE", "--tb=no", *words, *tests]
+        self._server.stdin.write(json.dumps({"words": command, "timeout_s": TIMEOUT_S}) + "\n")
+        self._server.stdin.flush()
+        answer = json.loads(self._server.stdout.readline())
+        return answer["status"], answer["output"]
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+
 def run_all(faults: list[Fault], folder: Path, options: argparse.Namespace, console: Console) -> list[Outcome]:
     """Every fault in one of several copies of the tree; those of the library come last, one after another."""
-    trees: queue.Queue[Path] = queue.Queue()
-    for number in range(max(1, options.jobs)):
-        trees.put(copy_tree(folder / f"tree-{number}"))
-    failing = set() if options.no_check else check_clean(faults, trees, options.jobs)
+    made = [Tree(folder / f"tree-{number}") for number in range(max(1, options.jobs))]
+    trees: queue.Queue[Tree] = queue.Queue()
+    for tree in made:
+        trees.put(tree)
+    failing = set() if options.no_check else check_clean(faults, trees, len(made))
     outcomes: list[Outcome] = []
 
     def report(outcome: Outcome) -> None:
@@ -112,17 +140,18 @@ def run_all(faults: list[Fault], folder: Path, options: argparse.Namespace, cons
         finally:
             trees.put(tree)
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, options.jobs)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(made)) as pool:
         for future in concurrent.futures.as_completed(
             [pool.submit(one, fault) for fault in faults if not fault.is_native]
         ):
             report(future.result())
-    if native := [fault for fault in faults if fault.is_native]:
-        tree = trees.get()
-        build(tree)
-        trees.put(tree)
-        for fault in native:
-            report(one(fault))
+    while trees.qsize() > 1:  # one build is enough
+        trees.get().close()
+    for number, fault in enumerate(fault for fault in faults if fault.is_native):
+        if number == 0:
+            build(trees.queue[0].path)
+        report(one(fault))
+    trees.get().close()
     return outcomes
 
 
@@ -148,36 +177,27 @@ def environment(tree: Path) -> dict[str, str]:
     return env | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def pytest(tree: Path, tests: list[str] | tuple[str, ...], *words: str) -> subprocess.CompletedProcess[str] | None:
-    """None: it took too long."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", "--tb=no", *words, *tests]
-    try:
-        return subprocess.run(
-            command, cwd=tree, env=environment(tree), capture_output=True, text=True, timeout=TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def check_clean(faults: list[Fault], trees: queue.Queue[Path], jobs: int) -> set[str]:
+def check_clean(faults: list[Fault], trees: queue.Queue[Tree], jobs: int) -> set[str]:
     """Tests of the list that fail without any fault: they would see everything. In `jobs` parts, whole files each."""
     by_file: dict[str, list[str]] = {}
     for test in sorted({test for fault in faults for test in fault.tests}):
         by_file.setdefault(test.partition("::")[0], []).append(test)
-    parts = [[test for file in list(by_file)[start::jobs] for test in by_file[file]] for start in range(max(1, jobs))]
+    parts = [[test for file in list(by_file)[start::jobs] for test in by_file[file]] for start in range(jobs)]
 
     def run(tests: list[str]) -> set[str]:
+        if not tests:
+            return set()
         tree = trees.get()
         try:
-            done = pytest(tree, tests) if tests else None
+            status, output = tree.test(tests)
         finally:
             trees.put(tree)
-        if tests and (done is None or done.returncode not in (0, 1)):
-            sys.stderr.write((done.stdout + done.stderr)[-4000:] if done is not None else "mutants: time out\n")
+        if status not in (0, 1):
+            sys.stderr.write(f"mutants: pytest ends with status {status}\n{output[-4000:]}")
             raise SystemExit(2)
-        return set(seen_by(done.stdout)) if done is not None else set()
+        return set(seen_by(output))
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, jobs)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         return set().union(*pool.map(run, parts))
 
 
@@ -191,27 +211,27 @@ def is_of(node: str, test: str) -> bool:
     return node == test or node.startswith((f"{test}[", f"{test}::"))
 
 
-def plant_and_run(fault: Fault, tree: Path) -> Outcome:
-    path = tree / fault.file
+def plant_and_run(fault: Fault, tree: Tree) -> Outcome:
+    path = tree.path / fault.file
     whole = path.read_text(encoding="utf-8")
     began = time.monotonic()
     path.write_text(fault.planted(whole), encoding="utf-8")
     try:
-        if fault.is_native and (failed := build(tree, check=False)):
+        if fault.is_native and (failed := build(tree.path, check=False)):
             return Outcome(fault, BROKEN, f"does not compile: {failed}", time.monotonic() - began)
-        done = pytest(tree, fault.tests, "-x")
+        status, output = tree.test(fault.tests, "-x")
     finally:
         path.write_text(whole, encoding="utf-8")
     seconds = time.monotonic() - began
-    if done is None:
+    if status is None:
         return Outcome(fault, KILLED, f"a test took more than {TIMEOUT_S} s", seconds)
-    if done.returncode == 0:
+    if status == 0:
         return Outcome(fault, SURVIVED, fault.reason or f"{fault.file}: {fault.old[:60]!r}", seconds)
-    names = seen_by(done.stdout)
-    if done.returncode == 1 or done.returncode < 0:  # below 0: the library brought the process down
-        return Outcome(fault, KILLED, names[0] if names else f"exit status {done.returncode}", seconds)
-    last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-    return Outcome(fault, BROKEN, f"pytest ends with status {done.returncode}: {''.join(last)[:160]}", seconds)
+    names = seen_by(output)
+    if status == 1 or status < 0:  # below 0: the library brought the process down
+        return Outcome(fault, KILLED, names[0] if names else f"exit status {status}", seconds)
+    last = "".join(output.strip().splitlines()[-1:])[:160]
+    return Outcome(fault, BROKEN, f"pytest ends with status {status}: {last}", seconds)
 
 
 def build(tree: Path, *, check: bool = True) -> str:

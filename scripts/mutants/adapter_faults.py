@@ -92,11 +92,12 @@ FAULTS = (
         ),
     ),
     Fault(
-        "experts of every layer are read by one layer's rank",
+        "layers keep ranks of their own",
         "kt_sft/adapters/fused.py",
         "    _level(ranks)\n",
         "",
         (f"{_SCALE_FILE}test_layers_of_different_ranks_load_in_stock_peft",),
+        reason="the same product: levelling pads with zeros, for a shorter rank_pattern",
     ),
     Fault(
         "every expert gets the factor of expert 0",
@@ -188,9 +189,9 @@ FAULTS = (
     Fault(
         "an adapter without a layer's tensors is loaded",
         "kt_sft/integrations/peft/adapter_dir.py",
-        "        if found is None:",
-        "        if False:",
-        (f"{_ADAPTER_DIR}test_more_layers_than_the_model",),
+        'yield f"{key} is missing", list(shape), "none"',
+        "continue",
+        ("tests/integration/test_adapter_gaps.py::test_missing_tensors_of_the_experts",),
     ),
     # --- merged checkpoints
     Fault(
@@ -255,6 +256,13 @@ FAULTS = (
         "spec.join_gate_up(gate, up)",
         "spec.join_gate_up(up, gate)",
         (f"{_MERGED}[gpt_oss]",),
+    ),
+    Fault(
+        "a head that got a weight of its own is still called tied",
+        "kt_sft/integrations/merging.py",
+        'part["tie_word_embeddings"] = False',
+        "pass",
+        (f"{_MERGED_FILES}test_head_that_is_no_longer_the_embedding_is_not_called_tied",),
     ),
     Fault(
         "a merged checkpoint still says that it is quantised",

@@ -312,10 +312,10 @@ FAULTS = (
         (f"{_STOPS}test_an_answer_that_a_stop_string_ended_says_so",),
     ),
     Fault(
-        "temperature 0 samples",
+        "a request with a temperature is answered greedily",
         "kt_sft/integrations/llamafactory/chat.py",
         'values["do_sample"] = sampling.temperature > 0',
-        'values["do_sample"] = True',
+        'values["do_sample"] = False',
         (f"{_SETTINGS}test_settings_of_a_request_reach_generation",),
     ),
     Fault(

@@ -29,18 +29,22 @@ for config in given[0]:
     run_exp(config)
 give(True)
 """
-RESUME_PREDICT_CHAT_EXPORT = """
+TRAIN_PREDICT_CHAT_EXPORT = """
 from llamafactory.chat import ChatModel
 from llamafactory.train.tuner import export_model, run_exp
-resume, predict, chat, export = given
-run_exp(resume)
-run_exp(predict)
+runs, chat, exports = given
+for config in runs:
+    run_exp(config)
 model = ChatModel(chat)
 loaded = type(model.engine.model).__name__
 answer = model.chat([{"role": "user", "content": "add 3 and 1"}])[0]
-export_model(export)
+for config in exports:
+    export_model(config)
 give({"class": loaded, "length": answer.response_length, "text": answer.response_text})
 """
+
+
+FORMATS = {"bf16": {}, "int4": {"kt_method": "AMXINT4", "kt_int4_group_size": 64}}
 
 
 def results(output: Path) -> dict:
@@ -71,7 +75,8 @@ def trained(work):
 
 @pytest.fixture(scope="module")
 def continued(work, trained):
-    """Resume, predict, chat with the adapter as a GGUF file, and export it as vLLM reads it; in one process."""
+    """Resume, predict, chat with the adapter as a GGUF file, export it as vLLM reads it, and experts in int4; in one
+    process."""
     output, _ = trained
     common = {"gradient_accumulation_steps": 2, "val_size": 0.2, "save_steps": 2}
     resume = train_config(work, "resumed", max_steps=4, resume_from_checkpoint=str(output / "checkpoint-2"), **common)
@@ -84,7 +89,14 @@ def continued(work, trained):
     file, folder = (str(forms.convert(adapter, form, work / f"adapter.{form}")) for form in ("gguf", "vllm"))
     chat = infer_config(work, adapter_name_or_path=file)
     export = infer_config(work, adapter_name_or_path=folder, export_dir=str(work / "exported"), export_size=1)
-    return drive(RESUME_PREDICT_CHAT_EXPORT, resume, predict, chat, export)
+    trainings = [train_config(work, f"with_{name}", **keys) for name, keys in FORMATS.items()]
+    exports = [export] + [
+        infer_config(
+            work, adapter_name_or_path=str(work / "with_int4"), export_dir=str(work / f"export_{name}"), **keys
+        )
+        for name, keys in FORMATS.items()
+    ]
+    return drive(TRAIN_PREDICT_CHAT_EXPORT, [resume, predict, *trainings], chat, exports)
 
 
 def test_training_learns_and_evaluates(trained):
@@ -217,30 +229,11 @@ def test_gradient_checkpointing_variants_and_batching_agree(work):
         )
 
 
-TRAIN_AND_EXPORT = """
-from llamafactory.train.tuner import export_model, run_exp
-trainings, exports = given
-for config in trainings:
-    run_exp(config)
-for config in exports:
-    export_model(config)
-give(True)
-"""
-
-
-def test_int4_experts_train_like_bf16_ones_and_export_without_their_rounding(work):
-    formats = {"bf16": {}, "int4": {"kt_method": "AMXINT4", "kt_int4_group_size": 64}}
-    trainings = [train_config(work, f"with_{name}", **keys) for name, keys in formats.items()]
-    adapter = str(work / "with_int4")
-    exports = [
-        infer_config(work, adapter_name_or_path=adapter, export_dir=str(work / f"export_{name}"), **keys)
-        for name, keys in formats.items()
-    ]
-    assert drive(TRAIN_AND_EXPORT, trainings, exports)
+def test_int4_experts_train_like_bf16_ones_and_export_without_their_rounding(work, continued):
     for one, other in zip(losses(work / "with_int4"), losses(work / "with_bf16"), strict=True):
         assert 0 < abs(one - other) < 0.03 * other
     by_format = {}
-    for name in formats:
+    for name in FORMATS:
         files = sorted((work / f"export_{name}").glob("*.safetensors"))
         by_format[name] = {key: tensor for file in files for key, tensor in load_file(file).items()}
     assert by_format["bf16"].keys() == by_format["int4"].keys()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from kt_sft.integrations.llamafactory import adapters as hooked
 from tests.helpers import tiny_models
-from tests.helpers.llamafactory_runs import drive
+from tests.helpers.llamafactory_runs import drive, train_config, workspace
 
 PATCHED = """
 import peft, torch
@@ -22,7 +23,7 @@ def bound(model):
 def config():
     return peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 
-directory, saved = given
+directory, saved, ruled = given
 model = kt_sft.load_model(directory)
 names = adapter.find_all_linear_modules(model, True)
 before = loader.count_parameters(model)
@@ -31,8 +32,13 @@ made = bound(trained)
 trained.save_pretrained(saved)
 counts = loader.count_parameters(trained)
 loaded = adapter.PeftModel.from_pretrained(kt_sft.load_model(directory), saved, is_trainable=True)
+from llamafactory.hparams import get_train_args
+model_args, _, _, finetuning_args, _ = get_train_args(ruled)
+tokenizer = loader.load_tokenizer(model_args)["tokenizer"]
+placed = loader.load_model(tokenizer, model_args, finetuning_args, is_trainable=True)
+formats = [experts.weight_format for _, experts in iter_routed_experts(placed)]
 give({"names": sorted(names), "before": before, "made": made, "counts": counts, "loaded": bound(loaded),
-      "again": loader.count_parameters(loaded)})
+      "again": loader.count_parameters(loaded), "formats": formats})
 """
 
 
@@ -41,7 +47,12 @@ def patched(tmp_path_factory):
     """On DeepSeek-V2, whose router is a linear layer."""
     root = tmp_path_factory.mktemp("hook")
     directory = tiny_models.build("deepseek_v2", root / "model")
-    return drive(PATCHED, str(directory), str(root / "adapter")), tiny_models.load_stock(directory)
+    experts = {"class": "RoutedExperts", "kwargs": {"backend": "${last}"}}
+    rules = [{"match": {"class": "Qwen3MoeExperts", "layers": 1}, "replace": experts}]
+    (root / "rules.yaml").write_text(yaml.safe_dump({"vars": {"last": "BF16"}, "rules": rules}))
+    settings = {"kt_optimize_rule": str(root / "rules.yaml"), "kt_rule_vars": {"last": "INT4"}, "kt_method": "INT8"}
+    ruled = train_config(workspace(root / "ruled"), "out", **settings)
+    return drive(PATCHED, str(directory), str(root / "adapter"), ruled), tiny_models.load_stock(directory)
 
 
 def test_names_that_loading_uses_are_ours(patched):
@@ -58,6 +69,10 @@ def test_all_is_every_linear_layer_but_the_router(patched):
     linears = {name.rpartition(".")[2] for name, m in stock.named_modules() if type(m).__name__ == "Linear"}
     assert "gate" not in found["names"]
     assert set(found["names"]) == linears - {"gate", "lm_head"}
+
+
+def test_llamafactory_follows_the_rules(patched):
+    assert patched[0]["formats"] == ["int8", "int4"]
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,18 @@ def test_experts_get_the_sum_of_several_adapters(root, tmp_path):
                 assert ((after[key].double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all(), key
                 seen += 1
     assert seen == 3 * sum(spec.num_experts for spec in merged.base.specs.values())
+
+
+def test_head_that_is_no_longer_the_embedding_is_not_called_tied(tmp_path):
+    adapters.make("mixtral", tmp_path)
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    head = weights(tmp_path / "base")["lm_head.weight"]
+    stem = "base_model.model.lm_head.lora_"
+    factors = {f"{stem}A.weight": torch.ones(3, head.shape[1]), f"{stem}B.weight": torch.ones(head.shape[0], 3)}
+    for name, added, is_tied in (("plain", {}, True), ("head", factors, False)):
+        adapters.damaged(lambda tensors, added=added: {**tensors, **added})(tmp_path / "adapter")
+        merged = merging.MergedCheckpoint(tmp_path / "base", [tmp_path / "adapter"])
+        (tmp_path / name).mkdir()
+        merging.write_merged(merged, tmp_path / name, bar)
+        assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is is_tied

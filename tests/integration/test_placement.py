@@ -16,7 +16,6 @@ from kt_sft.placement import inject
 from kt_sft.placement.resolve import resolve
 from kt_sft.placement.rules import parse_rules
 from tests.helpers import parity, rule_models, tiny_models
-from tests.helpers.llamafactory_runs import drive, train_config, workspace
 from tests.helpers.tolerance import rel_l2
 from tests.integration.test_formats import stock_of
 
@@ -171,20 +170,3 @@ def test_processes_keep_to_their_own_device(monkeypatch):
         else:
             with pytest.raises(ConfigError, match="cuda:0 .*each of 2 processes"):
                 inject.check_devices(plan, local_rank=rank, num_processes=2)
-
-
-LOAD = """
-from llamafactory.hparams import get_train_args
-from llamafactory.model import load_model, load_tokenizer
-from kt_sft.models.spec import iter_routed_experts
-model_args, _, _, finetuning_args, _ = get_train_args(given[0])
-model = load_model(load_tokenizer(model_args)["tokenizer"], model_args, finetuning_args, is_trainable=True)
-give([experts.weight_format for _, experts in iter_routed_experts(model)])
-"""
-
-
-def test_llamafactory_follows_the_rules(tmp_path, rule_file):
-    file = rule_file(rule({**EXPERTS, "layers": 1}, "RoutedExperts", backend="${last}"), last="BF16")
-    work = workspace(tmp_path)
-    config = train_config(work, "out", kt_optimize_rule=file, kt_rule_vars={"last": "INT4"}, kt_method="INT8")
-    assert drive(LOAD, config) == ["int8", "int4"]
