@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from kt_sft.errors import GIB, ConfigError, FormatError, OutputError
-from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, hash_source, read_manifest
-from kt_sft.formats.packed_manifest import HEADER_BYTES, LAYOUT_ID, Manifest, SourceFile, blob_sizes
+from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, read_manifest
+from kt_sft.formats.packed_manifest import HEADER_BYTES, LAYOUT_ID, SOURCE_HASH, Manifest, SourceFile, blob_sizes
+from kt_sft.formats.source_hash import hash_source, is_known
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +70,11 @@ class LayerPlan(Protocol):
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """One conversion. `specs` by module name, in the order of the model; `group` is 0 but for int4."""
+    """One conversion. `specs` by module name, in the order of the model; `group` is 0 but for int4.
+
+    Args:
+        source_paths: of the source files, in the same order.
+    """
 
     output: Path
     weight_format: str
@@ -77,6 +83,13 @@ class ConvertPlan:
     source_formats: tuple[str, ...]
     source_files: tuple[SourceFile, ...]
     specs: Mapping[str, ExpertsSpec]
+    source_paths: tuple[Path, ...] = ()
+
+    def hashed(self, how: str) -> ConvertPlan:
+        """The plan with digests as a container has them that an earlier release wrote."""
+        if how == SOURCE_HASH or not is_known(how):
+            return self
+        return dataclasses.replace(self, source_files=tuple(hash_source(path, how) for path in self.source_paths))
 
     @property
     def identity(self) -> str:
@@ -151,9 +164,10 @@ def plan_conversion(
         FormatError: a file of the source cannot be read any more.
     """
     formats = sorted({name for names in source.formats.values() for name in names})
-    files = tuple(hash_source(path) for path in source.files)
+    paths = tuple(source.files)
+    files = tuple(map(hash_source, paths))
     group = group if weight_format == "int4" else 0
-    return ConvertPlan(Path(output), weight_format, group, model_type, tuple(formats), files, dict(specs))
+    return ConvertPlan(Path(output), weight_format, group, model_type, tuple(formats), files, dict(specs), paths)
 
 
 def finished_manifest(plan: ConvertPlan) -> Manifest | None:
@@ -175,6 +189,7 @@ def finished_manifest(plan: ConvertPlan) -> Manifest | None:
         ) from None
     if MANIFEST_NAME in names:
         manifest = read_manifest(folder)
+        plan = plan.hashed(manifest.source_hash)
         if manifest.identity != plan.identity:
             raise ConfigError(
                 f"{folder}: holds a finished container of {describe_difference(manifest, plan)}; choose another "

@@ -22,7 +22,6 @@ from kt_sft.formats.packed_manifest import (
     PROJECTIONS,
     Manifest,
     PackedLayer,
-    SourceFile,
     parse_manifest,
 )
 
@@ -37,24 +36,6 @@ def layer_header(identity: str, name: str, file_bytes: int) -> bytes:
     """The first bytes of a layer's file, `HEADER_BYTES` long: it belongs to this layer of this container only."""
     digest = hashlib.sha256(f"{identity}\n{name}".encode("utf-8", "surrogatepass")).digest()
     return (MAGIC + file_bytes.to_bytes(8, "little") + digest).ljust(HEADER_BYTES, b"\0")
-
-
-def hash_source(path: Path) -> SourceFile:
-    """Name, size and cheap digest of a file: enough to tell another or an edited checkpoint, not a forged one.
-
-    Raises:
-        FormatError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            digest = hashlib.sha256(size.to_bytes(8, "little"))
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(stream.tell(), size - (1 << 20)))
-            digest.update(stream.read(1 << 20))
-    except OSError as error:
-        raise FormatError(path, "weights", expected="a readable file", found=error.strerror) from None
-    return SourceFile(path.name, size, digest.hexdigest())
 
 
 def is_container(directory: str | os.PathLike[str]) -> bool:

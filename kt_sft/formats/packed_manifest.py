@@ -15,7 +15,7 @@ from kt_sft.errors import FormatError
 FORMAT_NAME = "kt_sft packed experts"
 FORMAT_VERSION = 1
 LAYOUT_ID = "tiles16-panels32/1"  # of native/include/kts/packed.h
-SOURCE_HASH = "sha256 of size, first MiB and last MiB"
+SOURCE_HASH = "sha256 of size and content; above 16 MiB first MiB, 64 times 16 KiB, last MiB"
 HEADER_BYTES = 4096  # before the blobs of a file; keeps them aligned to pages
 ALIGNMENT = 64
 PROJECTIONS = ("gate", "up", "down")
@@ -60,7 +60,7 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file that the experts came from; `digest` is that of `SOURCE_HASH`."""
+    """A file that the experts came from; `Manifest.source_hash` says what the digest is."""
 
     name: str
     size: int
@@ -78,6 +78,7 @@ class Manifest:
     source_formats: tuple[str, ...]
     source_files: tuple[SourceFile, ...]
     layers: Mapping[str, PackedLayer]
+    source_hash: str = SOURCE_HASH
 
     def dumps(self) -> bytes:
         """The bytes of manifest.json."""
@@ -90,7 +91,7 @@ class Manifest:
             "model_type": self.model_type,
             "source": {
                 "formats": list(self.source_formats),
-                "hash": SOURCE_HASH,
+                "hash": self.source_hash,
                 "files": [[file.name, file.size, file.digest] for file in self.source_files],
             },
             "layers": [layer.to_json() for layer in self.layers.values()],
@@ -197,6 +198,7 @@ class _Parser:
             source_formats=tuple(formats),
             source_files=tuple(self.source_file(row) for row in self.get(source, "files", list, "source.")),
             layers=layers,
+            source_hash=self.get(source, "hash", str, "source."),
         )
 
     def weights(self, values: dict[str, Any]) -> tuple[str, int]:

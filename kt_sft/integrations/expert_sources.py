@@ -20,7 +20,7 @@ from kt_sft.formats.quantized_index import QuantizedIndex
 from kt_sft.formats.tensor_errors import INCOMPLETE
 from kt_sft.integrations.expert_files import SafetensorsExperts
 from kt_sft.integrations.gguf_experts import GgufExperts
-from kt_sft.integrations.model_files import open_checkpoint
+from kt_sft.integrations.model_files import gguf_sources, open_checkpoint
 from kt_sft.integrations.packed_experts import PackedExperts
 from kt_sft.models.expert_keys import KeyMap
 
@@ -149,12 +149,14 @@ def weight_formats(
 def _open(
     model: nn.Module, specs: Mapping[str, ExpertsSpec], own_files: Iterable[str | Path] | None, config: KTConfig
 ) -> ExpertSource:
+    own_files = None if own_files is None else [Path(file) for file in own_files]
     key_map = KeyMap(model, specs)
-    own = None if own_files is None else _own_checkpoint(key_map, [Path(file) for file in own_files])
+    own = None if own_files is None else _own_checkpoint(key_map, own_files)
     path = config.weight_path
     if path is not None and is_container(path):
         open_own = None if own is None else partial(_checkpoint_experts, own, key_map)
-        return PackedExperts(path, specs, config, open_original=open_own)
+        folder = own_files[0].parent if own_files else None
+        return PackedExperts(path, specs, config, open_original=open_own, own_files=gguf_sources(folder))
     index = own if path is None else open_weight_path(path)
     assert index is not None
     if isinstance(index, GgufIndex):

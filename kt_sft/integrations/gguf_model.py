@@ -27,8 +27,10 @@ from kt_sft.formats.gguf_expert_tensors import INPUT_SCALE, is_expert_tensor
 from kt_sft.formats.gguf_names import PlainTensor, plain_tensors, scale_of
 from kt_sft.formats.safetensors_index import SINGLE_NAME
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
+from kt_sft.formats.source_hash import hash_source
 from kt_sft.integrations.gguf_experts import GgufExperts
 from kt_sft.integrations.gguf_tokenizer import read_tokenizer
+from kt_sft.integrations.model_files import GGUF_SOURCES
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.spec import find_experts
 
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _CACHE = Path(".cache") / "kt_sft" / "gguf"
 # Of what is written into the directories: another number where it changes, or those that are there stay in use.
-_VERSION = 2
+_VERSION = 3
 
 
 def is_gguf_model(path: str | os.PathLike[str]) -> bool:
@@ -55,7 +57,8 @@ def model_directory(file: str | os.PathLike[str], cache: str | os.PathLike[str] 
     """
     with GgufIndex.from_path(file) as index:
         files = sorted({index.info(name).file for name in index})
-        marks = [[str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns] for part in files]
+        # The time alone can be kept by who writes the file, the digest alone sees no small edit of a large one.
+        marks = [[str(part.resolve()), part.stat().st_mtime_ns, hash_source(part).digest] for part in files]
         identity = hashlib.sha256(json.dumps([_VERSION, marks]).encode()).hexdigest()[:16]
         folder = Path(cache).expanduser() if cache is not None else Path.home() / _CACHE
         target = folder / f"{Path(file).stem}-{identity}"
@@ -92,6 +95,8 @@ def write_model_directory(index: GgufIndex, target: Path) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        sources = {"files": [str(file.resolve()) for file in index.files]}
+        (staging / GGUF_SOURCES).write_text(json.dumps(sources) + "\n", encoding="utf-8")
         _check(staging, tensors, index)
         read_tokenizer(index).save_pretrained(staging)
         plan = [PlannedTensor(tensor.name, _dtype(tensor.name), tensor.shape) for tensor in tensors]

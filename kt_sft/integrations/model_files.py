@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from kt_sft.errors import FormatError
 from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.integrations.auto_class import HUB_ARGS, read_auto_config
+
+# In a model directory that was made of GGUF files: which.
+GGUF_SOURCES = "kt_sft_gguf.json"
 
 
 def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> Path:
@@ -93,6 +97,14 @@ def open_checkpoint(files: Iterable[str | Path] | str) -> QuantizedIndex:
     index = SafetensorsIndex.from_directory(files) if isinstance(files, str) else SafetensorsIndex.from_files(files)
     config_file = index.source / "config.json"
     return QuantizedIndex(index, check_config_file(config_file) if config_file.is_file() else None)
+
+
+def gguf_sources(folder: Path | None) -> list[Path]:
+    """The GGUF files that a model directory was made of; none for others, and for files that are gone."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        files = [Path(name) for name in json.loads((folder / GGUF_SOURCES).read_text(encoding="utf-8"))["files"]]
+        return [file for file in files if file.is_file()]
+    return []
 
 
 def load_config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kt_sft.config import KTConfig
-from kt_sft.convert.plan import Checkpoint, Experts, check_shapes, name_of
+from kt_sft.convert.plan import Checkpoint, check_shapes, name_of
 from kt_sft.convert.slot import ExpertSlot
 from kt_sft.errors import ConfigError, KTError
-from kt_sft.formats.packed import PackedContainer, hash_source
+from kt_sft.formats.packed import MANIFEST_NAME, PackedContainer
+from kt_sft.formats.packed_manifest import Manifest
+from kt_sft.formats.source_hash import hash_source, is_complete, is_known
 from kt_sft.native import native
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ class PackedExperts:
     Args:
         directory: the container.
         original: the checkpoint that it was made of, if that is known; merging and saving start from there.
-        open_original: opens a checkpoint that it may have been made of; called and compared when it is needed.
+        open_original: opens a checkpoint that it may have been made of; compared with it, and read if it is that one.
+        own_files: of the model where they hold the experts in another way (a GGUF file); compared only.
     Raises:
         FormatError: the container is damaged or belongs to another model.
         ConfigError: its weight format is not the one asked for, or `weight_load: mmap` with several groups of threads.
@@ -41,8 +44,9 @@ class PackedExperts:
         specs: Mapping[str, ExpertsSpec],
         config: KTConfig,
         *,
-        original: Experts | None = None,
+        original: Checkpoint | None = None,
         open_original: Callable[[], Checkpoint] | None = None,
+        own_files: Sequence[Path] = (),
     ):
         self._container = PackedContainer(directory)
         self.path = self._container.path
@@ -52,12 +56,15 @@ class PackedExperts:
         self._specs = dict(specs)
         self._original = original
         self._open_original = open_original
-        self._has_looked = False
+        self._own_files = own_files
+        self._is_compared = False
+        self._is_warned = False
         self._copies = copies(config)
         self.formats = {name: (f"packed {manifest.weight_format}",) * 3 for name in specs}
 
     def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`."""
+        self._compare()
         origin = functools.partial(self._original_of, name, expert)
         slot = expert if slot is None else slot
         experts.load_packed(slot, self._container.blobs(name, expert), copy=self._copies, origin=origin)
@@ -81,33 +88,77 @@ class PackedExperts:
         if self._original is not None:
             self._original.close()
 
-    def _find_original(self) -> Experts | None:
-        """The model's own checkpoint if the container was made of it: names, sizes and digests of files agree."""
-        if self._open_original is None:
-            return None
-        with suppress(KTError, OSError):  # a model directory without experts will do
-            original = self._open_original()
-            files, held = original.files, self._container.manifest.source_files
-            sizes = {(file.name, file.stat().st_size) for file in files}
-            if sizes == {(file.name, file.size) for file in held} and {hash_source(f) for f in files} == set(held):
-                return original
-        return None
+    def _compare(self) -> None:
+        """Once: the container with the model's own files. A warning where they are not those that it was made of."""
+        if self._is_compared:
+            return
+        self._is_compared = True
+        manifest = self._container.manifest
+        if self._original is not None:  # found by the digests of its files
+            self._warn_of_later_files(self._original.files)
+            return
+        original: Checkpoint | None = None
+        if self._open_original is not None:
+            with suppress(KTError, OSError):  # a model directory without experts will do
+                original = self._open_original()
+        files = self._own_files if original is None else original.files
+        if not files or not manifest.source_files or not is_known(manifest.source_hash):
+            return
+        if difference := first_difference(manifest, files):
+            text = "the container %s was not made of the model's own files as they are now: %s; experts are taken as "
+            text += "they are packed. If the model has changed, convert it again (kt-sft convert --overwrite)"
+            logger.warning(text, self.path, difference)
+            return
+        self._original = original
+        self._warn_of_later_files(files)
+
+    def _warn_of_later_files(self, files: Sequence[Path]) -> None:
+        """A copy of a checkpoint is newer, too: only where the digests leave something open."""
+        how = self._container.manifest.source_hash
+        with suppress(OSError):
+            made = (self.path / MANIFEST_NAME).stat().st_mtime_ns
+            stats = {file: file.stat() for file in files}
+            later = [f for f, stat in stats.items() if stat.st_mtime_ns > made and not is_complete(stat.st_size, how)]
+            if later:
+                text = (
+                    "%s was written after the container %s was made; samples of it are as they were then. If it is no "
+                )
+                text += "copy, compare all of it: kt-sft convert --verify with the same arguments"
+                logger.warning(text, later[0], self.path)
 
     def _original_of(self, name: str, expert: int) -> Matrices:
-        if self._original is None and not self._has_looked:
-            self._has_looked = True  # now, since hashing files takes time that most runs can spare
-            self._original = self._find_original()
-            self._warn_without_original()
+        self._warn_without_original()
         return self.read(name, expert) if self._original is None else self._original.read(name, expert)
 
     def _warn_without_original(self) -> None:
-        if self._original is None:
+        if self._original is None and not self._is_warned:
+            self._is_warned = True
             logger.warning(
                 "experts are taken as %s rounded them: the checkpoint that the container %s was made of is not the "
                 "model's own; give that one as the model to start from its exact weights",
                 self._container.manifest.weight_format.upper(),
                 self.path,
             )
+
+
+def first_difference(manifest: Manifest, files: Sequence[Path]) -> str | None:
+    """In what files differ from those that a container was made of, in words; None: in nothing that its digests tell.
+
+    Raises:
+        FormatError: a file cannot be read.
+    """
+    held, own = {file.name: file for file in manifest.source_files}, {file.name: file for file in files}
+    if held.keys() != own.keys():
+        only = min(own.keys() - held.keys(), default=None)
+        found = f"it has {only}" if only else f"it has no {min(held.keys() - own.keys())}"
+        return f"{found}, and the container is of {min(held)}{f' and {len(held) - 1} more' if len(held) > 1 else ''}"
+    for name, path in sorted(own.items()):
+        size = path.stat().st_size
+        if size != held[name].size:
+            return f"{path} has {size} bytes, and had {held[name].size}"
+        if hash_source(path, manifest.source_hash) != held[name]:
+            return f"{path} has other content"
+    return None
 
 
 def copies(config: KTConfig) -> bool:
