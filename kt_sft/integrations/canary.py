@@ -9,7 +9,7 @@ module's adapter on and off has to differ.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,8 +107,8 @@ class _Part:
     def sums(self) -> list[Tensor]:
         """A sum over the bits of each parameter, int64 `[1]` or `[experts]`: other bits give another one."""
         if self.factors:
-            return [_per_expert(f, _bits(f.parameter), partial(torch.sum, dtype=torch.int64)) for f in self.factors]
-        return [_bits(p).sum(dtype=torch.int64).reshape(1).cpu() for p in self.parameters]
+            return [_bits_per_expert(factor) for factor in self.factors]
+        return [_sum(_bits(p, 1)) for p in self.parameters]
 
     def is_changed(self) -> Tensor:
         """Bool `[1]` or `[experts]`."""
@@ -119,7 +119,7 @@ class _Part:
         found = torch.zeros_like(self.before[0], dtype=torch.bool)
         for factor in self.factors:
             if factor.parameter.grad is not None:
-                found |= _per_expert(factor, factor.parameter.grad, torch.any)
+                found |= _any_per_expert(factor, factor.parameter.grad)
         for parameter in () if self.factors else self.parameters:
             if parameter.grad is not None:
                 found |= parameter.grad.any().cpu()
@@ -325,15 +325,31 @@ def _resting(optimizer: Any) -> set[int]:
     return {id(p) for group in optimizer.param_groups if group["lr"] == 0 for p in group["params"]}
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.detach().contiguous().view(_INTEGERS[values.element_size()])
+def _bits(values: Tensor, rows: int) -> Tensor:
+    """Values as integers `[rows, n]`, as wide as they come: int64 are summed several times as fast as smaller ones."""
+    flat = values.detach().reshape(rows, -1).contiguous()
+    size = flat.element_size()
+    is_aligned = flat.shape[1] * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
+    return flat.view(torch.int64 if is_aligned else _INTEGERS[size])
 
 
-def _per_expert(factor: LoraFactor, values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    """A reduction of values shaped as a factor's parameter, `[experts]` on the CPU."""
+def _sum(bits: Tensor, dim: int = 1) -> Tensor:
+    return bits.sum(dim, dtype=torch.int64).cpu()
+
+
+def _bits_per_expert(factor: LoraFactor) -> Tensor:
+    """Int64 `[experts]`."""
+    values, experts = factor.parameter.detach(), factor.num_experts
     if factor.layout == EXPERT_MAJOR:
-        return reduce(values.reshape(factor.num_experts, -1), dim=1).cpu()
-    return reduce(values.reshape(-1, factor.num_experts), dim=0).cpu()
+        return _sum(_bits(values, experts))
+    return _sum(values.reshape(-1, experts).contiguous().view(_INTEGERS[values.element_size()]), dim=0)
+
+
+def _any_per_expert(factor: LoraFactor, values: Tensor) -> Tensor:
+    """Which experts have a value that is not zero in a tensor shaped as a factor's parameter, bool `[experts]`."""
+    if factor.layout == EXPERT_MAJOR:
+        return values.reshape(factor.num_experts, -1).any(1).cpu()
+    return values.reshape(-1, factor.num_experts).any(0).cpu()
 
 
 def _expert_ids(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
