@@ -102,14 +102,15 @@ def describe(model: nn.Module) -> str:
     return ", ".join(parts)
 
 
-def asked(config: LoraConfig) -> str:
-    """What a config asks for, in short."""
+def asked(config: LoraConfig, expert_lora: bool | None) -> str:
+    """What a config and the setting beside it ask for, in short."""
     target = config.target_modules
     shown = [target] if isinstance(target, str) else sorted(target or ())
     shown += config.target_parameters or []
     text = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
     saved = f"; modules_to_save: {', '.join(config.modules_to_save)}" if config.modules_to_save else ""
-    return f"{text or 'the default'}{saved}"
+    setting = "" if expert_lora is None else f"; expert_lora: {str(expert_lora).lower()}"
+    return f"{text or 'the default'}{saved}{setting}"
 
 
 def log(model: nn.Module, what: str) -> None:
