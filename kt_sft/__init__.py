@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Canary": "kt_sft.integrations.canary",
     "KTConfig": "kt_sft.config",
     "KTMoEWrapper": "kt_sft.operator.moe",
     "load_model": "kt_sft.integrations.transformers",
@@ -21,11 +22,12 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from kt_sft.config import KTConfig
+    from kt_sft.integrations.canary import Canary
     from kt_sft.integrations.peft import get_peft_model, load_adapter
     from kt_sft.integrations.transformers import load_model
     from kt_sft.operator.moe import KTMoEWrapper
 
-__all__ = ["KTConfig", "KTMoEWrapper", "__version__", "get_peft_model", "load_adapter", "load_model"]
+__all__ = ["Canary", "KTConfig", "KTMoEWrapper", "__version__", "get_peft_model", "load_adapter", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

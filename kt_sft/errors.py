@@ -76,6 +76,10 @@ class NotEnoughMemory(KTError, MemoryError):
         super().__init__(_sentence(what, None, None, "", extra=extra) + _tail(remedy))
 
 
+class InertAdapter(KTError, RuntimeError):
+    """Training in which a part of the adapter has no effect."""
+
+
 class OutputError(KTError, OSError):
     """Files that cannot be written: no space left, no permission, or something else in their place."""
 

@@ -141,6 +141,14 @@ def test_lists_that_serve_many_families_warn(prepared):
     assert warnings == ["exclude_modules: vision_tower: no such layer in qwen3_moe; without effect"]
 
 
+def test_half_of_a_fused_matrix_is_said_to_be_all_of_it(prepared):
+    experts, _, warnings = prepared("qwen3_moe", target_modules=["q_proj", "up_proj"])
+    assert experts == {"gate_up_proj"}
+    assert warnings == ["LoRA target up_proj: gate and up of the routed experts are one matrix; both train"]
+    for target in (["gate_proj", "up_proj"], ["up_proj", "gate_up_proj"], ["down_proj"]):
+        assert prepared("qwen3_moe", target_modules=target)[2] == []
+
+
 def test_every_expert_named_one_by_one_is_all(prepared):
     target = [f"model.layers.1.mlp.experts.{index}.down_proj" for index in range(7)]
     config_experts, _, warnings = prepared("qwen3_moe", target_modules=["q_proj", *target])

@@ -23,9 +23,10 @@ PATCHES = {  # LLaMA-Factory module -> module beside this one, and its function 
     "llamafactory.model.loader": ("hook", "patch_loader"),
     "llamafactory.data.template": ("data_checks", "patch_template"),
     "llamafactory.model.patcher": ("attention", "patch_patcher"),
+    "llamafactory.train.tuner": ("hook", "patch_tuner"),
     "llamafactory.webui.interface": ("webui", "patch_interface"),
 }
-OPTIONAL = ("llamafactory.webui.interface",)  # imported by some commands only
+OPTIONAL = ("llamafactory.train.tuner", "llamafactory.webui.interface")  # imported by some commands only
 
 logger = logging.getLogger(__name__)
 _patched: list[str] = []

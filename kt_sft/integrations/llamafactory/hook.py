@@ -19,6 +19,7 @@ from torch import nn
 
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
+from kt_sft.integrations.canary import Canary
 from kt_sft.integrations.gguf_model import is_gguf_model
 from kt_sft.integrations.llamafactory import (
     adapters,
@@ -126,6 +127,17 @@ def patch_adapter(adapter: ModuleType) -> None:
         return adapters.lora_target(adapter, model, finetuning_args, list(target_modules), stock_patch)
 
     adapter.find_all_linear_modules, adapter.patch_target_modules = find_all_linear_modules, patch_target_modules
+
+
+def patch_tuner(tuner: ModuleType) -> None:
+    """`_training_function`: the canary is among the callbacks of every trainer."""
+    autoload.require(tuner, "_training_function")
+    stock_training = tuner._training_function
+
+    def training_function(config: dict[str, Any]) -> None:
+        stock_training({**config, "callbacks": [*(config.get("callbacks") or ()), Canary()]})
+
+    tuner._training_function = training_function
 
 
 def is_active(model_args: Any) -> bool:

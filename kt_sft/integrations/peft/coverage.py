@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from peft import LoraConfig
@@ -46,9 +46,7 @@ def count(model: nn.Module) -> dict[str, Count]:
     Args:
         model: a PeftModel, or any model with adapters in its layers.
     """
-    modules, experts = plain_modules(model), expert_names(model)
-    kind_of = _Kinds(model, modules, experts)
-    owners = _owners(modules, experts)
+    kind_of, owners = kinds(model), _owners(plain_modules(model), expert_names(model))
     counts = {kind: Count() for kind in KINDS}
     for owner in owners:
         counts[kind_of(owner)].present += 1
@@ -61,6 +59,11 @@ def count(model: nn.Module) -> dict[str, Count]:
         of_kind.trained += 1
         of_kind.parameters += numel
     return counts
+
+
+def kinds(model: nn.Module) -> Callable[[str], str]:
+    """What gives the kind of a module by its name without adapters."""
+    return _Kinds(model, plain_modules(model), expert_names(model))
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, int]]:
@@ -99,14 +102,15 @@ def describe(model: nn.Module) -> str:
     return ", ".join(parts)
 
 
-def asked(config: LoraConfig) -> str:
-    """What a config asks for, in short."""
+def asked(config: LoraConfig, expert_lora: bool | None) -> str:
+    """What a config and the setting beside it ask for, in short."""
     target = config.target_modules
     shown = [target] if isinstance(target, str) else sorted(target or ())
     shown += config.target_parameters or []
     text = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
     saved = f"; modules_to_save: {', '.join(config.modules_to_save)}" if config.modules_to_save else ""
-    return f"{text or 'the default'}{saved}"
+    setting = "" if expert_lora is None else f"; expert_lora: {str(expert_lora).lower()}"
+    return f"{text or 'the default'}{saved}{setting}"
 
 
 def log(model: nn.Module, what: str) -> None:

@@ -128,7 +128,10 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
     request, config = _request.get() or _Request(), tuner.peft_config[adapter_name]
     check_kind(config, mixed=type(tuner).__name__ == "MixedModel")
     _check_holds_none(model)
-    prepared = _saved(config) if request.is_saved else prepare_lora_config(model, config, request.expert_lora)
+    expert_lora = request.expert_lora
+    if expert_lora is None and not request.is_saved:
+        expert_lora = getattr(getattr(model, "kt_config", None), "expert_lora", None)
+    prepared = _saved(config) if request.is_saved else prepare_lora_config(model, config, expert_lora)
     if lost := lost_biases(model, prepared):
         raise ConfigError(
             f"bias: 'lora_only' would train biases such as that of {lost[0]}, and PEFT does not save them; use "
@@ -148,7 +151,7 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
     bind_experts(model, dropout=dropout)
     if not prepared.inference_mode:
         coverage.check(model, prepared, adapter_name)
-        coverage.log(model, coverage.asked(config))
+        coverage.log(model, coverage.asked(config, expert_lora))
         for sentence in training_limits(model, prepared):
             logger.warning("%s", sentence)
 

@@ -36,6 +36,7 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 # How checkpoints and older adapters call the matrices of one expert -> the fused parameter that holds them.
 ALIASES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
 ALIASES |= {"down_proj": "down_proj", "w2": "down_proj"}
+_HALVES = ({"gate_proj", "w1"}, {"up_proj", "w3"})
 Spellings = dict[str, tuple[set[str], int | None]]  # name -> (parameters meant, which expert; None: all of the layer)
 _SINGLE = re.compile(r"(^|\.)\d+(\.\w+)?$")  # ends like the name of one expert, or of one of its matrices
 
@@ -234,7 +235,7 @@ def _take_expert_names(
         return _whole(target, [name for name in spelled if matches(name)], modules, spelled, faults), []
 
     known = {name for name, module in modules.items() if isinstance(module, names.LORA_LAYERS)}
-    kept, dense, named, single = set(), [], set(), []
+    kept, dense, named, single, taken = set(), [], set(), [], set()
     for entry in sorted(target):
         is_single = _SINGLE.search(entry) is not None
         meant = [name for name in _matches(entry, spelled) if is_single or spelled[name][1] is None]
@@ -246,10 +247,14 @@ def _take_expert_names(
         elif is_single:
             single += meant
         else:
-            if entry in ALIASES:
-                logger.info("LoRA target %s: no dense layer of the model has that name; taken as the experts", entry)
+            taken.add(entry.rpartition(".")[2])
             named.update(*(spelled[name][0] for name in meant))
     named |= _whole(None, single, modules, spelled, faults)
+    halves = [half for half in _HALVES if half & taken]
+    if len(halves) == 1 and not {"gate_up_proj", "experts"} & taken:
+        logger.warning(
+            "LoRA target %s: gate and up of the routed experts are one matrix; both train", ", ".join(halves[0] & taken)
+        )
     config.target_modules = kept
     return named, dense
 
