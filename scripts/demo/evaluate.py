@@ -215,11 +215,16 @@ def faults(before: Figures, after: Figures, divergences: list[Divergence], spoke
     return found
 
 
-def main(rows: Annotated[int, typer.Option(help="Questions to ask.")] = 52) -> None:
+def main(
+    rows: Annotated[int, typer.Option(help="Questions to ask.")] = 52,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of the adapter; default: the training example's.")
+    ] = None,
+) -> None:
     """Evaluate the demo model before and after its fine-tuning, and against the path without kt_sft."""
     console = Console()
     keys = yaml.safe_load((ROOT / TRAIN_YAML).read_text(encoding="utf-8"))
-    adapter = Path(keys["output_dir"])
+    adapter = adapter or Path(keys["output_dir"])
     if not (ROOT / adapter / "adapter_model.safetensors").exists():
         raise SystemExit(f"{adapter}: no adapter there; run `make demo` first")
     with console.status("predicting with kt_sft, before and after ..."):
