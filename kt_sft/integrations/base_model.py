@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,21 @@ def expert_shapes(
             continue
         shapes[f"{name}.gate_up_proj"] = torch.empty(spec.gate_up_shape, dtype=dtype, device="meta")
         shapes[f"{name}.down_proj"] = torch.empty(spec.down_shape, dtype=dtype, device="meta")
-    return revert_weight_conversion(model, shapes) if save_original_format else shapes
+    if not save_original_format:
+        return shapes
+    with _known(model, dict(shapes)):
+        return revert_weight_conversion(model, shapes)
+
+
+@contextmanager
+def _known(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within it, `get_parameter` gives these: conversions ask for shapes, and experts may lie below PEFT's wrappers."""
+    stock = model.get_parameter
+    model.get_parameter = lambda name: parameters[name] if name in parameters else stock(name)
+    try:
+        yield
+    finally:
+        del model.get_parameter
 
 
 def _is_linear(module: nn.Module, name: str, specs: dict[str, ExpertsSpec]) -> bool:
