@@ -21,9 +21,10 @@ PATCHES = {  # LLaMA-Factory module -> module beside this one, and its function 
     "llamafactory.hparams.parser": ("hook", "patch_parser"),
     "llamafactory.model.adapter": ("hook", "patch_adapter"),
     "llamafactory.model.loader": ("hook", "patch_loader"),
+    "llamafactory.launcher": ("interrupts", "patch_launcher"),
     "llamafactory.webui.interface": ("webui", "patch_interface"),
 }
-OPTIONAL = ("llamafactory.webui.interface",)  # imported by some commands only
+OPTIONAL = ("llamafactory.launcher", "llamafactory.webui.interface")  # imported by some commands only
 
 logger = logging.getLogger(__name__)
 _patched: list[str] = []

@@ -8,8 +8,10 @@ which ask for other packages and refuse half of the features, never run. Every r
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
+import signal
 import sys
 from types import ModuleType
 from typing import Any
@@ -20,9 +22,10 @@ from torch import nn
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.integrations.gguf_model import is_gguf_model
-from kt_sft.integrations.llamafactory import adapters, args, autoload, exporting
+from kt_sft.integrations.llamafactory import adapters, args, autoload, disk, exporting, interrupts, resuming, trainer
 from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
+from kt_sft.integrations.peft.reloading import bare_twin
 from kt_sft.integrations.placing import plan_checkpoint
 from kt_sft.integrations.transformers import check_model, from_gguf, quantization_config
 from kt_sft.placement import inject
@@ -31,10 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 def patch_parser(parser: ModuleType) -> None:
-    """`ModelArguments`: our keys. `_parse_args`: every command parses through it: checks, switch of flags."""
+    """`ModelArguments`: our keys. `_parse_args`: every command parses through it: checks, switch of flags.
+    `get_last_checkpoint`: the newest whole one.
+    """
     lists = ("_TRAIN_ARGS", "_INFER_ARGS", "_EVAL_ARGS", "_TRAIN_MCA_ARGS")
-    autoload.require(parser, "ModelArguments", "_parse_args", "read_args", *lists)
+    autoload.require(parser, "ModelArguments", "_parse_args", "read_args", "get_last_checkpoint", *lists)
     stock_class, stock_parse = parser.ModelArguments, parser._parse_args
+    stock_last = parser.get_last_checkpoint
+    parsed: dict[str, Any] = {}
     our_class = args.model_arguments(stock_class)
     for name in (parser.__name__, stock_class.__module__, parser.__package__):
         if vars(sys.modules[name]).get("ModelArguments") is stock_class:
@@ -51,9 +58,16 @@ def patch_parser(parser: ModuleType) -> None:
         groups = stock_parse(hf_parser, values, allow_extra_keys=allow_extra_keys)
         if any(hasattr(group, "use_kt") for group in groups):
             activate(groups)
+            parsed["model_args"] = next(group for group in groups if hasattr(group, "use_kt"))
         return groups
 
-    parser._parse_args = parse_args
+    def get_last_checkpoint(folder: str) -> str | None:
+        if not is_active(parsed.get("model_args")):
+            return stock_last(folder)
+        found = resuming.last_checkpoint(folder, says=False)  # `activate` has said it
+        return None if found is None else str(found)
+
+    parser._parse_args, parser.get_last_checkpoint = parse_args, get_last_checkpoint
     report_errors_in_one_line()
 
 
@@ -133,7 +147,7 @@ def activate(groups: tuple[Any, ...]) -> None:
     if unused := args.no_effect(model_args):
         _warn(f"without effect in kt_sft: {', '.join(unused)}; remove {'it' if len(unused) == 1 else 'them'}")
     use_model_directory(model_args)
-    check_inputs(model_args)
+    model = check_inputs(model_args)
     finetuning_args = next(group for group in groups if hasattr(group, "lora_target"))
     model_args.kt_expert_lora = args.expert_lora(args.kt_config(model_args), finetuning_args.lora_target)
     if model_args.infer_backend == "ktransformers":  # an inference engine of 0.9.4; ours is a Hugging Face model
@@ -141,6 +155,7 @@ def activate(groups: tuple[Any, ...]) -> None:
     training_args = next((group for group in groups if hasattr(group, "per_device_train_batch_size")), None)
     if training_args is not None:
         use_one_device(training_args, has_rules=model_args.kt_optimize_rule is not None)
+        check_run(model, model_args, training_args, finetuning_args)
     model_args.use_kt, model_args.kt_active = False, True
 
 
@@ -155,8 +170,11 @@ def use_model_directory(model_args: Any) -> None:
         model_args.model_name_or_path, model_args.kt_weight_path = str(directory), config.weight_path
 
 
-def check_inputs(model_args: Any) -> None:
+def check_inputs(model_args: Any) -> nn.Module | None:
     """Look at the model's and the adapter's files now: LLaMA-Factory first tokenises the data set.
+
+    Returns:
+        The model without weights, with our experts modules; None where only LLaMA-Factory can see it.
 
     Raises:
         KTError: what `load_model` and `load_adapter` would raise.
@@ -166,9 +184,9 @@ def check_inputs(model_args: Any) -> None:
     from_hub = _hub(model_args)
     if exporting.merges_files(model_args):
         exporting.open_merged(model_args, **from_hub)
-        return
+        return None
     if not os.path.isdir(path) and (misc.use_modelscope() or misc.use_openmind()):
-        return  # only LLaMA-Factory can ask those hubs
+        return None  # only LLaMA-Factory can ask those hubs
     on_cpu = model_args.export_dir is not None and model_args.export_device == "cpu"
     device = torch.device("cpu") if on_cpu else misc.get_current_device()
     remote = model_args.trust_remote_code
@@ -176,6 +194,32 @@ def check_inputs(model_args: Any) -> None:
     for adapter in model_args.adapter_name_or_path or []:
         folder = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **from_hub)
         check_adapter(model, folder)
+    return model
+
+
+def check_run(model: nn.Module | None, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """Whether a run can write its results and goes on from a checkpoint that fits it.
+
+    Args:
+        model: of `check_inputs`; not to be used afterwards.
+
+    Raises:
+        KTError: see `disk` and `resuming`.
+    """
+    disk.check_writable(training_args.output_dir)
+    if not training_args.do_train:
+        return
+    trainer.install()
+    checkpoint = resuming.find_checkpoint(training_args)
+    if model is None:
+        return
+    model.kt_config = args.kt_config(model_args)
+    bare = None if checkpoint is None else bare_twin(model)
+    run = resuming.run_adapter(model, model_args, finetuning_args)
+    if checkpoint is not None:
+        resuming.check(checkpoint, bare, run, training_args, finetuning_args)
+    if run is not None and training_args.should_save:
+        disk.check_room(training_args.output_dir, run.numel, training_args, finetuning_args)
 
 
 def _hub(model_args: Any) -> dict[str, Any]:
@@ -225,15 +269,26 @@ def report_errors_in_one_line() -> None:
     """Show our own errors as one line and leave with status 2; KT_SFT_TRACEBACK=1 shows the traceback instead."""
     previous = sys.excepthook
 
+    def leave(message: str, status: int) -> None:
+        # In a rank torch's own hook collects what this one writes, to print it afterwards; there is no afterwards.
+        stream = sys.__stderr__ if isinstance(sys.stderr, io.StringIO) else sys.stderr
+        if message:
+            stream.write(f"kt_sft: {message}\n")
+            stream.flush()
+        raise SystemExit(status)
+
     def excepthook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if isinstance(error, KeyboardInterrupt) and not env.traceback():
+            leave("stopped" if env.local_rank() == 0 else "", 128 + signal.SIGINT)
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, KTError):
             cause = cause.__cause__
         if cause is None or env.traceback():
             previous(kind, error, traceback)
             return
-        sys.stderr.write(f"kt_sft: error: {cause}\n")
-        raise SystemExit(2)
+        if isinstance(cause, interrupts.Interrupted):
+            leave(str(cause) if env.local_rank() == 0 else "", cause.status)
+        leave(f"error: {cause}", 2)
 
     sys.excepthook = excepthook
 
