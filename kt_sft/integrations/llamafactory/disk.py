@@ -87,7 +87,7 @@ def save_or_rescue(trainer: Any, stock: Callable[[], None]) -> None:
         if not trainer.args.should_save:
             raise OutputError(output, "saving", found=reason(error)) from error
         kept = _rescue(trainer)
-        where = f"the adapter is in {kept}" if kept else f"the last checkpoint is {_last(output)}"
+        where = f"the adapter is in {kept}" if kept else f"no other place took it; last checkpoint: {_last(output)}"
         raise OutputError(output, "saving the adapter", found=reason(error), remedy=where) from error
 
 
@@ -119,7 +119,7 @@ def _rescue(trainer: Any) -> Path | None:
 
 def _last(output_dir: str) -> str:
     found, _ = training_checkpoint.newest_whole(Path(output_dir))
-    return str(found) if found else "not there"
+    return str(found) if found else "missing"
 
 
 def _state_bytes(optim: Any, element_bytes: int) -> int:

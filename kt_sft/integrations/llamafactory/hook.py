@@ -7,6 +7,7 @@ which ask for other packages and refuse half of the features, never run. Every r
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import logging
@@ -31,6 +32,8 @@ from kt_sft.integrations.transformers import check_model, from_gguf, quantizatio
 from kt_sft.placement import inject
 
 logger = logging.getLogger(__name__)
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def patch_parser(parser: ModuleType) -> None:
@@ -280,6 +283,8 @@ def report_errors_in_one_line() -> None:
     def excepthook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         if isinstance(error, KeyboardInterrupt) and not env.traceback():
             leave("stopped" if env.local_rank() == 0 else "", 128 + signal.SIGINT)
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS and not env.traceback():
+            leave(f"error: {error.filename or 'writing'}: {error.strerror}; free space there", 2)
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, KTError):
             cause = cause.__cause__

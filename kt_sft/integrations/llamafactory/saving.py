@@ -116,8 +116,10 @@ def clean(run_folder: Path, *, removes: bool) -> None:
     staging = run_folder / STAGING
     with suppress(FileNotFoundError):  # another rank was faster
         for path in training_checkpoint.checkpoints(staging):
-            if not (run_folder / path.name).exists() and training_checkpoint.find_fault(path) is None:
-                path.replace(run_folder / path.name)
+            target = run_folder / path.name
+            is_named = target.exists() and training_checkpoint.find_fault(target) is None
+            if not is_named and training_checkpoint.find_fault(path) is None:
+                replace_folder(path, target)
     if removes and staging.is_dir():
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -160,9 +162,11 @@ def is_write_error(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The file system's words, without the path or torch's source line."""
+    """The file system's words, without the path; torch has none."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, RuntimeError):
+        return "torch could not write its file to the end"
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 

@@ -29,7 +29,7 @@ def install() -> None:
         return
     for name, ours in zip(_METHODS, (_train, _save_model, _save, _save_checkpoint, _load_optimizer), strict=True):
         setattr(Trainer, name, _for_our_models(getattr(Trainer, name), ours))
-    torch.serialization.register_package(_CPU_WITH_INDEX, lambda storage: None, _on_cpu)
+    _let_torch_load_onto_ranks()
 
 
 def _for_our_models(stock: Any, ours: Any) -> Any:
@@ -72,6 +72,11 @@ def _load_optimizer(stock: Any, trainer: Trainer, checkpoint: str | None) -> Non
     stock(checkpoint)
 
 
-def _on_cpu(storage: Any, location: str) -> Any:
+@functools.cache
+def _let_torch_load_onto_ranks() -> None:
     """torch cannot load onto `cpu:0`, as accelerate calls the CPU of a rank; there is only one."""
-    return storage if location.startswith("cpu:") else None
+    torch.serialization.register_package(
+        _CPU_WITH_INDEX,
+        lambda storage: None,
+        lambda storage, location: storage if location.startswith("cpu:") else None,
+    )
