@@ -92,9 +92,9 @@ def save_or_rescue(trainer: Any, stock: Callable[[], None]) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What an ordinary user may still write on the disk of a folder."""
+    """What an ordinary user may still write on the disk of a folder; some network file systems do not say."""
     system = os.statvfs(folder)
-    return system.f_bavail * system.f_frsize
+    return system.f_bavail * system.f_frsize if system.f_blocks else 1 << 62
 
 
 def _rescue(trainer: Any) -> Path | None:
