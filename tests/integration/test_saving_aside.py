@@ -184,7 +184,7 @@ def test_a_final_save_that_dies_leaves_the_adapter_that_was_there(base, output, 
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(base, straight, tmp_path, signum, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/bin/llamafactory-cli", "my run.yaml", "max_steps=6"])
     stop = At(3, lambda: os.kill(os.getpid(), signum))
@@ -220,6 +220,15 @@ def test_signals_of_torchrun_and_terminal_are_one_wish(base, tmp_path):
 
     with pytest.raises(interrupts.Interrupted, match="after step 3"):
         trainings.trainer(base, tmp_path, At(3, both)).train()
+
+
+def test_a_signal_that_is_switched_off_stays_so(base, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as of nohup
+    try:
+        trainings.trainer(base, tmp_path, At(3, lambda: os.kill(os.getpid(), signal.SIGHUP))).train()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "checkpoint-6" in names(tmp_path) and "checkpoint-3" not in names(tmp_path)
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(base, tmp_path):

@@ -24,7 +24,7 @@ from kt_sft.integrations.llamafactory import autoload
 
 logger = logging.getLogger(__name__)
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # torchrun passes a signal on that the terminal has sent to the ranks as well: that is one wish, not two.
 _SAME_WISH_SECONDS = 2.0
 _FROM_TERMINAL = 0x80  # SI_KERNEL: every process of the foreground group has got it
@@ -101,13 +101,18 @@ def stopping(trainer: Any) -> Iterator[None]:
         return
     stop = Stop()
     trainer.add_callback(stop)
-    before = {signum: signal.signal(signum, stop.on_signal) for signum in _STOPPING}
+    before = {signum: signal.signal(signum, stop.on_signal) for signum in _heard()}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         trainer.remove_callback(stop)
+
+
+def _heard() -> list[signal.Signals]:
+    """The signals that stop a run, without those that whoever started it has switched off, as `nohup` does."""
+    return [signum for signum in _STOPPING if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def resuming_command(argv: Sequence[str], checkpoint: Path, *, processes: int | None = None) -> str:
@@ -144,7 +149,7 @@ def run_passing_signals(command: Sequence[str], *, env: dict[str, str], check: b
     Raises:
         SystemExit: the child has ended by a signal, or failed, and its ranks have said why.
     """
-    watched = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    watched = set(_heard())
     child = subprocess.Popen(command, env=env)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched | {signal.SIGCHLD})
     seen: set[int] = set()

@@ -180,15 +180,12 @@ def _flush_folder(folder: Path) -> None:
 
 @contextmanager
 def _diverted(trainer: Any, folder: Path) -> Iterator[None]:
-    """Within it the trainer saves into another folder, uploads nothing and deletes nothing."""
-    limit = trainer.args.save_total_limit
+    """Within it the trainer saves into another folder, and so finds no older ones to delete; it uploads nothing."""
     trainer._get_output_dir = lambda trial: str(folder)
     trainer._push_from_checkpoint = lambda checkpoint: None
-    trainer.args.save_total_limit = None
     try:
         yield
     finally:
-        trainer.args.save_total_limit = limit
         del trainer._get_output_dir, trainer._push_from_checkpoint
 
 
