@@ -7,9 +7,12 @@ which ask for other packages and refuse half of the features, never run. Every r
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import logging
 import os
+import signal
 import sys
 from types import ModuleType
 from typing import Any
@@ -26,27 +29,38 @@ from kt_sft.integrations.llamafactory import (
     args,
     autoload,
     data_checks,
+    disk,
     exporting,
+    interrupts,
     native_classes,
     parsing,
     peer_keys,
     references,
+    resuming,
+    trainer,
 )
 from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
 from kt_sft.integrations.peft.injecting import has_experts
+from kt_sft.integrations.peft.reloading import bare_twin
 from kt_sft.integrations.placing import plan_checkpoint
 from kt_sft.integrations.transformers import check_model, from_gguf, quantization_config
 from kt_sft.placement import inject
 
 logger = logging.getLogger(__name__)
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 
 def patch_parser(parser: ModuleType) -> None:
-    """`ModelArguments`: our keys. `_parse_args`: every command parses through it: checks, switch of flags."""
+    """`ModelArguments`: our keys. `_parse_args`: every command parses through it: checks, switch of flags.
+    `get_last_checkpoint`: the newest whole one.
+    """
     lists = ("_TRAIN_ARGS", "_INFER_ARGS", "_EVAL_ARGS", "_TRAIN_MCA_ARGS")
-    autoload.require(parser, "ModelArguments", "_parse_args", "read_args", *lists)
+    autoload.require(parser, "ModelArguments", "_parse_args", "read_args", "get_last_checkpoint", *lists)
     stock_class, stock_parse = parser.ModelArguments, parser._parse_args
+    stock_last = parser.get_last_checkpoint
+    parsed: dict[str, Any] = {}
     our_class = args.model_arguments(stock_class)
     references.patch_copies(our_class, use_model_directory)
     for name in (parser.__name__, stock_class.__module__, parser.__package__):
@@ -66,9 +80,16 @@ def patch_parser(parser: ModuleType) -> None:
             for note in notes:
                 _warn(note)
             activate(groups)
+            parsed["model_args"] = next(group for group in groups if hasattr(group, "use_kt"))
         return groups
 
-    parser._parse_args = parse_args
+    def get_last_checkpoint(folder: str) -> str | None:
+        if not is_active(parsed.get("model_args")):
+            return stock_last(folder)
+        found = resuming.last_checkpoint(folder, says=False)  # `activate` has said it
+        return None if found is None else str(found)
+
+    parser._parse_args, parser.get_last_checkpoint = parse_args, get_last_checkpoint
     parsing.patch_parser(parser)
     report_errors_in_one_line()
 
@@ -182,6 +203,8 @@ def activate(groups: tuple[Any, ...]) -> None:
     for data_args in (group for group in groups if hasattr(group, "dataset_dir")):
         data_args.kt_active = True
         data_checks.check(data_args, finetuning_args.stage)
+    if training_args is not None:
+        check_run(model, model_args, training_args, finetuning_args)
 
 
 def use_model_directory(model_args: Any) -> None:
@@ -220,6 +243,31 @@ def check_inputs(model_args: Any) -> nn.Module | None:
         folder = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **from_hub)
         check_adapter(model, folder)
     return model
+
+
+def check_run(model: nn.Module | None, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """Whether a run can write its results and goes on from a checkpoint that fits it.
+
+    Args:
+        model: of `check_inputs`; not to be used afterwards.
+
+    Raises:
+        KTError: see `disk` and `resuming`.
+    """
+    disk.check_writable(training_args.output_dir)
+    if not training_args.do_train:
+        return
+    trainer.install()
+    checkpoint = resuming.find_checkpoint(training_args)
+    if model is None:
+        return
+    model.kt_config = args.kt_config(model_args)
+    bare = None if checkpoint is None else bare_twin(model)
+    run = resuming.run_adapter(model, model_args, finetuning_args)
+    if checkpoint is not None:
+        resuming.check(checkpoint, bare, run, training_args, finetuning_args)
+    if run is not None and training_args.should_save:
+        disk.check_room(training_args.output_dir, run.numel, training_args, finetuning_args)
 
 
 def _hub(model_args: Any) -> dict[str, Any]:
@@ -269,15 +317,28 @@ def report_errors_in_one_line() -> None:
     """Show our own errors as one line and leave with status 2; KT_SFT_TRACEBACK=1 shows the traceback instead."""
     previous = sys.excepthook
 
+    def leave(message: str, status: int) -> None:
+        # In a rank torch's own hook collects what this one writes, to print it afterwards; there is no afterwards.
+        stream = sys.__stderr__ if isinstance(sys.stderr, io.StringIO) else sys.stderr
+        if message:
+            stream.write(f"kt_sft: {message}\n")
+            stream.flush()
+        raise SystemExit(status)
+
     def excepthook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if isinstance(error, KeyboardInterrupt) and not env.traceback():
+            leave("stopped" if env.local_rank() == 0 else "", 128 + signal.SIGINT)
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS and not env.traceback():
+            leave(f"error: {error.filename or 'writing'}: {error.strerror}; free space there", 2)
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, KTError):
             cause = cause.__cause__
         if cause is None or env.traceback():
             previous(kind, error, traceback)
             return
-        sys.stderr.write(f"kt_sft: error: {cause}\n")
-        raise SystemExit(2)
+        if isinstance(cause, interrupts.Interrupted):
+            leave(str(cause) if env.local_rank() == 0 else "", cause.status)
+        leave(f"error: {cause}", 2)
 
     sys.excepthook = excepthook
 

@@ -96,7 +96,8 @@ def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str,
     with requesting(is_saved=True):
         # Binds before the weights are read: accelerate, which PEFT may call then, would count placeholders as memory.
         peft_model = model_class(model, config, adapter_name, **build)
-    result = peft_model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
+    # The class's own: what the bound one checks has been checked.
+    result = model_class.load_adapter(peft_model, str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
     if result.missing_keys:
         warnings.warn(f"{folder}: the adapter lacks {result.missing_keys}", stacklevel=2)
     return peft_model

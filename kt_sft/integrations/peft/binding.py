@@ -113,6 +113,7 @@ def bind_experts(model: nn.Module, *, dropout: float = 0.0) -> None:
 def bind_expert_lora(peft_model: PeftModel) -> PeftModel:
     """Replace, on this object, PEFT's methods that do not know about the experts; idempotent."""
     peft_model.get_nb_trainable_parameters = types.MethodType(_get_nb_trainable_parameters, peft_model)
+    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)
     return peft_model
 
 
@@ -280,6 +281,13 @@ class _Merged:
         if "down_proj" in self.deltas:
             down = (down.float() + self.deltas["down_proj"].of(self.index)).to(down.dtype)
         return gate, up, down
+
+
+def _load_adapter(self: PeftModel, model_id, adapter_name: str, is_trainable: bool = False, **kwargs):
+    """See `reloading.load_adapter`."""
+    from kt_sft.integrations.peft import reloading  # reads adapters, for which it asks this module about PEFT's layout
+
+    return reloading.load_adapter(self, model_id, adapter_name, is_trainable, **kwargs)
 
 
 def _get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:
