@@ -262,3 +262,23 @@ def test_wrong_models_and_settings(run_of):
         plan_run(run_of(tiny_models.config("mixtral"), kt_method="GGUF"))
     with pytest.raises(ConfigError, match="device: expected cpu, cuda"):
         plan_run(run_of(tiny_models.config("mixtral")), device="tpu")
+
+
+def test_what_is_not_counted_is_said(run_of, caplog):
+    plan_run(
+        run_of(
+            tiny_models.config("qwen3_moe"),
+            stage="dpo",
+            ref_model="other",
+            do_train=True,
+            kt_config={"kt_tp_enabled": True},
+        )
+    )
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("ref_model" in line and "not counted" in line for line in lines)
+    assert any("kt_config.kt_tp_enabled: no effect" in line for line in lines)
+
+
+def test_a_missing_deepspeed_file_is_named(run_of):
+    with pytest.raises(ConfigError, match="deepspeed: nowhere.json: expected a configuration of DeepSpeed"):
+        plan_run(run_of(tiny_models.config("qwen3_moe"), deepspeed="nowhere.json"))

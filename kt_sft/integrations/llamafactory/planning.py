@@ -120,6 +120,8 @@ def plan_run(file: str | Path, overrides: Iterable[str] = (), *, device: str | N
     if element_bytes == 2 and plan.devices == ("cpu",):
         plan = _with_cpu_linears(plan, swapped, config)
     run = _run(values, config, swapped, specs, element_bytes)
+    if run.trains and values.get("ref_model"):
+        logger.warning("ref_model: its memory is not counted; plan it as a model of its own, without do_train")
     return RunPlan(path, config.optimize_rule, plan, run, memory_by_device(model, plan, specs, packed_bytes, run))
 
 
