@@ -203,7 +203,7 @@ def check_clean(faults: list[Fault], trees: queue.Queue[Tree], jobs: int) -> set
 
 def seen_by(output: str) -> list[str]:
     """Node ids of the tests that failed."""
-    return re.findall(r"^(?:FAILED|ERROR) (tests/\S+?)(?: - .*)?$", output, re.MULTILINE)
+    return re.findall(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", output, re.MULTILINE)
 
 
 def is_of(node: str, test: str) -> bool:

@@ -8,7 +8,7 @@ from scripts.mutants.__main__ import FAULTS, is_of, seen_by
 from scripts.mutants.fault import Fault
 
 OUTPUT = """F.
-FAILED tests/unit/test_a.py::test_b[x-1] - AssertionError: FAILED tests/unit/test_z.py
+FAILED tests/unit/test_a.py::test_b[x y-1] - AssertionError: FAILED tests/unit/test_z.py
 ERROR tests/unit/test_c.py::test_d
 1 failed, 1 passed
 """
@@ -41,7 +41,7 @@ def test_a_fault_whose_text_or_test_is_gone_is_stale(tmp_path, changes, why):
 
 
 def test_failed_tests_are_those_of_the_summary():
-    assert seen_by(OUTPUT) == ["tests/unit/test_a.py::test_b[x-1]", "tests/unit/test_c.py::test_d"]
+    assert seen_by(OUTPUT) == ["tests/unit/test_a.py::test_b[x y-1]", "tests/unit/test_c.py::test_d"]
     assert is_of("tests/unit/test_a.py::test_b[x-1]", "tests/unit/test_a.py::test_b")
     assert not is_of("tests/unit/test_a.py::test_bc", "tests/unit/test_a.py::test_b")
 
