@@ -190,9 +190,11 @@ def test_a_state_that_may_be_of_either_layout_is_refused(tmp_path, monkeypatch):
 
 
 def test_what_differs_is_said_in_one_line(base, checkpoint, caplog):
-    check(base, checkpoint)
+    same, other = run_adapter(base), run_adapter(base, alpha=7, lora_dropout=0.25)
+    caplog.clear()
+    check(base, checkpoint, same)
     assert not caplog.records
-    check(base, checkpoint, run_adapter(base, alpha=7, lora_dropout=0.25), learning_rate=3e-4, weight_decay=0.5)
+    check(base, checkpoint, other, learning_rate=3e-4, weight_decay=0.5)
     (record,) = caplog.records
     for words in (
         "lora_alpha 4 there, 7 here is taken", "lora_dropout 0.0 there, 0.25 here is taken",

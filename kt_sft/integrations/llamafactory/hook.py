@@ -200,11 +200,10 @@ def activate(groups: tuple[Any, ...]) -> None:
     model_args.use_kt, model_args.kt_active = False, True
     if training_args is not None:
         references.check(model_args, finetuning_args, model, check_inputs)
+        check_run(model, model_args, training_args, finetuning_args)
     for data_args in (group for group in groups if hasattr(group, "dataset_dir")):
         data_args.kt_active = True
         data_checks.check(data_args, finetuning_args.stage)
-    if training_args is not None:
-        check_run(model, model_args, training_args, finetuning_args)
 
 
 def use_model_directory(model_args: Any) -> None:
