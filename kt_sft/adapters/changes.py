@@ -123,7 +123,7 @@ def _steps(adapter: Adapter) -> Iterator[Step]:
 
 
 def _has_own_copy(adapter: Adapter, name: str) -> bool:
-    """Whether PEFT made a copy of the module that a parameter is of; with `ensure_weight_tying` one of each tied one."""
+    """Whether PEFT made a copy of a parameter's module; with `ensure_weight_tying` it does of every tied one."""
     source = adapter.base.tied.get(name, name) if adapter.config.get("ensure_weight_tying") else name
     return is_saved(adapter.config, name) or is_saved(adapter.config, source)
 
