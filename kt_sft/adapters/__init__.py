@@ -1,9 +1,13 @@
 """Adapters on disk: every form is read into one (`model.Adapter`) and written from it. Torch only, no PEFT.
 
 model        the common form, and what is known of the base model
+folder       which files of a directory hold tensors that are read, and which are known to be something else
+tensor_file  one such file: names, shapes, tensors, and a look at every number
 peft_config  adapter_config.json: ranks, scales, targets
-fused        PEFT 0.18 and 0.19: two tensors per projection of all experts
+layout       what releases of PEFT make of fused experts, and which of them wrote an adapter
+fused        PEFT's forms: two tensors per fused parameter of all experts
 per_expert   vLLM and SGLang: two tensors per expert and projection
+ktransformers  PEFT's file for the rest, the experts' LoRA beside it
 gguf         llama.cpp
 forms        which form a path has; conversion, written aside and renamed
 report       what `kt-sft adapter inspect` shows

@@ -19,7 +19,7 @@ _TENSOR_SUFFIXES = (
 # What transformers' Trainer, accelerate and KTransformers keep in a checkpoint to continue its training.
 _STATE = re.compile(
     r"training_args\.bin|pytorch_model_fsdp\w*\.bin"
-    r"|(optimizer|scheduler|scaler|rng_state|random_states|custom_checkpoint|sampler)\w*\.(pt|pth|bin|pkl|safetensors)"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states|custom_checkpoint|sampler|dl_state_dict)\w*\.(pt|pth|bin|pkl|safetensors)"
 )
 
 

@@ -134,11 +134,27 @@ def _read(
 
 
 def _with_parameters(config: dict[str, Any], tensors: TensorFile, base: BaseModel) -> dict[str, Any]:
-    """`target_parameters` where the config has none but the tensors say so, as adapters for vLLM of fused families."""
+    """`target_parameters` where the config has none but the tensors say so, as adapters for vLLM of fused families.
+
+    Raises:
+        FormatError: a pair that has the widths of no parameter.
+    """
     if config.get("target_parameters") or not is_fused(tensors):
         return config
-    tails = {".".join(module.split(".")[-2:]) for module in base.specs}
-    return config | {"target_parameters": sorted(f"{tail}.{p}" for tail in tails for p in peft_config.PARAMETERS)}
+    found: list[str] = []
+    for module, spec in base.specs.items():
+        key = f"{module}.lora_A.weight"
+        if f"{module}.base_layer.lora_A.weight" in tensors:
+            found += [f"{module}.{parameter}" for parameter in peft_config.PARAMETERS]
+        elif key in tensors:
+            shapes = [tensors.shape(k) for k in (key, f"{module}.lora_B.weight") if k in tensors]
+            widths = sorted(shape[1 - i] for i, shape in enumerate(shapes) if len(shape) == 2)
+            mine = [p for p in peft_config.PARAMETERS if sorted(layout.matrix_shape(spec, p)) == widths]
+            if not mine:
+                expected = "a pair of gate_up_proj or down_proj"
+                raise FormatError(tensors.path, f"tensor {key}", expected=expected, found=[list(s) for s in shapes])
+            found.append(f"{module}.{mine[0]}")
+    return config | {"target_parameters": found}
 
 
 def convert(adapter: Adapter, form: str, output: str | os.PathLike[str]) -> Path:
@@ -185,11 +201,11 @@ def write_directory(adapter: Adapter, form: str, folder: Path) -> None:
         if path.name.startswith(_COPIED) and path.is_file():
             shutil.copyfile(path, folder / path.name)
     beside = {"model_type": adapter.base.model_type, **adapter.beside}
-    kept = {"lora_dropout": peft_config.dropout_of(adapter)} if config["target_parameters"] else {}
-    beside = {name: value for name, value in beside.items() if name not in ("lora_dropout", layout.MARK)} | kept
-    written = layout.of_release(config["peft_version"])
+    for name in ("lora_dropout", layout.MARK):
+        beside.pop(name, None)
     if config["target_parameters"]:
-        beside[layout.MARK] = written[0]
+        beside["lora_dropout"] = peft_config.dropout_of(adapter)
+        beside[layout.MARK] = layout.form_of(config["peft_version"])
     (folder / peft_config.SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
 
 

@@ -69,39 +69,41 @@ def read(folder: Path, tensors: TensorFile, beside: TensorFile, config: Mapping[
 
 def _keys(beside: TensorFile, base: BaseModel) -> dict[tuple[str, str, str], str]:
     """Key of each factor by experts module, projection and role."""
-    found: dict[tuple[str, str, str], str] = {}
+    groups: dict[tuple[str, str, str], list[re.Match[str]]] = {}
     for key in beside:
         match = _KEY.fullmatch(key)
         if match is None:
             expected = "layers.<number>.experts.<gate, up or down>_lora_<a or b>"
             raise FormatError(beside.path, f"tensor {key}", expected=expected, found="another name")
-        module = _module(beside, key, match, base)
-        place = (module, match["projection"], match["role"])
-        if place in found:
-            what = f"tensor {key}"
-            raise FormatError(beside.path, what, expected=f"one factor of {module}", found=f"{found[place]}, too")
-        found[place] = key
+        groups.setdefault((match["before"], match["layer"], match["inside"]), []).append(match)
+    found: dict[tuple[str, str, str], str] = {}
+    for group in groups.values():
+        module = _module(beside, group, base)
+        for match in group:
+            place = (module, match["projection"], match["role"])
+            if place in found:
+                expected, twice = f"one such factor of {module}", f"{found[place]}, too"
+                raise FormatError(beside.path, f"tensor {match[0]}", expected=expected, found=twice)
+            found[place] = match[0]
     return found
 
 
-def _module(beside: TensorFile, key: str, match: re.Match[str], base: BaseModel) -> str:
-    """The experts module of a key: by the number of the layer, then by what else the name says, then by shape."""
-    layer = int(match["layer"])
-    modules = [name for name in base.specs if layer_of(name) == layer]
-    inner = f".{match['inside']}experts" if match["inside"] else ".experts"
+def _module(beside: TensorFile, group: list[re.Match[str]], base: BaseModel) -> str:
+    """The experts module of some keys: by the number of the layer, then by what else they say, then by shapes."""
+    one = group[0]
+    modules = [name for name in base.specs if layer_of(name) == int(one["layer"])]
+    inner = f".{one['inside']}experts"
     hints = (
-        lambda name: f".{name}".endswith(inner) and f".{name}".find(f".{match['before']}layers.") >= 0,
+        lambda name: f".{one['before']}layers." in f".{name}" and f".{name}".endswith(inner),
         lambda name: f".{name}".endswith(inner),
-        lambda name: _fits(beside.shape(key), base, name, match["projection"], match["role"]),
+        lambda name: all(_fits(beside.shape(m[0]), base, name, m["projection"], m["role"]) for m in group),
     )
     for hint in hints:
         modules = [name for name in modules if hint(name)] or modules
     if len(modules) == 1:
         return modules[0]
-    found = f"in {' and '.join(modules)}" if modules else "none there"
-    raise FormatError(
-        beside.path, f"tensor {key}", expected=f"routed experts in layer {layer}", found=found, remedy=_OTHER_MODEL
-    )
+    expected, found = f"routed experts in layer {one['layer']}", " and ".join(modules) or "none there"
+    raise FormatError(beside.path, f"tensor {one[0]}", expected=expected, found=found, remedy=_OTHER_MODEL)
 
 
 def layer_of(module: str) -> int | None:

@@ -54,6 +54,11 @@ def of_release(version: Any) -> tuple[str, ...]:
     return (BETWEEN, NEW) if release == (0, 19, 0) and not rest else (NEW,)
 
 
+def form_of(version: str) -> str:
+    """Which of the two forms that are written here a release that runs reads."""
+    return next((name for name in of_release(version) if name != BETWEEN), NEW)
+
+
 def exchanges(layout: str, spec: ExpertsSpec, model_type: str) -> bool:
     """Whether lora_A has the width of the outputs in a layout."""
     is_announced = spec.is_transposed and not str(model_type).startswith(_UNANNOUNCED)

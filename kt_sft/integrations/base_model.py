@@ -22,6 +22,10 @@ from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
 from kt_sft.nn.packed_linear import PackedLinear
 
+_OF_PEFT = re.compile(
+    r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)(\.|$)"
+)  # what its wrappers hold beside the module
+
 
 def find_base_model(
     name: str | os.PathLike[str] | None, *, adapter: object = "adapter", trust_remote_code: bool = False
@@ -83,14 +87,14 @@ def describe(model: nn.Module, path: str | None = None) -> BaseModel:
         model = model.get_base_model()
     config: PreTrainedConfig = model.config
     specs = {plain_name(name): experts.spec for name, experts in iter_routed_experts(model)} or find_experts(model)
-    modules = {plain_name(name): m for name, m in model.named_modules() if _is_of_base(name)}
+    modules = plain_modules(model)
     linears = {name: (m.out_features, m.in_features) for name, m in modules.items() if _is_linear(m, name, specs)}
     bare = dict(_bare(modules, linears, specs))
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "_name_or_path", None) or None
     layers = hub_layers(model, specs)
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    shapes = {plain_name(name): tuple(tensor.shape) for name, tensor in named if _is_of_base(name)}
+    shapes = {plain_name(name): tuple(tensor.shape) for name, tensor in named if not _OF_PEFT.search(name)}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
     matrices = linears | {name.removesuffix(".weight"): shape for name, shape in bare.items()}
     return BaseModel(
@@ -101,13 +105,12 @@ def describe(model: nn.Module, path: str | None = None) -> BaseModel:
 
 def plain_name(name: str) -> str:
     """The name of a module or parameter in the model without PEFT's wrappers."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-    return name.replace(".original_module", "").replace(".token_adapter", "")
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.|$)", "", name.removeprefix("base_model.model."))
 
 
-def _is_of_base(name: str) -> bool:
-    """Whether a module, parameter or buffer is the model's and not PEFT's."""
-    return ".lora_" not in name and ".modules_to_save" not in name and ".trainable_tokens_" not in name
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by name; where PEFT has wrapped one, what is inside of the wrapper."""
+    return {plain_name(name): m for name, m in model.named_modules() if not _OF_PEFT.search(name)}
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:

@@ -34,7 +34,7 @@ def merges_files(model_args: Any) -> bool:
 
 
 def open_merged(model_args: Any, **hub: Any) -> MergedCheckpoint:
-    """The checkpoint and its adapters, compared with one another; reads headers only.
+    """The checkpoint and its adapters, compared with one another; reads the adapters, and headers of the checkpoint.
 
     Raises:
         KTError: see `MergedCheckpoint`.

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import peft
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType
 from torch import nn
 
@@ -20,7 +21,7 @@ from kt_sft.adapters.forms import adapter_file, is_fused, is_per_expert, open_ad
 from kt_sft.adapters.model import BaseModel
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
-from kt_sft.integrations.base_model import describe, plain_name
+from kt_sft.integrations.base_model import describe, plain_modules, plain_name
 from kt_sft.integrations.peft.targets import (
     RUNNING_FORM,
     SIDE_FILE,
@@ -184,6 +185,7 @@ def read_adapter_config(folder: Path) -> ExpertLoraConfig:
             path, "peft_type", expected="LORA", found=getattr(config.peft_type, "value", config.peft_type)
         )
     config = ExpertLoraConfig.of(config)
+    config.peft_version = peft.__version__  # which writes it from now on, in its own layout
     beside = peft_config.read_side_file(folder)
     config.model_type = beside.get("model_type")
     if config.target_parameters:
@@ -240,12 +242,16 @@ def _faults(model: nn.Module, config: ExpertLoraConfig, shapes: dict[str, tuple[
             yield f"{key} is missing", list(shape), "none"
         elif found != shape:
             yield f"{key} has another shape", list(shape), list(found)
-    modules = {plain_name(n): m for n, m in model.named_modules() if not isinstance(m, BaseTunerLayer)}
+    modules = plain_modules(model)
     for name, module in modules.items():
-        key = f"{PREFIX}{name}.lora_A.weight"
-        is_target = config.target_modules and check_target_module_exists(config, name)
-        if is_target and isinstance(module, nn.Linear) and key not in shapes:
-            yield f"{key} is missing", [effective_rank(config, name), module.in_features], "none"
+        if not config.target_modules or not isinstance(module, nn.Linear):
+            continue
+        keys = [f"{PREFIX}{name}.lora_{role}.weight" for role in "AB"]
+        missing = [key for key in keys if key not in shapes]
+        if missing and check_target_module_exists(config, name):
+            rank = effective_rank(config, name)
+            shape = [rank, module.in_features] if missing[0] == keys[0] else [module.out_features, rank]
+            yield f"{missing[0]} is missing", shape, "none"
     for key, found in shapes.items():
         if key in expected:
             continue

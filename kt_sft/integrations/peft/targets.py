@@ -27,7 +27,7 @@ from kt_sft.models.spec import find_routers, iter_routed_experts
 logger = logging.getLogger(__name__)
 
 SIDE_FILE = "kt_sft.json"
-RUNNING_FORM = layout.of_release(peft.__version__)[-1]  # in which the PEFT that runs writes LoRA of fused experts
+RUNNING_FORM = layout.form_of(peft.__version__)  # in which the PEFT that runs writes LoRA of fused experts
 MAX_RANK = 256
 ALL_LINEAR = ("all", "all-linear")
 PROJECTIONS = ("gate_up_proj", "down_proj")
