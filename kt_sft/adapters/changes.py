@@ -43,12 +43,12 @@ class Changes:
 
     Args:
         tied: parameters that are the same matrix, in the checkpoint as it is: target -> source.
-        stored: reads a parameter of the checkpoint.
+        stored: reads a parameter of the checkpoint; None if it has not.
     Raises:
         FormatError: two adapters that cannot be added up, or a bias that the model has not.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], tied: Mapping[str, str], stored: Callable[[str], Tensor]):
+    def __init__(self, adapters: Sequence[Adapter], tied: Mapping[str, str], stored: Callable[[str], Tensor | None]):
         self._tied = tied
         self._steps: dict[str, list[Step]] = {}
         for adapter in adapters:
@@ -97,20 +97,18 @@ class Changes:
         source = self._tied.get(step.parameter, step.parameter)
         return [source, *(target for target, other in self._tied.items() if other == source)]
 
-    def _drop_unchanged(self, stored: Callable[[str], Tensor]) -> None:
+    def _drop_unchanged(self, stored: Callable[[str], Tensor | None]) -> None:
         """PEFT stores the base layer of an embedding that has LoRA, trained or not."""
         copies = {id(s): s for steps in self._steps.values() for s in steps if s.is_shared and s.kind == "saved"}
-        unchanged = {key for key, s in copies.items() if same(stored(s.parameter), s.adapter.whole[s.parameter]())}
+        unchanged = {key for key, s in copies.items() if _is_copy(stored(s.parameter), s)}
         kept = {name: [s for s in steps if id(s) not in unchanged] for name, steps in self._steps.items()}
         self._steps = {name: steps for name, steps in kept.items() if steps}
 
 
 def _steps(adapter: Adapter) -> Iterator[Step]:
     """In the order in which they are applied: new values first, then what is added, then DoRA, which scales the sum."""
-    wholes = sorted(adapter.whole, key=lambda name: is_saved(adapter.config, name))
-    for name in wholes:
-        is_shared = not is_saved(adapter.config, name)
-        yield Step(adapter, whole_kind(name), name, _replaced(adapter, name), is_shared)
+    for name in sorted(adapter.whole, key=lambda name: _has_own_copy(adapter, name)):
+        yield Step(adapter, whole_kind(name), name, _replaced(adapter, name), not _has_own_copy(adapter, name))
     for extra in adapter.extras:
         if extra.kind == "tokens":
             # PEFT ties the rows of an output embedding to those of the input embedding, not the other way round.
@@ -124,12 +122,22 @@ def _steps(adapter: Adapter) -> Iterator[Step]:
                 yield Step(adapter, kind, extra.parameter, extra.apply)
 
 
+def _has_own_copy(adapter: Adapter, name: str) -> bool:
+    """Whether PEFT made a copy of a parameter's module; with `ensure_weight_tying` it does of every tied one."""
+    source = adapter.base.tied.get(name, name) if adapter.config.get("ensure_weight_tying") else name
+    return is_saved(adapter.config, name) or is_saved(adapter.config, source)
+
+
 def _replaced(adapter: Adapter, name: str) -> Callable[[Tensor], Tensor]:
     return lambda weight: adapter.whole[name]().to(weight.dtype)
 
 
 def _added(adapter: Adapter, target: str) -> Callable[[Tensor], Tensor]:
     return lambda weight: weight + adapter.read_linear(target).delta()
+
+
+def _is_copy(stored: Tensor | None, step: Step) -> bool:
+    return stored is not None and same(stored, step.adapter.whole[step.parameter]())
 
 
 def _check_sum(name: str, steps: list[Step]) -> None:

@@ -81,11 +81,12 @@ class MergedCheckpoint:
         self._keys_of = {target: key for key, target in self._targets.items()}
         self._copied: dict[str, str] = {}  # key that is written -> the one that holds its tensor in the checkpoint
         self._tied = self._find_tied()
-        self._changes = Changes(self.adapters, self._tied, lambda name: self.index.read(self._keys_of[name]))
-        self._check_targets()
+        self._changes = Changes(self.adapters, self._tied, self._stored)
+        self._check_targets(keys)
         self._own = [target for target in self._tied if self._changes.parts(target)]
-        for target in self._own:
-            self._copied.setdefault(self._key_of(target), self._keys_of[target])
+        self._copied |= {
+            self._key_of(target): self._keys_of[target] for target in self._own if target not in self._targets.values()
+        }
         self.keys = list(self._with_copies(self.index))
 
     def _find_tied(self) -> dict[str, str]:
@@ -117,13 +118,27 @@ class MergedCheckpoint:
             yield key
             yield from (new for new, source in self._copied.items() if source == key and new not in held)
 
-    def _check_targets(self) -> None:
-        """Everything that the adapters change is in the checkpoint."""
+    def _stored(self, parameter: str) -> Tensor | None:
+        """A parameter as the checkpoint has it; None if it has not."""
+        return self.index.read(self._keys_of[parameter]) if parameter in self._keys_of else None
+
+    def _check_targets(self, keys: KeyMap) -> None:
+        """Everything that the adapters change is in the checkpoint, in a form that is known."""
+        self._turned: set[str] = set()
         for name in self._changes:
-            if name not in self._keys_of:
-                adapter = self._changes.source(name)
+            adapter, key = self._changes.source(name), self._keys_of.get(name)
+            if key is None:
                 expected = f"{name} in {self.folder}"
                 raise FormatError(adapter.source, "target", expected=expected, found="no such tensor")
+            if keys.is_transposed(key):
+                self._turned.add(key)
+            elif not keys.is_as_stored(key):
+                raise UnsupportedModel(
+                    f"merge: {name}",
+                    expected="a tensor that the checkpoint stores as the model has it",
+                    found=f"{key}, which is cut or joined on its way",
+                    remedy="save the model with stock transformers, save_original_format=False, and merge into that",
+                )
 
     def dtype(self, key: str, wanted: torch.dtype | None = None) -> torch.dtype:
         """What a tensor is written as: as it is stored, bf16 if it was quantised; weights as wanted, but for routing
@@ -174,7 +189,11 @@ class MergedCheckpoint:
 
     def plain(self, key: str) -> Tensor:
         """A tensor outside the experts: in its own type, or wider if it was changed."""
-        return self._changes.apply(self._parameter(key), self.index.read(self._source(key)))
+        source = self._source(key)
+        weight = self.index.read(source)
+        if source in self._turned:
+            return self._changes.apply(self._parameter(key), weight.mT).mT.contiguous()
+        return self._changes.apply(self._parameter(key), weight)
 
     def matrix(self, name: str, index: int, projection: str) -> Tensor:
         """Gate, up `[inter, hidden]` or down `[hidden, inter]` of one expert."""

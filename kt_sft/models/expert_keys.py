@@ -182,6 +182,16 @@ class KeyMap:
             return key, None
         return renamed, pattern
 
+    def is_as_stored(self, key: str) -> bool:
+        """Whether a tensor of a checkpoint becomes a parameter as it is; otherwise it is turned, cut or joined."""
+        return self.target(key)[1] is None
+
+    def is_transposed(self, key: str) -> bool:
+        """Whether a tensor of a checkpoint becomes a parameter by being transposed, and by nothing else."""
+        pattern = self.target(key)[1]
+        found = [type(operation).__name__ for operation in self._by_pattern[pattern].operations] if pattern else []
+        return found == ["Transpose"]
+
     def is_parameter(self, target: str) -> bool:
         """Whether the model has such a parameter or buffer; a checkpoint may hold layers that it has not."""
         return target in self._parameters

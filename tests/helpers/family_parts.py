@@ -33,7 +33,7 @@ def sees(stem: str, **values: Any) -> Family:
 
 def composite(values: dict[str, Any]) -> dict[str, Any]:
     """Config values of a model that sees: the common ones go into the text part."""
-    return {**values, "text_config": {**COMMON, **values["text_config"]}, "tie_word_embeddings": False}
+    return {"tie_word_embeddings": False, **values, "text_config": {**COMMON, **values["text_config"]}}
 
 
 COMMON = {

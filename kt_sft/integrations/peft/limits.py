@@ -23,8 +23,9 @@ def training_limits(peft_model: nn.Module, config: LoraConfig) -> list[str]:
         peft_model: with PEFT's wrappers in place.
         config: of its adapter.
     """
-    sentences = kinds.limits(set(_kinds(peft_model, config)))
     bare = [name for name, layer in _layers(peft_model) if layer.get_base_layer().bias is None]
+    found = set(_kinds(peft_model, config))
+    sentences = kinds.limits(found - {"lora_bias"} if bare else found)
     if config.lora_bias and bare:
         title = kinds.KINDS["lora_bias"].title
         sentences.append(f"{title}: cannot be merged, since layers such as {bare[0]} have no bias to add it to")

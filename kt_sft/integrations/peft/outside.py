@@ -2,6 +2,7 @@
 
 - A router that its block reads as `self.gate.weight` (DeepSeek-V2's) never sees LoRA: PEFT's wrapper gives the frozen
   weight. Here it gives W + delta.
+- Blocks of DeepSeek-V3's kind ask their router for `e_score_correction_bias`, which PEFT's wrapper has not.
 - Merging LoRA into one of two tied modules changes the other one as well: the weight is one Parameter. Here the module
   that is merged gets a Parameter of its own first.
 
@@ -11,6 +12,7 @@ Classes are changed in place, as binding.py does it with PEFT's wrappers around 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
@@ -48,7 +50,13 @@ class RouterLinear(_ReadWeight, Linear):
 
 
 class RouterParameter(_ReadWeight, ParamWrapper):
-    """LoRA on a router, by `target_parameters`."""
+    """LoRA on a router, by `target_parameters`; other attributes are those of the router."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
 
 
 class TiedLinear(_OwnWeight, Linear):
@@ -82,12 +90,13 @@ def bind_outside(peft_model: nn.Module) -> None:
 
 
 def _routers(model: nn.Module) -> Iterator[nn.Module]:
-    """Linear layers right beside the experts with an output per expert."""
+    """Modules right beside the experts whose weight has a row per expert."""
     for name, experts in iter_routed_experts(model):
         block = model.get_submodule(name.replace(".base_layer", "").rpartition(".")[0])
         for child in block.children():
             router = child.get_base_layer() if isinstance(child, LoraLayer) else child
-            if isinstance(router, nn.Linear) and router.out_features == experts.spec.num_experts:
+            weight = router._parameters.get("weight")
+            if weight is not None and weight.dim() == 2 and weight.shape[0] == experts.spec.num_experts:
                 yield router
 
 
