@@ -130,24 +130,24 @@ FAULTS = (
     Fault(
         "placeholders stay parameters, which DDP would broadcast",
         _BINDING,
-        "    hide_placeholders(peft_model)\n",
-        "",
+        "    bind_outside(model)\n    hide_placeholders(model)\n",
+        "    bind_outside(model)\n",
         (f"{_PEFT}test_parameter_counts_are_those_of_plain_peft[qwen3_moe]",),
     ),
     Fault(
         "DDP leaves the gradients of expert LoRA to each process",
         _BINDING,
-        "    hide_placeholders(peft_model)\n",
-        "    hide_placeholders(peft_model)\n"
+        "    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)\n",
+        "    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)\n"
         "    mine = [name for name, _ in peft_model.named_parameters() if '.experts.' in name]\n"
         "    peft_model._ddp_params_and_buffers_to_ignore = mine\n",
         (f"{_TRUTH}test_two_processes_train_as_one_that_accumulates",),
     ),
     Fault(
         "experts train without dropout",
-        "kt_sft/integrations/peft/api.py",
-        "return bind_expert_lora(peft_model, dropout=dropout)",
-        "return bind_expert_lora(peft_model)",
+        "kt_sft/integrations/peft/injecting.py",
+        "bind_experts(model, dropout=dropout)",
+        "bind_experts(model)",
         (f"{_PEFT}test_dropout_equals_a_reference_with_the_same_mask",),
     ),
     Fault(
@@ -167,8 +167,8 @@ FAULTS = (
     Fault(
         "all-linear leaves the experts frozen",
         "kt_sft/integrations/peft/targets.py",
-        "expert_lora is None and shorthand",
-        "False",
+        "(shorthand and not by_parameter) or (expert_lora",
+        "(expert_lora",
         (f"{_TARGETS}test_all_reaches_the_experts_and_never_the_router",),
     ),
     Fault(
@@ -303,31 +303,17 @@ FAULTS = (
     ),
     # --- LLaMA-Factory
     Fault(
-        "LLaMA-Factory wraps our model with PEFT's own function",
-        _HOOK_FILE,
-        "adapter.get_peft_model = adapters.get_peft_model",
-        "pass",
-        (f"{_HOOK}test_names_that_loading_uses_are_ours",),
-    ),
-    Fault(
-        "LLaMA-Factory loads adapters with PEFT's own class",
-        _HOOK_FILE,
-        "adapter.PeftModel = adapters.PeftModelLoader",
-        "pass",
-        (f"{_HOOK}test_names_that_loading_uses_are_ours",),
-    ),
-    Fault(
         "lora_target all of LLaMA-Factory trains the router",
         _HOOK_FILE,
-        "return adapters.without_routers(model, stock_find(model, freeze_vision_tower))",
-        "return stock_find(model, freeze_vision_tower)",
+        "return adapters.all_linear(model, found) if has_experts(model) else found",
+        "return found",
         (f"{_HOOK}test_all_is_every_linear_layer_but_the_router",),
     ),
     Fault(
         "names that routers alone bear stay in the target",
         "kt_sft/integrations/llamafactory/adapters.py",
-        "[name for name in module_names if name in others]",
-        "module_names",
+        " if name not in routers]",
+        "]",
         (f"{_HOOK}test_all_is_every_linear_layer_but_the_router",),
     ),
     Fault(
@@ -346,9 +332,9 @@ FAULTS = (
     ),
     Fault(
         "ZeRO-3 is not refused before the deepspeed package is asked for",
-        _HOOK_FILE,
-        "if args.asks_for_zero3(values):",
-        "if False:",
+        "kt_sft/integrations/llamafactory/args.py",
+        "    if is_zero3(deepspeed):\n",
+        "    if False:\n",
         (f"{_ARGS}test_refusal_is_one_line_with_the_names",),
     ),
     Fault(
@@ -361,15 +347,15 @@ FAULTS = (
     Fault(
         "files are looked at after the data set is made",
         _HOOK_FILE,
-        "    check_inputs(model_args)\n",
-        "",
+        "    model = check_inputs(model_args)\n",
+        "    model = None\n",
         (f"{_ARGS}test_refusal_is_one_line_with_the_names",),
     ),
     Fault(
         "an error of ours ends with status 1",
         _HOOK_FILE,
-        "raise SystemExit(2)",
-        "raise SystemExit(1)",
+        'leave(f"error: {cause}", 2)',
+        'leave(f"error: {cause}", 1)',
         (f"{_ARGS}test_command_ends_with_one_line_and_status_2",),
     ),
     Fault(
@@ -389,8 +375,8 @@ FAULTS = (
     Fault(
         "kt_expert_lora false is overruled by the target",
         "kt_sft/integrations/llamafactory/args.py",
-        "return True if config.expert_lora is None and list(lora_target)",
-        "return True if list(lora_target)",
+        'return True if config.expert_lora is None and "all" in',
+        'return True if "all" in',
         (f"{_ARGS}test_expert_lora_follows_the_target_unless_set",),
     ),
     Fault(
