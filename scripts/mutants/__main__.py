@@ -25,13 +25,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts.mutants import adapter_faults, file_faults, native_faults, training_faults
+from scripts.mutants import adapter_faults, file_faults, form_faults, life_faults, native_faults, training_faults
 from scripts.mutants.fault import Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
     *adapter_faults.FAULTS,
+    *form_faults.FAULTS,
     *training_faults.FAULTS,
+    *life_faults.FAULTS,
     *file_faults.FAULTS,
     *native_faults.FAULTS,
 )
