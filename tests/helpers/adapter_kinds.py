@@ -68,9 +68,9 @@ CASES = {
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         overrides=TIED,
     ),
-    "tokens": Case(("tokens",), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 11]}),
+    "tokens": Case(("tokens",), {"target_modules": ["q_proj"], "trainable_token_indices": [93, 7, 25]}),
     "tokens_tied": Case(
-        ("tokens",), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 11]}, overrides=TIED
+        ("tokens",), {"target_modules": ["q_proj"], "trainable_token_indices": [93, 7, 25]}, overrides=TIED
     ),
     "dora": Case(("dora",), {"target_modules": ["q_proj", "v_proj"], "use_dora": True}),
     "dora_embedding": Case(("dora", "embedding", "saved"), {"target_modules": ["embed_tokens"], "use_dora": True}),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kt_sft
 from kt_sft.adapters import forms
-from kt_sft.adapters.kinds import FORMS, KINDS
+from kt_sft.adapters.kinds import FORMS, KINDS, kinds_of
 from kt_sft.errors import KTError
 from kt_sft.integrations import merging
 from kt_sft.integrations.adapters import open_with_base
@@ -101,6 +101,8 @@ def test_every_kind_through_every_door(root, name, tmp_path):
     wanted = adapter_kinds.truth(name, folder, adapter, IDS)
     effect = (wanted - logits(folder)).norm()
     assert effect > 0.1 * wanted.norm(), "an adapter that would not be missed"
+    found = kinds_of(open_with_base(adapter, str(folder)))
+    assert {*found, "linear"} == {*CASES[name].kinds, "linear"}
 
     def check(door: str, bound: float, run: Callable[[], Tensor]) -> None:
         refused = refusals(name, door)
