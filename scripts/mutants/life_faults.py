@@ -99,14 +99,14 @@ FAULTS = (
         _RELOADING,
         "    if lacking or further:\n",
         "    if further:\n",
-        (f"{_RESUMING}test_missing_tensors_are_refused_before_loading_and_while_loading",),
+        (f"{_RESUMING}test_more_targets_than_the_checkpoint_has",),
     ),
     Fault(
         "load_adapter does not compare with the adapter in use",
         _RELOADING,
         "        if adapter_name in peft_model.peft_config:\n",
         "        if False:\n",
-        (f"{_RESUMING}test_missing_tensors_are_refused_before_loading_and_while_loading",),
+        (f"{_RESUMING}test_other_lora_settings_are_refused_before_loading_and_while_loading",),
     ),
     Fault(
         "load_adapter reads other forms as they are",
@@ -163,7 +163,7 @@ FAULTS = (
         _CANARY_FILE,
         "                module.training = mode\n",
         "                pass\n",
-        (f"{_CANARY}test_a_run_with_it_is_the_run_without_it_bit_for_bit",),
+        (f"{_CANARY}test_a_resumed_adapter_with_a_frozen_part_passes",),
     ),
     Fault(
         "LLaMA-Factory's runs have no canary",
@@ -306,8 +306,7 @@ FAULTS = (
         _REFERENCES_FILE,
         "            setattr(copy, key, getattr(policy, key))\n",
         "            pass\n",
-        (f"{_REFERENCES}test_reference_computes_its_own_checkpoint",),
-        reason="the model directory holds the same experts; where it has none, loading fails by name",
+        (f"{_REFERENCES}test_reference_of_the_same_model_has_the_policys_experts",),
     ),
     Fault(
         "memory is counted for the policy alone",

@@ -107,7 +107,7 @@ def test_a_resumed_adapter_with_a_frozen_part_passes(checkpoint, tmp_path, caplo
         if "q_proj" in name or "layers.0.mlp.experts" in name:
             parameter.requires_grad_(False)
     run(model, tmp_path, max_steps=1)
-    assert len(lines(caplog)) == 1
+    assert len(lines(caplog)) == 1 and all(module.training for module in model.modules())
     assert not any(p.requires_grad for n, p in model.named_parameters() if "q_proj" in n)
 
 
