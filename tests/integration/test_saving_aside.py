@@ -184,6 +184,17 @@ def test_a_final_save_that_dies_leaves_the_adapter_that_was_there(base, output, 
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.fixture
+def heard():
+    """Signals as in a terminal: nohup and shells in the background switch some of them off."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, handler) for signum, handler in usual.items()}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(base, straight, tmp_path, signum, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/bin/llamafactory-cli", "my run.yaml", "max_steps=6"])
@@ -200,6 +211,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(base, straight, 
     assert same_adapter(tmp_path / "checkpoint-6", straight / "checkpoint-6")
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_signal_ends_it_at_once(base, tmp_path, monkeypatch):
     monkeypatch.setattr(interrupts, "_SAME_WISH_SECONDS", 0.0)
 
@@ -213,6 +225,7 @@ def test_a_second_signal_ends_it_at_once(base, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("heard")
 def test_signals_of_torchrun_and_terminal_are_one_wish(base, tmp_path):
     def both():
         os.kill(os.getpid(), signal.SIGINT)
