@@ -27,12 +27,14 @@ from kt_sft import env
 from kt_sft.errors import InertAdapter
 from kt_sft.integrations.peft import coverage
 from kt_sft.integrations.peft.injecting import has_experts
+from kt_sft.integrations.peft.targets import indexer_linears
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, LoraFactor
 
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
+MAX_IDLE_STEPS = 10  # in which every gradient is zero, before that counts as a fault
 _AMPLIFIED = 2.0**20  # of an adapter after one step whose output is lost in the rounding of the base layer's
 _SMALLEST_GRADIENT = 1e-20  # of an output: below it, those of the factors may round to zero
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,6 +50,7 @@ class Canary(TrainerCallback):
     def __init__(self) -> None:
         self.is_done = False
         self._watch: _Watch | None = None
+        self._idle_steps = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model=None, optimizer=None, **kwargs: Any) -> None:
         """Start to watch, unless this step is one of warm-up with rate zero."""
@@ -75,6 +78,9 @@ class Canary(TrainerCallback):
         watch.close()
         if getattr(optimizer, "step_was_skipped", False):
             return  # a loss scale was too high: the next step
+        self._idle_steps += 1
+        if watch.is_idle() and self._idle_steps < MAX_IDLE_STEPS:
+            return  # such as a batch without labels: the next step
         self.is_done = True
         watch.check(state.global_step)
 
@@ -128,9 +134,10 @@ class _Part:
 
 @dataclass
 class _Seen:
-    """Of one module in the step: whether it was called, and where its output had a gradient."""
+    """Of one module in the step: whether it was called, and where its output had a gradient that is not zero."""
 
     was_called: bool = False
+    was_reached: bool = False  # by a gradient, which may be zero
     experts: Tensor | None = None  # bool [experts]
     has_gradient: bool = False
 
@@ -142,6 +149,7 @@ class _Watch:
         self.model = model
         self.ids: Tensor | None = None
         self.parts = list(_parts(model, _resting(optimizer)))
+        self._stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for part in self.parts:
             part.before = part.sums()
         self.seen = {id(part.module): _Seen() for part in self.parts}
@@ -163,19 +171,32 @@ class _Watch:
             for part in self.parts:
                 part.look_at_gradient()
 
+    def is_idle(self) -> bool:
+        """Whether gradients came, and all were zero."""
+        seen = self.seen.values()
+        expected = [s.has_gradient if s.experts is None else bool(s.experts.any()) for s in seen]
+        return any(s.was_reached for s in seen) and not any(expected)
+
     def check(self, step: int) -> None:
-        """Raises InertAdapter, or says what was excepted."""
+        """Raises InertAdapter, or says what was excepted.
+
+        A gradient of zeros may be right: queries and keys have no other where a token sees itself alone.
+        """
+        is_idle = self.is_idle()
         updated: dict[str, Tensor] = {}
-        resting, experts_resting, num_experts = [], 0, 0
+        resting, rounded, experts_resting, num_experts = [], [], 0, 0
         for part in self.parts:
             seen, changed = self.seen[id(part.module)], part.is_changed()
             trains = changed if part.has_gradient is None else changed & part.has_gradient
             expected = seen.experts if seen.experts is not None else torch.tensor([seen.has_gradient])
             updated[part.name] = trains
-            if seen.was_called and not expected.any() and not part.may_rest:
+            is_cut_off = seen.was_called and not seen.was_reached
+            if (is_cut_off or is_idle) and not part.may_rest:
                 raise _inert(step, part.name, "no gradient reaches its output")
-            if part.may_rest or not seen.was_called:
+            if part.may_rest or not expected.any():
                 resting += [] if trains.any() else [part.name]
+            elif (expected & ~changed).all() and self._may_round(part):
+                rounded.append(part.name)
             elif (expected & ~trains).any():
                 which = (expected & ~trains).nonzero().flatten().tolist()
                 where = f" in experts {', '.join(map(str, which[:8]))} of {len(trains)}" if part.factors else ""
@@ -191,13 +212,20 @@ class _Watch:
             excepted = [f"{experts_resting} of {num_experts} matrices of experts without tokens"] * bool(
                 experts_resting
             )
-            excepted += [f"without input or gradient: {', '.join(resting[:4])}"] * bool(resting)
+            excepted += [f"without input or gradient: {_first(resting)}"] * bool(resting)
+            excepted += [f"steps too small for 16 bits: {_first(rounded)}"] * bool(rounded)
             logger.warning(
                 "canary: step %d changed all %d modules that train%s",
                 step,
-                len(self.parts) - len(resting),
+                len(self.parts) - len(resting) - len(rounded),
                 f"; excepted {'; '.join(excepted)}" if excepted else "",
             )
+
+    def _may_round(self, part: _Part) -> bool:
+        """Whether the optimiser has a gradient for it, whose step is lost in its rounding: a warm-up begins so."""
+        has_gradient = part.has_gradient is not None and bool(part.has_gradient.any())
+        is_short = all(p.element_size() <= 2 and id(p) in self._stepped for p in part.parameters)
+        return has_gradient and is_short and not part.factors
 
     def _check_matters(self, step: int, updated: dict[str, Tensor]) -> None:
         """Whether the output of each module, and of the model, is another one with the adapters off."""
@@ -298,7 +326,7 @@ def _parts(model: nn.Module, resting: set[int]) -> Iterator[_Part]:
                 full = f"{plain.removeprefix('base_model.model.')}.{projection}"
                 yield _Part(full, experts, [f.parameter for f in factors], factors)
     modules = dict(model.named_modules())
-    kinds = coverage.kinds(model)
+    kinds, indexers = coverage.kinds(model), set(indexer_linears(model))
     wrapped = {name: m.parameter_name for name, m in modules.items() if isinstance(m, ParamWrapper)}
     groups: dict[str, tuple[nn.Module, list[nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
@@ -306,7 +334,7 @@ def _parts(model: nn.Module, resting: set[int]) -> Iterator[_Part]:
             owner = coverage.owner_of(name, wrapped)
             groups.setdefault(owner, (_module_of(name, modules), []))[1].append(parameter)
     for owner, (module, parameters) in groups.items():
-        may_rest = isinstance(module, TrainableTokensWrapper) or kinds(owner) == "other"
+        may_rest = isinstance(module, TrainableTokensWrapper) or kinds(owner) == "other" or owner in indexers
         yield _Part(owner.removeprefix("base_model.model."), module, parameters, may_rest=may_rest)
 
 
@@ -359,12 +387,18 @@ def _expert_ids(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _note_gradient(seen: _Seen, ids: Tensor | None, gradient: Tensor) -> None:
+    seen.was_reached = True
     if seen.experts is None:
         seen.has_gradient |= bool(gradient.any())
         return
     rows = (gradient.abs() > _SMALLEST_GRADIENT).flatten(0, -2).any(-1)  # [tokens]
     used = ids.reshape(len(rows), -1)[rows].unique().cpu()
     seen.experts[used[used < len(seen.experts)]] = True  # a larger one says: no expert
+
+
+def _first(names: list[str], count: int = 4) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def _text_only(ids: Tensor, config: Any) -> Tensor:
