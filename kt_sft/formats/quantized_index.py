@@ -35,8 +35,8 @@ _MXFP4_GROUP = 32
 _ZERO_POINT = "_zero_point"
 # What quantised checkpoints of all kinds keep beside a weight.
 _SIDE = re.compile(
-    r"(?P<base>.+\.)(weight_(scale|scale_2|scale_inv|zero_point|g_idx|global_scale)|g_idx|qzeros|scales|SCB|weight\.absmax"
-    r"|weight\.quant_map|weight\.nested_absmax|weight\.quant_state\..+)"
+    r"(?P<base>.+\.)(weight_(scale\w*|zero_point|zero|offset|g_idx|global_scale)|pre_quant_scale|g_idx|qzeros|scales|SCB"
+    r"|weight\.(scale|absmax|quant_map|nested_absmax|quant_state\..+))"
 )
 _WEIGHTS = ("weight", "weight_packed", "qweight")
 _READ = "weights in bf16, fp16 or fp32, fp8 with block scales, compressed-tensors int4 in groups, or mxfp4"

@@ -9,33 +9,29 @@ module's adapter on and off has to differ.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from kt_sft import env
 from kt_sft.errors import InertAdapter
-from kt_sft.integrations.peft import coverage
+from kt_sft.integrations.canary_parts import Part, find_parts, resting_parameters
+from kt_sft.integrations.canary_probe import Comparison, amplified, expert_ids, switched_off, undisturbed
 from kt_sft.integrations.peft.injecting import has_experts
 from kt_sft.models.spec import iter_routed_experts
-from kt_sft.nn.expert_lora import EXPERT_MAJOR, LoraFactor
 
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
-_AMPLIFIED = 2.0**20  # of an adapter after one step whose output is lost in the rounding of the base layer's
+MAX_IDLE_STEPS = 10  # in which every gradient is zero, before that counts as a fault
 _SMALLEST_GRADIENT = 1e-20  # of an output: below it, those of the factors may round to zero
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Canary(TrainerCallback):
@@ -48,6 +44,7 @@ class Canary(TrainerCallback):
     def __init__(self) -> None:
         self.is_done = False
         self._watch: _Watch | None = None
+        self._idle_steps = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model=None, optimizer=None, **kwargs: Any) -> None:
         """Start to watch, unless this step is one of warm-up with rate zero."""
@@ -75,6 +72,9 @@ class Canary(TrainerCallback):
         watch.close()
         if getattr(optimizer, "step_was_skipped", False):
             return  # a loss scale was too high: the next step
+        self._idle_steps += 1
+        if watch.is_idle() and self._idle_steps < MAX_IDLE_STEPS:
+            return  # such as a batch without labels: the next step
         self.is_done = True
         watch.check(state.global_step)
 
@@ -86,51 +86,11 @@ class Canary(TrainerCallback):
 
 
 @dataclass
-class _Part:
-    """Parameters that train one thing, and what is known of them.
-
-    Args:
-        name: of the module or, of experts, of the parameter, without adapters.
-        module: whose output's gradient counts.
-        factors: of experts, in their layout; then what is known has one entry per expert.
-        may_rest: a step without a gradient is no fault, even where its output has one.
-    """
-
-    name: str
-    module: nn.Module
-    parameters: list[nn.Parameter]
-    factors: tuple[LoraFactor, ...] = ()
-    may_rest: bool = False
-    before: list[Tensor] = field(default_factory=list)
-    has_gradient: Tensor | None = None  # bool [1] or [experts]; None: nobody could look
-
-    def sums(self) -> list[Tensor]:
-        """A sum over the bits of each parameter, int64 `[1]` or `[experts]`: other bits give another one."""
-        if self.factors:
-            return [_bits_per_expert(factor) for factor in self.factors]
-        return [_sum(_bits(p, 1)) for p in self.parameters]
-
-    def is_changed(self) -> Tensor:
-        """Bool `[1]` or `[experts]`."""
-        return torch.stack([old != new for old, new in zip(self.before, self.sums(), strict=True)]).any(0)
-
-    def look_at_gradient(self) -> None:
-        """Whether the parameters have one that is not zero."""
-        found = torch.zeros_like(self.before[0], dtype=torch.bool)
-        for factor in self.factors:
-            if factor.parameter.grad is not None:
-                found |= _any_per_expert(factor, factor.parameter.grad)
-        for parameter in () if self.factors else self.parameters:
-            if parameter.grad is not None:
-                found |= parameter.grad.any().cpu()
-        self.has_gradient = found
-
-
-@dataclass
 class _Seen:
-    """Of one module in the step: whether it was called, and where its output had a gradient."""
+    """Of one module in the step: whether it was called, and where its output had a gradient that is not zero."""
 
     was_called: bool = False
+    was_reached: bool = False  # by a gradient, which may be zero
     experts: Tensor | None = None  # bool [experts]
     has_gradient: bool = False
 
@@ -141,7 +101,8 @@ class _Watch:
     def __init__(self, model: nn.Module, optimizer: Any):
         self.model = model
         self.ids: Tensor | None = None
-        self.parts = list(_parts(model, _resting(optimizer)))
+        self.parts = list(find_parts(model, resting_parameters(optimizer)))
+        self._stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for part in self.parts:
             part.before = part.sums()
         self.seen = {id(part.module): _Seen() for part in self.parts}
@@ -163,19 +124,32 @@ class _Watch:
             for part in self.parts:
                 part.look_at_gradient()
 
+    def is_idle(self) -> bool:
+        """Whether gradients came, and all were zero."""
+        seen = self.seen.values()
+        expected = [s.has_gradient if s.experts is None else bool(s.experts.any()) for s in seen]
+        return any(s.was_reached for s in seen) and not any(expected)
+
     def check(self, step: int) -> None:
-        """Raises InertAdapter, or says what was excepted."""
+        """Raises InertAdapter, or says what was excepted.
+
+        A gradient of zeros may be right: queries and keys have no other where a token sees itself alone.
+        """
+        is_idle = self.is_idle()
         updated: dict[str, Tensor] = {}
-        resting, experts_resting, num_experts = [], 0, 0
+        resting, rounded, experts_resting, num_experts = [], [], 0, 0
         for part in self.parts:
             seen, changed = self.seen[id(part.module)], part.is_changed()
             trains = changed if part.has_gradient is None else changed & part.has_gradient
             expected = seen.experts if seen.experts is not None else torch.tensor([seen.has_gradient])
             updated[part.name] = trains
-            if seen.was_called and not expected.any() and not part.may_rest:
+            is_cut_off = seen.was_called and not seen.was_reached
+            if (is_cut_off or is_idle) and not part.may_rest:
                 raise _inert(step, part.name, "no gradient reaches its output")
-            if part.may_rest or not seen.was_called:
+            if part.may_rest or not expected.any():
                 resting += [] if trains.any() else [part.name]
+            elif (expected & ~changed).all() and self._may_round(part):
+                rounded.append(part.name)
             elif (expected & ~trains).any():
                 which = (expected & ~trains).nonzero().flatten().tolist()
                 where = f" in experts {', '.join(map(str, which[:8]))} of {len(trains)}" if part.factors else ""
@@ -185,34 +159,41 @@ class _Watch:
             if part.factors:
                 num_experts += len(trains)
                 experts_resting += int((~trains).sum())
-        with _undisturbed(self.model):
+        with undisturbed(self.model):
             self._check_matters(step, updated)
         if env.local_rank() == 0:
             excepted = [f"{experts_resting} of {num_experts} matrices of experts without tokens"] * bool(
                 experts_resting
             )
-            excepted += [f"without input or gradient: {', '.join(resting[:4])}"] * bool(resting)
+            excepted += [f"without input or gradient: {_first(resting)}"] * bool(resting)
+            excepted += [f"steps too small for 16 bits: {_first(rounded)}"] * bool(rounded)
             logger.warning(
                 "canary: step %d changed all %d modules that train%s",
                 step,
-                len(self.parts) - len(resting),
+                len(self.parts) - len(resting) - len(rounded),
                 f"; excepted {'; '.join(excepted)}" if excepted else "",
             )
+
+    def _may_round(self, part: Part) -> bool:
+        """Whether the optimiser has a gradient for it, whose step is lost in its rounding: a warm-up begins so."""
+        has_gradient = part.has_gradient is not None and bool(part.has_gradient.any())
+        is_short = all(p.element_size() <= 2 and id(p) in self._stepped for p in part.parameters)
+        return has_gradient and is_short and not part.factors
 
     def _check_matters(self, step: int, updated: dict[str, Tensor]) -> None:
         """Whether the output of each module, and of the model, is another one with the adapters off."""
         if self.ids is None:
             return
-        comparison = _Comparison(updated, {id(p.module): p.name for p in self.parts})
+        comparison = Comparison(updated, {id(p.module): p.name for p in self.parts})
         layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         with comparison.of_each(self.model):
             on = self._logits()
         if comparison.inert:
             raise _inert(step, comparison.inert[0], "its output is the same with the adapter switched off")
-        with _switched_off(layers):
+        with switched_off(layers):
             off = self._logits()
         if torch.equal(on, off):
-            with _amplified(layers):
+            with amplified(layers):
                 on = self._logits()
             if torch.equal(on, off):
                 raise _inert(step, self.parts[0].name, "the model's output is the same with the adapter switched off")
@@ -229,142 +210,25 @@ class _Watch:
     def _listen(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         seen = self.seen[id(module)]
         seen.was_called = True
-        ids = _expert_ids(args, kwargs) if seen.experts is not None else None
+        ids = expert_ids(args, kwargs) if seen.experts is not None else None
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(_note_gradient, seen, ids))
 
 
-class _Comparison:
-    """Forward hooks that compute each layer once more with its adapter off."""
-
-    def __init__(self, updated: dict[str, Tensor], names: dict[int, str]):
-        self.updated, self.names = updated, names
-        self.inert: list[str] = []
-        self._is_inside = False
-
-    @contextmanager
-    def of_each(self, model: nn.Module) -> Iterator[None]:
-        """Within it, forward passes of the model compare."""
-        inner = {id(m.base_layer) for m in model.modules() if isinstance(m, ParamWrapper)}
-        outermost = [m for m in model.modules() if isinstance(m, LoraLayer) and id(m) not in inner]
-        handles = [layer.register_forward_hook(self._compare, with_kwargs=True) for layer in outermost]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _compare(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        name = self._trained(layer, args, kwargs)
-        if self._is_inside or name is None:
-            return
-        self._is_inside = True
-        try:
-            chain = list(_chain(layer))
-            with _switched_off(chain):
-                off = layer(*args, **kwargs)
-            if _is_same(output, off):
-                with _amplified(chain):
-                    output = layer(*args, **kwargs)
-                if _is_same(output, off):
-                    self.inert.append(name)
-        finally:
-            self._is_inside = False
-
-    def _trained(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        """Its name, if this call uses what the step has changed."""
-        base = layer.get_base_layer()
-        name = self.names.get(id(layer), self.names.get(id(base)))
-        if name is None or not self.updated[name].any():
-            return None
-        if len(self.updated[name]) == 1:
-            return name
-        ids = _expert_ids(args, kwargs)
-        return name if ids is None or self.updated[name][ids[ids < len(self.updated[name])].cpu()].any() else None
-
-
-def _parts(model: nn.Module, resting: set[int]) -> Iterator[_Part]:
-    """Everything that trains: each matrix of each layer's experts, and each other module with its parameters."""
-    owned: set[int] = set()
-    for name, experts in iter_routed_experts(model):
-        lora, plain = experts.lora, name.replace(".base_layer", "")
-        pairs = () if lora is None else (("gate_up_proj", lora.gate_up), ("down_proj", lora.down))
-        for projection, pair in pairs:
-            factors = () if pair is None else tuple(f for f in (pair.a, pair.b) if f.parameter.requires_grad)
-            factors = tuple(f for f in factors if id(f.parameter) not in resting)
-            owned |= set() if pair is None else {id(pair.a.parameter), id(pair.b.parameter)}
-            if factors:
-                full = f"{plain.removeprefix('base_model.model.')}.{projection}"
-                yield _Part(full, experts, [f.parameter for f in factors], factors)
-    modules = dict(model.named_modules())
-    kinds = coverage.kinds(model)
-    wrapped = {name: m.parameter_name for name, m in modules.items() if isinstance(m, ParamWrapper)}
-    groups: dict[str, tuple[nn.Module, list[nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in owned | resting:
-            owner = coverage.owner_of(name, wrapped)
-            groups.setdefault(owner, (_module_of(name, modules), []))[1].append(parameter)
-    for owner, (module, parameters) in groups.items():
-        may_rest = isinstance(module, TrainableTokensWrapper) or kinds(owner) == "other"
-        yield _Part(owner.removeprefix("base_model.model."), module, parameters, may_rest=may_rest)
-
-
-def _module_of(name: str, modules: dict[str, nn.Module]) -> nn.Module:
-    """The outermost module of PEFT around a parameter, or the module that has it."""
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        module = modules.get(".".join(parts[:end]))
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            return module
-    return modules[name.rpartition(".")[0]]
-
-
-def _resting(optimizer: Any) -> set[int]:
-    """Parameters with a learning rate of zero."""
-    return {id(p) for group in optimizer.param_groups if group["lr"] == 0 for p in group["params"]}
-
-
-def _bits(values: Tensor, rows: int) -> Tensor:
-    """Values as integers `[rows, n]`, as wide as they come: int64 are summed several times as fast as smaller ones."""
-    flat = values.detach().reshape(rows, -1).contiguous()
-    size = flat.element_size()
-    is_aligned = flat.shape[1] * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
-    return flat.view(torch.int64 if is_aligned else _INTEGERS[size])
-
-
-def _sum(bits: Tensor, dim: int = 1) -> Tensor:
-    return bits.sum(dim, dtype=torch.int64).cpu()
-
-
-def _bits_per_expert(factor: LoraFactor) -> Tensor:
-    """Int64 `[experts]`."""
-    values, experts = factor.parameter.detach(), factor.num_experts
-    if factor.layout == EXPERT_MAJOR:
-        return _sum(_bits(values, experts))
-    return _sum(values.reshape(-1, experts).contiguous().view(_INTEGERS[values.element_size()]), dim=0)
-
-
-def _any_per_expert(factor: LoraFactor, values: Tensor) -> Tensor:
-    """Which experts have a value that is not zero in a tensor shaped as a factor's parameter, bool `[experts]`."""
-    if factor.layout == EXPERT_MAJOR:
-        return values.reshape(factor.num_experts, -1).any(1).cpu()
-    return values.reshape(-1, factor.num_experts).any(0).cpu()
-
-
-def _expert_ids(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """`top_k_index` of a call of the experts, `[tokens, k]`."""
-    ids = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
-    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-
-
 def _note_gradient(seen: _Seen, ids: Tensor | None, gradient: Tensor) -> None:
+    seen.was_reached = True
     if seen.experts is None:
         seen.has_gradient |= bool(gradient.any())
         return
     rows = (gradient.abs() > _SMALLEST_GRADIENT).flatten(0, -2).any(-1)  # [tokens]
     used = ids.reshape(len(rows), -1)[rows].unique().cpu()
     seen.experts[used[used < len(seen.experts)]] = True  # a larger one says: no expert
+
+
+def _first(names: list[str], count: int = 4) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def _text_only(ids: Tensor, config: Any) -> Tensor:
@@ -374,60 +238,6 @@ def _text_only(ids: Tensor, config: Any) -> Tensor:
         if isinstance(token, int):
             ids[ids == token] = 0
     return ids
-
-
-def _chain(layer: nn.Module) -> Iterator[nn.Module]:
-    """A layer and, of the experts, the wrapper within."""
-    while isinstance(layer, LoraLayer):
-        yield layer
-        layer = layer.base_layer if isinstance(layer, ParamWrapper) else None
-
-
-def _is_same(first: Any, second: Any) -> bool:
-    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs if isinstance(one, Tensor))
-
-
-@contextmanager
-def _switched_off(layers: list[nn.Module]) -> Iterator[None]:
-    """PEFT's own switch would also set requires_grad, which the run may have set otherwise."""
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, is_disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = is_disabled
-
-
-@contextmanager
-def _amplified(layers: list[nn.Module]) -> Iterator[None]:
-    scalings = [(layer.scaling, dict(layer.scaling)) for layer in layers if isinstance(layer, LoraLayer)]
-    for scaling, before in scalings:
-        scaling.update({name: value * _AMPLIFIED for name, value in before.items()})
-    try:
-        yield
-    finally:
-        for scaling, before in scalings:
-            scaling.update(before)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Forward passes in eval mode that leave modes, random numbers and the copies of the experts' factors as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for _, experts in iter_routed_experts(model):
-                if experts.lora is not None:
-                    experts.lora.drop_copies()
 
 
 def _inert(step: int, name: str, why: str) -> InertAdapter:

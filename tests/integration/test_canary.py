@@ -95,10 +95,66 @@ def test_experts_whose_tokens_have_no_label_are_excepted(checkpoint, tmp_path, c
     assert len(lines(caplog)) == 1
 
 
+@pytest.mark.parametrize(("family", "layers"), [("deepseek_v3", 3), ("gemma4_text", 1), ("olmoe", 2)])
+def test_queries_of_tokens_that_see_themselves_alone_are_excepted(checkpoint, tmp_path, caplog, family, layers):
+    """The one label is that of the second token: attention has one key, and softmax no gradient."""
+    rows = [{"input_ids": torch.tensor([5, 9]), "labels": torch.tensor([5, 9])}] * 4
+    run(adapted(checkpoint(family)), tmp_path, rows=rows, max_steps=1, per_device_train_batch_size=1)
+    (line,) = lines(caplog)
+    _, _, resting = line.partition("without input or gradient: model.layers.")
+    assert resting.endswith(f" and {2 * layers - 4} more") == (layers > 2)
+
+
+def test_steps_without_any_gradient_are_passed_over(checkpoint, tmp_path, caplog):
+    model, calls = adapted(checkpoint()), []
+
+    def silent(module, args, output):
+        calls.append(module)
+        return output * (len(calls) > 2)
+
+    model.base_model.model.lm_head.register_forward_hook(silent)
+    run(model, tmp_path)
+    assert lines(caplog)[0].startswith("canary: step 3 changed all")
+
+
+def test_gradients_that_stay_zero_stop_the_run(checkpoint, tmp_path):
+    model = adapted(checkpoint())
+    model.base_model.model.lm_head.register_forward_hook(lambda module, args, output: output * 0.0)
+    with pytest.raises(InertAdapter, match="canary: step 10: .* no gradient reaches its output"):
+        run(model, tmp_path, max_steps=12)
+
+
+def test_all_leaves_out_the_indexer_of_attention(checkpoint, tmp_path, caplog):
+    """GLM-5's chooses the keys that attention sees, and no gradient passes a choice."""
+    model = adapted(checkpoint("glm_moe_dsa"))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("self_attn.q_b_proj" in name for name in names)
+    assert not any("indexer" in name for name in names)
+    run(model, tmp_path, max_steps=1)
+    assert "without input" not in lines(caplog)[0]
+
+
 def test_bf16_factors_and_tiny_rates_are_no_false_alarm(checkpoint, tmp_path, caplog):
     model = adapted(checkpoint("deepseek_v2"), dtype=torch.bfloat16).to(torch.bfloat16)
     run(model, tmp_path, learning_rate=1e-7)
     assert len(lines(caplog)) == 1
+
+
+def test_steps_that_16_bits_cannot_hold_are_excepted_and_said(checkpoint, tmp_path, caplog):
+    """Next to 1.0 bf16 has 0.996; a warm-up begins with less, float32 would change."""
+    model = adapted(checkpoint(), dtype=torch.bfloat16)
+    norms = [p.requires_grad_() for name, p in model.named_parameters() if "q_norm" in name]
+    assert len(norms) == 2 and norms[0].dtype == torch.bfloat16
+    run(model, tmp_path, learning_rate=1e-4, max_steps=1)
+    assert "changed all 12 modules" in lines(caplog)[0] and "steps too small for 16 bits" in lines(caplog)[0]
+
+
+def test_parameters_in_16_bits_that_no_optimizer_has_stop_the_run(checkpoint, tmp_path):
+    model = adapted(checkpoint(), dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    next(p for name, p in model.named_parameters() if "q_norm" in name).requires_grad_()
+    with pytest.raises(InertAdapter, match="q_norm .* the optimiser left its parameters alone"):
+        run(model, tmp_path, optimizer=optimizer)
 
 
 def test_a_resumed_adapter_with_a_frozen_part_passes(checkpoint, tmp_path, caplog):

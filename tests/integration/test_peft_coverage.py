@@ -141,6 +141,42 @@ def test_lists_that_serve_many_families_warn(prepared):
     assert warnings == ["exclude_modules: vision_tower: no such layer in qwen3_moe; without effect"]
 
 
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|o_proj|up_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.(?:(?:q_proj|o_proj|up_proj)))"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({"target_modules": UNSLOTH}, "feed_forward"),
+        ({"target_modules": ["o_proj", "in_proj_qkvz", "shared_expert_gate"]}, "in_proj_qkvz, shared_expert_gate"),
+        (
+            {"target_modules": ["o_proj", "q_proj", "qkv_proj"], "rank_pattern": {"qkv_proj": 8}},
+            "rank_pattern: qkv_proj",
+        ),
+        ({"target_modules": ["o_proj"], "exclude_modules": ["shared_expert_gate"]}, "shared_expert_gate"),
+    ],
+)
+def test_paths_options_and_layers_of_other_families_warn(prepared, options, unused):
+    _, _, warnings = prepared("qwen3_moe", **options)
+    assert any(unused in line and line.endswith("no such layer in qwen3_moe; without effect") for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("deepseek_v2", {"target_modules": ["q_proj", "v_proj"]}, "q_proj, v_proj names no layer of the model"),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "the other options leave in"),
+        ("qwen3_next", {"target_modules": ["o_proj", "conv1d"]}, "linear_attn.conv1d, a Conv1d in 64 groups"),
+        ("gemma4", {"target_modules": ["o_proj"]}, "or set exclude_modules: '.*vision_tower.*'"),
+    ],
+)
+def test_targets_that_peft_would_refuse_later_are_faults(base, family, options, expected):
+    assert any(expected in fault for fault in faults_of(base(family), **options))
+
+
 def test_half_of_a_fused_matrix_is_said_to_be_all_of_it(prepared):
     experts, _, warnings = prepared("qwen3_moe", target_modules=["q_proj", "up_proj"])
     assert experts == {"gate_up_proj"}

@@ -45,6 +45,10 @@ CASES = [
     ("single", "model.layers.1.mlp.experts.3.extra_proj.weight"),
     ("single", f"{ATTENTION}.weight_scale_2"),
     ("single", f"{ATTENTION}.weight_zero_point"),
+    *(
+        ("single", f"{ATTENTION}.{end}")
+        for end in ("pre_quant_scale", "weight_scale_3", "weight_offset", "weight.scale")
+    ),
     ("fp8", f"{SINGLE}.weight_scale_2"),
     ("int4", f"{SINGLE}.weight_zero_point"),
     ("int4", f"{SINGLE}.weight_g_idx"),

@@ -18,8 +18,8 @@ from kt_sft.integrations.peft.names import LORA_LAYERS, suffix_matches
 from kt_sft.integrations.peft.targets import (
     ALL_LINEAR,
     expert_names,
+    frozen_linears,
     prepare_lora_config,
-    router_linears,
 )
 from kt_sft.integrations.unwrapped import plain_modules
 
@@ -56,12 +56,13 @@ def merging(model_args: Any, finetuning_args: Any, is_trainable: bool) -> Iterat
 
 def all_linear(model: nn.Module, module_names: list[str]) -> list[str]:
     """What `lora_target: all` means, of the names that LLaMA-Factory found: those that PEFT can wrap wherever they
-    occur. Names that only routers bear, as `gate` of DeepSeek-V2, are dropped: LoRA there would train the routing.
+    occur. Names that only routers bear, as `gate` of DeepSeek-V2, are dropped: LoRA there would train the routing; so
+    are those of indexers, which have no gradient.
     """
-    modules, routers = plain_modules(model), set(router_linears(model))
+    modules, frozen = plain_modules(model), frozen_linears(model)
     kept, shared = [], []
     for entry in sorted(module_names):
-        hits = [name for name in suffix_matches(entry, modules) if name not in routers]
+        hits = [name for name in suffix_matches(entry, modules) if name not in frozen]
         if hits and all(isinstance(modules[name], LORA_LAYERS) for name in hits):
             kept.append(entry)
         elif hits:

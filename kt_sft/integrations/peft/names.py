@@ -26,7 +26,24 @@ OF_OTHER_FAMILIES = frozenset(
 ) | frozenset(
     ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "in_proj", "qkv_proj")
     + ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
-    + ("w1", "w2", "w3", "c_fc", "c_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h")
+    + ("w1", "w2", "w3", "c_fc", "c_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h", "shared_expert_gate")
+    + (
+        "in_proj_qkvz",
+        "in_proj_ba",
+        "in_proj_qkv",
+        "in_proj_z",
+        "in_proj_b",
+        "in_proj_a",
+        "conv1d",
+        "x_proj",
+        "dt_proj",
+    )
+)
+# Of the paths in regular expressions that serve many families.
+PATHS_OF_OTHER_FAMILIES = frozenset(
+    ("language", "text", "vision", "image", "language_model", "text_model", "self_attn", "attention", "attn")
+    + ("linear_attn", "mixer", "mlp", "feed_forward", "ffn", "dense", "moe", "block_sparse_moe", "experts")
+    + ("shared_expert", "shared_experts", "shared_mlp")
 )
 # What templates leave out or add on top, wherever there is such a part.
 PARTS_OF_OTHER_FAMILIES = OF_OTHER_FAMILIES | frozenset(
@@ -80,6 +97,13 @@ def find(
         for entry in names if not isinstance(names, list) or option == "modules_to_save" else ():
             if not any(name.endswith(entry) for name in modules):  # PEFT's rule
                 found.unknown(option, entry, modules, frozenset(), "module of the model")
+    layers = [name for name, module in modules.items() if isinstance(module, LORA_LAYERS)]
+    if entries and not config.target_parameters and not found.faults:
+        is_of_one_expert = isinstance(entries, str) and not _matches_any(entries, modules)  # a fault of its own
+        if not is_of_one_expert and not any(check_target_module_exists(config, name) for name in layers):
+            shown = entries if isinstance(entries, str) else ", ".join(sorted(entries))
+            text = "names no layer of the model that the other options leave in; known"
+            found.faults.append(f"target_modules: {shown} {text}: {_nearest('', layers).removeprefix('known: ')}")
     return found
 
 
@@ -92,7 +116,8 @@ def _target_modules(found: Findings, config: LoraConfig, entries, modules, spell
     lora_names = [name for name, module in modules.items() if isinstance(module, LORA_LAYERS)]
     known = [*lora_names, *(name for name in spelled if not re.search(r"\.\d+(\.\w+)?$", name))]
     if isinstance(entries, str):
-        _regex(found, "target_modules", entries, [*modules, *spelled], known, OF_OTHER_FAMILIES)
+        common = OF_OTHER_FAMILIES | PATHS_OF_OTHER_FAMILIES
+        _regex(found, "target_modules", entries, [*modules, *spelled], known, common)
         hits = {entries: list(modules)}
     else:
         hits = {entry: suffix_matches(entry, modules) for entry in sorted(entries or ())}
@@ -101,14 +126,29 @@ def _target_modules(found: Findings, config: LoraConfig, entries, modules, spell
                 found.unknown("target_modules", entry, known, OF_OTHER_FAMILIES, "layer of the model")
     custom = tuple(getattr(config, "_custom_modules", None) or ())
     for entry, names in hits.items():
-        wrong = [name for name in names if not isinstance(modules[name], (*LORA_LAYERS, *custom))]
+        wrong = [
+            name
+            for name in names
+            if not isinstance(modules[name], (*LORA_LAYERS, *custom)) or config.r % _groups(modules[name])
+        ]
         wrong = [name for name in wrong if config.target_modules and check_target_module_exists(config, name)]
         if wrong:
             kind = type(modules[wrong[0]]).__name__
-            found.faults.append(f"target_modules: {entry!r} names {wrong[0]}, {_unwrappable(modules[wrong[0]], kind)}")
+            fault = f"target_modules: {entry!r} names {wrong[0]}, {_unwrappable(modules[wrong[0]], kind)}"
+            if len(wrong) < len(names) and not config.exclude_modules:  # such as those of a vision tower
+                part = wrong[0].removeprefix("model.").partition(".")[0]
+                fault += f", or set exclude_modules: '.*{part}.*'" if part != "layers" else ""
+            found.faults.append(fault)
+
+
+def _groups(module: nn.Module) -> int:
+    """PEFT's rank has to be a multiple of a convolution's groups."""
+    return getattr(module, "groups", 1) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
 
 
 def _unwrappable(module: nn.Module, kind: str) -> str:
+    if (groups := _groups(module)) > 1:
+        return f"a {kind} in {groups} groups, which LoRA's rank would have to be a multiple of; leave it out"
     own = [name for name, _ in module.named_parameters(recurse=False)]
     if own:
         return f"whose {kind} LoRA cannot wrap; name its parameter in target_parameters, or leave it out"
@@ -118,7 +158,8 @@ def _unwrappable(module: nn.Module, kind: str) -> str:
 def _exclude_modules(found: Findings, config: LoraConfig, modules, spelled) -> None:
     excluded, every = config.exclude_modules, [*modules, *spelled]
     if isinstance(excluded, str):
-        _regex(found, "exclude_modules", excluded, every, modules, PARTS_OF_OTHER_FAMILIES)
+        common = PARTS_OF_OTHER_FAMILIES | PATHS_OF_OTHER_FAMILIES
+        _regex(found, "exclude_modules", excluded, every, modules, common)
         return
     for entry in sorted(excluded or ()):
         if not suffix_matches(entry, every):
@@ -157,8 +198,8 @@ def _patterns(found: Findings, config: LoraConfig, modules, selected, every_para
             if (fault := broken(option, key)) is not None:
                 found.faults.append(fault)
             elif not any(get_pattern_key([key], name) == key for name in targets):
-                what = "module or parameter that gets LoRA"
-                found.unknown(option, key, targets, frozenset(), what)
+                common = frozenset() if suffix_matches(key, modules) else OF_OTHER_FAMILIES
+                found.unknown(option, key, targets, common, "module or parameter that gets LoRA")
 
 
 def _regex(found: Findings, option: str, pattern: str, names, known, common: frozenset[str]) -> None:

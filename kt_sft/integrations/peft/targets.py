@@ -1,8 +1,9 @@
 """From the user's LoraConfig to one that PEFT accepts for routed experts.
 
-Three things stand between the two. Routed experts are Parameters, so `target_modules` never reaches them: they go into
-`target_parameters`. DeepSeek-V2's router is an `nn.Linear`, so `all-linear` would train it: it is excluded. PEFT's
-ParamWrapper refuses dropout: the config says 0 while the user's value travels beside it.
+Four things stand between the two. Routed experts are Parameters, so `target_modules` never reaches them: they go into
+`target_parameters`. DeepSeek-V2's router is an `nn.Linear`, so `all-linear` would train it: it is excluded. A sparse
+attention's indexer chooses keys and has no gradient: it is excluded, too. PEFT's ParamWrapper refuses dropout: the
+config says 0 while the user's value travels beside it.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: 
         selected = set(_expert_parameters(experts))
     selected = {parameter for parameter in selected if _is_kept(config, parameter)}
 
-    _exclude(config, [name for name in router_linears(model) if _is_matched(config, name)], what="router")
+    for what, linears in (("router", router_linears(model)), ("indexer of attention", indexer_linears(model))):
+        _exclude(config, [name for name in linears if _is_matched(config, name)], what=what)
     _exclude(config, [name for name in experts if _is_matched(config, name)], what="")
     others = [entry for entry in config.target_parameters or [] if not _matches(entry, _expert_parameters(experts))]
     config.target_parameters = (others + _compact(model, experts, selected)) or None
@@ -155,6 +157,18 @@ def router_linears(model: nn.Module) -> list[str]:
     return list(find_routers(model, {name: module.gate_up_proj.shape[0] for name, module in experts.items()}))
 
 
+def indexer_linears(model: nn.Module) -> list[str]:
+    """Linear layers of indexers (GLM-5, DeepSeek-V3.2), which choose what attention sees: no gradient reaches them."""
+    modules = plain_modules(model)
+    indexers = tuple(f"{name}." for name, module in modules.items() if type(module).__name__.endswith("Indexer"))
+    return [name for name, m in modules.items() if name.startswith(indexers) and isinstance(m, nn.Linear)]
+
+
+def frozen_linears(model: nn.Module) -> set[str]:
+    """Linear layers that no target trains by `target_modules`."""
+    return {*router_linears(model), *indexer_linears(model)}
+
+
 def _expert_parameters(experts: Iterable[str]) -> list[str]:
     return [f"{name}.{projection}" for name in experts for projection in PROJECTIONS]
 
@@ -174,7 +188,7 @@ def _every_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     """What PEFT takes for all-linear, without the routers and without the layers that the config leaves out."""
     probe = copy.copy(config)
     probe.target_modules = "all-linear"
-    found = _maybe_include_all_linear_layers(probe, model).target_modules - set(router_linears(model))
+    found = _maybe_include_all_linear_layers(probe, model).target_modules - frozen_linears(model)
     if config.layers_to_transform is None:
         return found
     return {name for name in found if _is_left_in(config, name)}
