@@ -19,12 +19,10 @@ from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations import gguf_model, placing
 from kt_sft.integrations.model_files import find_config_file, read_config_file
+from kt_sft.integrations.unwrapped import is_of_adapter, plain_modules, plain_name
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
 from kt_sft.nn.packed_linear import PackedLinear
-
-# What PEFT's wrappers hold beside the module.
-_OF_PEFT = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter|trainable_tokens_\w+)(\.|$)")
 
 
 def find_base_model(
@@ -83,23 +81,13 @@ def describe(model: nn.Module, path: str | None = None) -> BaseModel:
     name = path or getattr(config, "_name_or_path", None) or None
     layers = hub_layers(model, specs)
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    shapes = {plain_name(name): tuple(tensor.shape) for name, tensor in named if not _OF_PEFT.search(name)}
+    shapes = {plain_name(name): tuple(tensor.shape) for name, tensor in named if not is_of_adapter(name)}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
     matrices = linears | {name.removesuffix(".weight"): shape for name, shape in bare.items()}
     return BaseModel(
         name, config.model_type, values, specs, layers, linears, _hub_names(model, matrices), shapes, bare,
         frozenset(_routers(modules, linears, specs)), _tied(model),
     )  # fmt: skip
-
-
-def plain_name(name: str) -> str:
-    """The name of a module or parameter in the model without PEFT's wrappers."""
-    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name.removeprefix("base_model.model."))
-
-
-def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by name; where PEFT has wrapped one, what is inside of the wrapper."""
-    return {plain_name(name): m for name, m in model.named_modules() if not _OF_PEFT.search(name)}
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 import kt_sft
+from kt_sft.native import native
 from tests.helpers.layers import LayerCase, make_layer, make_problem, stored
-from tests.helpers.reference import EXACT, Problem, solve
+from tests.helpers.reference import EXACT, KERNELS, Problem, solve
+from tests.helpers.tolerance import model_bound, rounding_bound
 
 FORMAT_OF_METHOD = {"AMXBF16": "bf16", "AMXINT8": "int8", "AMXINT4": "int4", "BF16": "bf16", "INT8": "int8"}
 
@@ -45,6 +49,27 @@ def inputs_of(problem: Problem, dtype: torch.dtype = torch.float32) -> tuple[Ten
     return problem.x.to(dtype), problem.ids.clone(), problem.weights.float()
 
 
+def has_int8_rows(problem: Problem) -> bool:
+    """Whether this CPU computes the format with int8 activations when nothing else is asked for."""
+    return problem.format != "bf16" and native().default_rows(problem.format) == "int8"
+
+
 def truth(problem: Problem) -> Tensor:
-    """With the weights as the format stores them; ids that are no experts are skipped."""
-    return solve(stored(problem, make_layer(problem)), EXACT)["out"]
+    """With the weights as the format stores them, and int8 activations where those are the CPU's way; ids that are no
+    experts are skipped.
+    """
+    kept = stored(problem, make_layer(problem))
+    if has_int8_rows(problem):
+        return solve(dataclasses.replace(kept, rows="int8"), KERNELS)["out"]
+    return solve(kept, EXACT)["out"]
+
+
+def bound(*problems: Problem) -> float:
+    """Norm-wise, between outputs and their truth; of several formats the widest."""
+    terms = [max(problem.gate.shape) for problem in problems]
+    return max(
+        model_bound("out", n, "int8", problem.format)
+        if has_int8_rows(problem)
+        else rounding_bound("out", problem.format)
+        for problem, n in zip(problems, terms, strict=True)
+    )

@@ -29,12 +29,14 @@ def test_scale_and_rank_of_every_target_are_pefts(tmp_path, is_rslora):
     base = tiny_models.build("qwen3_moe", tmp_path / "base")
     config = LoraConfig(
         r=4, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM", use_rslora=is_rslora,
-        rank_pattern={"q_proj": 2, "q": 1, "mlp.experts.down_proj": 3},
-        alpha_pattern={"layers.1.self_attn.k_proj": 7, "mlp.experts.down": 90, "mlp.experts.gate_up_proj": 2.5, "v": 8},
+        rank_pattern={"q_proj": 2, "mlp.experts.down_proj": 3},
+        alpha_pattern={"layers.1.self_attn.k_proj": 7, "mlp.experts.gate_up_proj": 2.5},
     )  # fmt: skip
     model = kt_sft.get_peft_model(kt_sft.load_model(base), config)
     adapters.randomise(model, seed=1)
     model.save_pretrained(tmp_path / "adapter")
+    ranks, alphas = ({**getattr(config, f"{name}_pattern")} for name in ("rank", "alpha"))
+    edit(tmp_path / "adapter", rank_pattern={"q": 1, **ranks}, alpha_pattern={"mlp.experts.down": 90, "v": 8, **alphas})
     wanted = adapters.peft_deltas(tmp_path)
     adapters.assert_same(adapters.deltas(opened(tmp_path / "adapter", tmp_path)), wanted)
     for form in forms.FORMS:
@@ -50,6 +52,7 @@ def test_layers_of_different_ranks_load_in_stock_peft(mixtral, tmp_path):
         tensor = tensors[name]
         tensors[name] = (tensor[:2] if ".lora_A." in name else tensor[:, :2]).contiguous()
     save_file(tensors, source / "adapter_model.safetensors")
+    edit(source, rank_pattern={r"layers\.1\.block_sparse_moe\.experts\.\d+\.w[123]": 2})
     wanted = adapters.deltas(opened(source, mixtral))
     stock = tiny_models.load_stock(mixtral / "base")
     folder = forms.convert(opened(source, mixtral), "peft-0.18", tmp_path / "fused")

@@ -15,13 +15,16 @@ SCRIPT = """
 import logging, torch
 from types import SimpleNamespace
 from llamafactory.hparams import get_train_args, get_infer_args
+from llamafactory.data import loader
 from llamafactory.data.template import TEMPLATES
 from kt_sft.integrations.llamafactory.data_checks import misfit
 from kt_sft.errors import KTError
 answers = []
 for kind, config in given[0]:
     try:
-        (get_train_args if kind == "train" else get_infer_args)(config)
+        groups = (get_infer_args if kind == "chat" else get_train_args)(config)
+        if kind.startswith("data "):
+            loader._get_merged_dataset(groups[1].dataset, *groups[:3], kind.removeprefix("data "))
         answers.append(None)
     except KTError as error:
         answers.append(str(error))
@@ -71,13 +74,15 @@ def answers(tmp_path_factory):
 
     cases = {
         **{f"fine {name}": run(dataset=name) for name in ("sums", "late", "mapped", "hub", "sums,mapped")},
-        "fine pairs": run(dataset="pairs", stage="dpo"),
+        "fine pairs": ("data rm", run(dataset="pairs", stage="dpo")[1]),
+        "fine singles": ("data sft", run()[1]),
+        "fine parsing": run(stage="dpo"),
         "fine eval": run(eval_dataset="sums"),
         "fine chat": ("chat", infer_config(work)),
         **{name: run(dataset=name) for name in ("sumz", "gone", "broken", "empty", "data", "other")},
         "eval": run(eval_dataset="sumz"),
-        "pairs": run(dataset="pairs"),
-        "singles": run(stage="dpo"),
+        "pairs": ("data sft", run(dataset="pairs")[1]),
+        "singles": ("data rm", run(stage="dpo")[1]),
         "no_dir": run(dataset_dir=str(work / "nowhere")),
         "template": run(template="chatlm"),
         "template_chat": ("chat", infer_config(work, template="of_nobody")),
@@ -104,8 +109,8 @@ def test_what_is_there_passes(answers):
     ("data", ["data.xml", "json"]),
     ("other", ["other.json", "instruction", "question", "columns"]),
     ("eval", ["eval_dataset: sumz"]),
-    ("pairs", ["dataset: pairs", "stage sft", "ranking"]),
-    ("singles", ["dataset: sums", "stage dpo", "ranking"]),
+    ("pairs", ["dataset: pairs.json", "pairs of a chosen", "ranking"]),
+    ("singles", ["dataset: sums.json", "single answers", "ranking"]),
     ("no_dir", ["dataset_dir", "nowhere", "No such file"]),
     ("template", ["template: chatlm", "did you mean 'chat"]),
     ("template_chat", ["template: of_nobody", "known: "]),

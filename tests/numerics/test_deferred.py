@@ -12,7 +12,7 @@ from torch import Tensor
 from kt_sft.operator.chains import join_chain
 from kt_sft.schedule.deferred import LayerChain, split_deferred
 from kt_sft.schedule.task_queue import run_now
-from tests.helpers.operators import inputs_of, loaded, problem_of, truth
+from tests.helpers.operators import bound, inputs_of, loaded, problem_of, truth
 from tests.helpers.reference import Problem
 from tests.helpers.tolerance import rel_l2, rounding_bound
 
@@ -75,10 +75,10 @@ def test_deferred_output_is_added_to_the_next_layer_and_the_last_defers_nothing(
     parts = [truths(problem, count) for problem, count in zip(problems, counts, strict=True)]
     wants = [now + (parts[i - 1][1] if i else 0) for i, (now, _) in enumerate(parts)]
     for _ in range(2):
-        for out, want, problem in zip(run_pass(problems, operators), wants, problems, strict=True):
-            assert rel_l2(out, want) < rounding_bound("out", problem.format)
+        for out, want in zip(run_pass(problems, operators), wants, strict=True):
+            assert rel_l2(out, want) < bound(*problems)
     for problem, operator, want in zip(problems, operators, wants, strict=True):
-        assert rel_l2(operator.forward(*inputs_of(problem)), want) < rounding_bound("out", problem.format)
+        assert rel_l2(operator.forward(*inputs_of(problem)), want) < bound(*problems)
 
 
 def test_zero_deferred_is_bitwise_what_single_layers_give():

@@ -147,9 +147,12 @@ def test_large_and_small_hidden_states(weights, scale):
     assert_matches_model(problem, 52 if scale > 1 else 1000)
 
 
-@pytest.mark.parametrize("exponent", [-60, 30])
+@pytest.mark.parametrize("exponent", [-40, 30])
 def test_values_beyond_the_tape_stay_finite(weights, exponent):
-    """g and u that f16 cannot hold: the output is that of f32, gradients saturate instead of becoming NaN."""
+    """g and u that f16 cannot hold: the output is that of f32, gradients saturate instead of becoming NaN.
+
+    Nothing is subnormal in f32: bf16 dot instructions and AMX take such numbers for zero.
+    """
     problem = make_problem(with_format(LayerCase(lora="none", seed=46), weights))
     problem.x *= 2.0**exponent
     got = assert_matches_model(problem, 1000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kt_sft.formats.packed import hash_source
+from kt_sft.formats.source_hash import hash_source
 
 MIB = 1 << 20
 

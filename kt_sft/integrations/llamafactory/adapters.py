@@ -18,10 +18,10 @@ from kt_sft.integrations.peft.names import LORA_LAYERS, suffix_matches
 from kt_sft.integrations.peft.targets import (
     ALL_LINEAR,
     expert_names,
-    plain_modules,
     prepare_lora_config,
     router_linears,
 )
+from kt_sft.integrations.unwrapped import plain_modules
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ PATCHES = {  # LLaMA-Factory module -> module beside this one, and its function 
     "llamafactory.hparams.parser": ("hook", "patch_parser"),
     "llamafactory.model.adapter": ("hook", "patch_adapter"),
     "llamafactory.model.loader": ("hook", "patch_loader"),
+    "llamafactory.data.loader": ("data_checks", "patch_loader"),
     "llamafactory.data.template": ("data_checks", "patch_template"),
     "llamafactory.model.patcher": ("attention", "patch_patcher"),
     "llamafactory.train.tuner": ("hook", "patch_tuner"),

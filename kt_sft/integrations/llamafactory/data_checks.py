@@ -18,7 +18,7 @@ from kt_sft.integrations.llamafactory import autoload
 logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 16 << 20  # of a data set whose columns are looked at; a larger one takes too long
-_PAIRWISE = ("dpo", "rm")  # stages whose examples are a chosen and a rejected answer
+_PAIRWISE = "rm"  # stage, as data is read for it, whose examples are a chosen and a rejected answer: dpo, too
 _MEDIA = ("system", "tools", "images", "videos", "audios", "kto_tag")
 # What chat templates put around roles: <|im_start|>, <|turn>, <start_of_turn>, [INST]; of DeepSeek with wide bars.
 _MARK = re.compile(
@@ -27,7 +27,7 @@ _MARK = re.compile(
 )
 
 
-def check(data_args: Any, stage: str) -> None:
+def check(data_args: Any) -> None:
     """Raise unless the template is known and the data sets are there, with the columns that are read.
 
     Args:
@@ -41,12 +41,12 @@ def check(data_args: Any, stage: str) -> None:
         faults.append(f"template: {data_args.template}: unknown; {_hint(data_args.template, templates)}")
     if not (data_args.tokenized_path and os.path.isdir(data_args.tokenized_path)):
         for key in ("dataset", "eval_dataset"):
-            faults += _dataset_faults(key, getattr(data_args, key, None) or [], data_args, stage)
+            faults += _dataset_faults(key, getattr(data_args, key, None) or [], data_args)
     if faults:
         raise ConfigError(faults)
 
 
-def _dataset_faults(key: str, names: list[str], data_args: Any, stage: str) -> Iterator[str]:
+def _dataset_faults(key: str, names: list[str], data_args: Any) -> Iterator[str]:
     folder = data_args.dataset_dir
     if not names or not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
         return
@@ -68,10 +68,7 @@ def _dataset_faults(key: str, names: list[str], data_args: Any, stage: str) -> I
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             yield f"{key}: {name}: entry of {file} cannot be read: {type(error).__name__}: {error}"
             continue
-        if attributes.ranking != (stage in _PAIRWISE):
-            found = "pairs of a chosen and a rejected answer" if attributes.ranking else "single answers"
-            yield f"{key}: {name}: has {found} (ranking in {file}), which stage {stage} does not read"
-        elif attributes.load_from == "file":
+        if attributes.load_from == "file":
             yield from (f"{key}: {name}: {fault}" for fault in _file_faults(attributes, folder))
 
 
@@ -118,6 +115,23 @@ def _hint(name: object, known: Any) -> str:
         return f"did you mean {close!r}?"
     few = sorted(known)[:8]
     return f"known: {', '.join(few)}{', ...' if len(known) > len(few) else ''}"
+
+
+def patch_loader(loader: ModuleType) -> None:
+    """`_get_merged_dataset`: a data set for another stage is one line, before any is read."""
+    autoload.require(loader, "_get_merged_dataset", "get_dataset_list")
+    stock = loader._get_merged_dataset
+
+    def merged(names: list[str] | None, model_args: Any, data_args: Any, training_args: Any, stage: str, *rest, **more):
+        folder = data_args.dataset_dir
+        for attributes in loader.get_dataset_list(names, folder) if getattr(data_args, "kt_active", False) else ():
+            if attributes.ranking != (stage == _PAIRWISE):
+                found = "pairs of a chosen and a rejected answer" if attributes.ranking else "single answers"
+                where = f"{attributes} has {found} (ranking in {folder}/dataset_info.json)"
+                raise ConfigError(f"dataset: {where}, which this stage does not read")
+        return stock(names, model_args, data_args, training_args, stage, *rest, **more)
+
+    loader._get_merged_dataset = merged
 
 
 def patch_template(template: ModuleType) -> None:

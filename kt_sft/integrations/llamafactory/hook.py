@@ -208,7 +208,7 @@ def activate(groups: tuple[Any, ...]) -> None:
         check_run(model, model_args, training_args, finetuning_args)
     for data_args in (group for group in groups if hasattr(group, "dataset_dir")):
         data_args.kt_active = True
-        data_checks.check(data_args, finetuning_args.stage)
+        data_checks.check(data_args)
 
 
 def use_model_directory(model_args: Any) -> None:

@@ -22,7 +22,7 @@ from kt_sft.adapters.model import BaseModel
 from kt_sft.adapters.plain import LinearReader, check_whole
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
-from kt_sft.integrations.base_model import describe, plain_modules, plain_name
+from kt_sft.integrations.base_model import describe
 from kt_sft.integrations.peft.targets import (
     RUNNING_FORM,
     SIDE_FILE,
@@ -30,6 +30,7 @@ from kt_sft.integrations.peft.targets import (
     effective_rank,
     expert_targets,
 )
+from kt_sft.integrations.unwrapped import plain_modules, plain_name
 from kt_sft.models.layout import ExpertsSpec
 from kt_sft.models.spec import iter_routed_experts
 

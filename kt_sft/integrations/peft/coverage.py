@@ -16,12 +16,8 @@ from torch import nn
 from kt_sft import env
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.names import LORA_LAYERS
-from kt_sft.integrations.peft.targets import (
-    expert_names,
-    expert_targets,
-    plain_modules,
-    without_adapter,
-)
+from kt_sft.integrations.peft.targets import expert_names, expert_targets
+from kt_sft.integrations.unwrapped import plain_modules, plain_name, without_adapter
 from kt_sft.models.spec import iter_routed_experts
 
 logger = logging.getLogger(__name__)
@@ -88,7 +84,7 @@ def owner_of(name: str, parameter_of: Mapping[str, str]) -> str:
     if head == name:
         head = name.rpartition(".")[0]
     wrapped = parameter_of.get(head)
-    plain = head.replace(".base_layer", "")
+    plain = plain_name(head)
     return f"{plain}.{wrapped}" if wrapped else plain
 
 
@@ -136,13 +132,13 @@ def _faults(model: nn.Module, config: LoraConfig, adapter_name: str) -> Iterator
     parameters: dict[str, nn.Module] = {}
     saved = []
     for name, module in model.named_modules():
-        plain = name.replace(".base_layer", "")
+        plain = plain_name(name)
         if isinstance(module, LoraLayer):
             wrapped = getattr(module, "parameter_name", None)
             (layers if wrapped is None else parameters)[f"{plain}.{wrapped}" if wrapped else plain] = module
         elif isinstance(module, AuxiliaryTrainingWrapper):
             saved.append(plain)
-    experts = {name.replace(".base_layer", ""): module for name, module in iter_routed_experts(model)}
+    experts = {plain_name(name): module for name, module in iter_routed_experts(model)}
     for name, module in plain_modules(model).items():
         is_target = config.target_modules and check_target_module_exists(config, name)
         if is_target and isinstance(module, LORA_LAYERS) and not _trains(layers.get(name), adapter_name):

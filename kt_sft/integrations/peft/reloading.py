@@ -22,6 +22,7 @@ from kt_sft.integrations.peft.adapter_dir import (
 )
 from kt_sft.integrations.peft.injecting import requesting
 from kt_sft.integrations.transformers import swap_experts
+from kt_sft.integrations.unwrapped import plain_name
 from kt_sft.models.spec import iter_routed_experts
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -56,7 +57,7 @@ def load_adapter(
 
 def bare_twin(base: nn.Module) -> nn.Module:
     """A model of `load_model` once more, on the meta device, without the layers that PEFT has put between."""
-    experts = {name.replace(".base_layer", ""): module for name, module in iter_routed_experts(base)}
+    experts = {plain_name(name): module for name, module in iter_routed_experts(base)}
     with torch.device("meta"):
         twin = type(base)(copy.deepcopy(base.config))
     formats = {name: e.formats if e.weight_format == "gguf" else e.weight_format for name, e in experts.items()}
@@ -103,7 +104,7 @@ def check_same_tensors(source: Path, folder: Path, expected: Shapes, config: Lor
     further = [name for name in saved if name not in expected and ".lora_" in name]
     if lacking or further:
         what = "trained here, not in it" if lacking else "in it, not trained here"
-        names = sorted({name.partition(".lora_")[0].replace(".base_layer", "") for name in lacking or further})
+        names = sorted({plain_name(name.partition(".lora_")[0]) for name in lacking or further})
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise FormatError(
             source, "adapter: other modules", expected="those of this run", found=f"{what}: {names[0]}{more}",

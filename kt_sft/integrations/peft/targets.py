@@ -16,13 +16,14 @@ from pathlib import Path
 
 import peft
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from kt_sft.adapters import layout
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.integrations.peft import names
+from kt_sft.integrations.unwrapped import plain_modules, plain_name
 from kt_sft.models.spec import find_routers, iter_routed_experts
 
 logger = logging.getLogger(__name__)
@@ -129,28 +130,9 @@ def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: 
     return config
 
 
-def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by the names that they have without adapters, and nothing of the adapters."""
-    modules, inside = {}, ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            inside = (*inside, f"{name}.")
-        modules[name] = without_adapter(module)
-    return modules
-
-
-def without_adapter(module: nn.Module) -> nn.Module:
-    """What PEFT has wrapped; another module is itself."""
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return without_adapter(module.original_module)
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
 def expert_names(model: nn.Module) -> list[str]:
     """Names of the routed experts without adapters."""
-    return [name.replace(".base_layer", "") for name, _ in iter_routed_experts(model)]
+    return [plain_name(name) for name, _ in iter_routed_experts(model)]
 
 
 def expert_targets(config: LoraConfig, experts: Iterable[str]) -> list[str]:
@@ -169,7 +151,7 @@ def router_linears(model: nn.Module) -> list[str]:
 
     Routers that hold a bare Parameter cannot be hit.
     """
-    experts = {name.replace(".base_layer", ""): module for name, module in iter_routed_experts(model)}
+    experts = {plain_name(name): module for name, module in iter_routed_experts(model)}
     return list(find_routers(model, {name: module.gate_up_proj.shape[0] for name, module in experts.items()}))
 
 
