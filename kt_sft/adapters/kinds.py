@@ -57,7 +57,7 @@ def kinds_of(adapter: Adapter) -> dict[str, str]:
         is_tied = f"{name}.weight" in base.tied
         found.setdefault("router" if name in base.routers else "tied_head" if is_tied else "linear", name)
     for name in adapter.bare:
-        found.setdefault("router", name)
+        found.setdefault("embedding" if "embed" in name.rpartition(".")[0].rpartition(".")[2] else "router", name)
     for name in adapter.experts:
         found.setdefault("experts", name)
     for name in adapter.whole:

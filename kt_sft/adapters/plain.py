@@ -22,6 +22,7 @@ _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_[AB]")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 _LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+_SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")  # stored beside the plain name, with the same numbers
 _OTHER_MODEL = "name the model of the adapter with --base-model"
 
 
@@ -206,12 +207,21 @@ def check_whole(tensors: TensorFile, rest: list[str], base: BaseModel) -> dict[s
     """
     found: dict[str, Callable[[], Tensor]] = {}
     by_hub_name = {f"{hub}.weight": f"{name}.weight" for name, hub in base.hub_names.items()}
+    experts = {f"{module}.{parameter}" for module in base.specs for parameter in peft_config.PARAMETERS}
     for key in rest:
         if ".lora_" in key or ".token_adapter." in key:
             what = f"tensor {key}"
             raise FormatError(tensors.path, what, expected="lora_A and lora_B of plain LoRA", found="something else")
-        name = key.replace(".modules_to_save.default", "").replace(".base_layer.", ".")
+        if ".original_module." in key:
+            continue  # the frozen one, which PEFT stores beside its trained copy once the vocabulary has grown
+        name = _SAVED.sub("", key).replace(".base_layer.", ".")
         name = name if name in base.parameters else by_hub_name.get(name, name)
+        if name in experts:
+            raise FormatError(
+                tensors.path, f"tensor {key}", expected="LoRA on the routed experts",
+                found="routed experts that were trained as a whole (modules_to_save)",
+                remedy="merge it with stock PEFT and use the result as the model",
+            )  # fmt: skip
         expected, shape = base.parameters.get(name), tensors.shape(key)
         if expected is None:
             what = f"tensor {key}"

@@ -368,6 +368,11 @@ def merge(
         model = default_name(base_name(adapters[0]), Path(adapters[0]))
         if model is None:
             raise ConfigError(f"{adapters[0]}: names no base model; name its directory with --model")
+        if not Path(model).is_dir():
+            raise ConfigError(
+                f"{adapters[0]}: base model {model}: expected a directory, looked for in {os.getcwd()} and in the "
+                "directories above the adapter, found none; name its directory with --model"
+            )
     merged = MergedCheckpoint(model, adapters, trust_remote_code=trust_remote_code)
     if to == "hf":
         with staged(output, is_file=False) as staging:

@@ -6,17 +6,20 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import kt_sft
 from kt_sft.adapters import forms
 from kt_sft.cli import app
 from kt_sft.errors import FormatError
 from kt_sft.formats.gguf_writer import PlannedGguf, write
 from kt_sft.integrations.adapters import open_with_base
-from tests.helpers import adapters
+from tests.helpers import adapters, parity, tiny_models
 from tests.helpers.adapters import convert, damaged, edit, opened
 
 PREFIX = "base_model.model.model.layers"
@@ -106,8 +109,45 @@ def test_modules_trained_as_a_whole_are_compared_with_the_model(root, tmp_path):
         folder = with_whole(root, tmp_path / name, **{name: torch.ones(rows + 8, hidden)})
         with pytest.raises(FormatError, match=match):
             opened(folder, root)
+        with pytest.raises(FormatError, match=match):
+            kt_sft.load_adapter(parity.load_ours(root / "base"), folder)
         code, text = run("merge", "--adapter", folder, "--output", tmp_path / "merged")
         assert code == 2 and "Traceback" not in text and not (tmp_path / "merged").exists()
+
+
+def test_names_that_peft_stores_once_a_vocabulary_has_grown(root, tmp_path):
+    """The trained copy under three names, one of which is the frozen module's."""
+    head = load_file(root / "base" / "model.safetensors")["lm_head.weight"]
+    names = {"lm_head__weight": 2 * head, "lm_head__modules_to_save__weight": 2 * head}
+    folder = with_whole(root, tmp_path / "head", **names, lm_head__original_module__weight=head)
+    edit(folder, modules_to_save=["lm_head"])
+    adapter = opened(folder, root)
+    assert list(adapter.whole) == ["lm_head.weight"]
+    assert torch.equal(adapter.whole["lm_head.weight"](), 2 * head)
+    loaded = kt_sft.load_adapter(parity.load_ours(root / "base"), folder)
+    assert torch.equal(loaded.get_output_embeddings().weight, 2 * head)
+
+
+@pytest.mark.parametrize("saved", ["experts", "mlp"])
+def test_routed_experts_trained_as_a_whole_are_refused_at_every_door(root, tmp_path, saved):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved], task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny_models.load_stock(root / "base"), config).save_pretrained(tmp_path / "a")
+    match = r"mlp\.experts\.\w+: expected LoRA on the routed experts, found .* \(modules_to_save\)"
+    with pytest.raises(FormatError, match=match):
+        opened(tmp_path / "a", root)
+    with pytest.raises(FormatError, match=match):
+        kt_sft.load_adapter(parity.load_ours(root / "base"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}])
+def test_what_the_config_names_and_the_file_lacks_is_missing_at_every_door(root, tmp_path, change):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(tiny_models.load_stock(root / "base"), config).save_pretrained(tmp_path / "a")
+    edit(tmp_path / "a", **change)
+    with pytest.raises(FormatError, match="expected present, found missing"):
+        opened(tmp_path / "a", root)
+    with pytest.raises(FormatError, match="expected present, found missing"):
+        kt_sft.load_adapter(parity.load_ours(root / "base"), tmp_path / "a")
 
 
 def test_stored_base_layer_of_a_module_with_lora(root, tmp_path):

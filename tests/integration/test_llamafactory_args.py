@@ -182,6 +182,8 @@ def parsed(tmp_path_factory):
         "unknown": train_config(work, "out", chunk_sise=64),
         "full": train_config(work, "out", finetuning_type="full"),
         "dora": train_config(work, "out", use_dora=True),
+        "dora_experts": train_config(work, "out", use_dora=True, lora_target="q_proj,experts"),
+        "dora_attention": train_config(work, "out", use_dora=True, kt_expert_lora=False),
         "quantization": train_config(work, "out", quantization_bit=4),
         "zero3": train_config(work, "out", deepspeed=str(work / "zero3.json")),
         "zero3_words": words(train_config(work, "out", deepspeed=str(work / "zero3.json"))),
@@ -209,7 +211,7 @@ def parsed(tmp_path_factory):
     return dict(zip(cases, drive(PARSE, pairs), strict=True))
 
 
-@pytest.mark.parametrize("case", ["fine", "fine_chat", "chat_of_094", "rule"])
+@pytest.mark.parametrize("case", ["fine", "fine_chat", "chat_of_094", "rule", "dora_attention"])
 def test_good_configuration_switches_the_flags(parsed, case):
     assert parsed[case] == {"use_kt": False, "kt_active": True, "engine": "huggingface"}
 
@@ -222,6 +224,7 @@ def test_use_kt_variable_alone_is_stock(parsed):
     ("unknown", ["chunk_sise", "'chunk_size'"]),
     ("full", ["finetuning_type", "lora", "'full'"]),
     ("dora", ["use_dora", "remove"]),
+    ("dora_experts", ["use_dora", "remove"]),
     ("quantization", ["quantization_bit", "kt_method"]),
     ("zero3", ["deepspeed", "ZeRO-3", "ZeRO-2"]),
     ("zero3_words", ["deepspeed", "ZeRO-3", "ZeRO-2"]),

@@ -18,7 +18,9 @@ from kt_sft.formats.finite import is_finite
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations import merging
 from kt_sft.integrations.base_model import describe, meta_model
+from kt_sft.integrations.peft.limits import check_merge
 from tests.helpers import adapter_kinds, parity, quantized_checkpoints, tiny_models
+from tests.helpers.tolerance import rel_l2
 
 IDS = tiny_models.token_ids(2, 10)
 # Tensors of a router as adapters of transformers 4 name them, where that is another name.
@@ -307,6 +309,48 @@ def test_biases_that_peft_would_not_save_are_refused(tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match="bias: 'lora_only' would train biases .* PEFT does not save them"):
         kt_sft.get_peft_model(model, config, expert_lora=False)
+
+
+def test_biases_that_peft_has_not_saved_are_said_when_it_is_loaded(tmp_path, caplog):
+    """What stock PEFT computes with such a file, and what merging writes: the base model's biases."""
+    folder = tiny_models.build("qwen3_moe", tmp_path / "base", attention_bias=True)
+    config = LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM")
+    stock = parity.fill_lora(get_peft_model(tiny_models.load_stock(folder), config)).eval()
+    stock.save_pretrained(tmp_path / "a")
+    ids = tiny_models.token_ids(1, 8)
+    with caplog.at_level(logging.WARNING, "kt_sft"):
+        ours = kt_sft.load_adapter(parity.load_ours(folder), tmp_path / "a")
+    assert "PEFT has not saved biases such as that of model.layers.0.self_attn.q_proj" in caplog.text
+    with torch.no_grad():
+        assert rel_l2(ours(ids).logits, stock(ids).logits) < 0.01
+
+
+def test_dropout_that_a_router_does_not_get_is_said(tmp_path, caplog):
+    model = kt_sft.load_model(tiny_models.build("deepseek_v2", tmp_path / "base"))
+    router = ["mlp.gate.weight"]
+    config = LoraConfig(
+        r=2, target_modules=["o_proj"], target_parameters=router, lora_dropout=0.2, task_type="CAUSAL_LM"
+    )
+    with caplog.at_level(logging.WARNING, "kt_sft"):
+        kt_sft.get_peft_model(model, config, expert_lora=False)
+    assert "lora_dropout 0.2: without effect on LoRA of model.layers.1.mlp.gate and 1 more" in caplog.text
+    assert "o_proj: without" not in caplog.text
+
+
+def test_biases_without_a_place_are_refused_before_a_model_is_loaded_to_be_merged(tmp_path):
+    folder, adapter = adapter_kinds.make("lora_bias_alone", tmp_path)
+    with pytest.raises(FormatError, match=r"q_proj\.bias: expected a layer that has a bias"):
+        check_merge(meta_model(folder), adapter)
+    folder, adapter = adapter_kinds.make("lora_bias", tmp_path)
+    check_merge(meta_model(folder), adapter)
+
+
+def test_a_base_model_that_is_not_found_is_named_with_where_it_was_looked_for(tmp_path):
+    _, adapter = adapter_kinds.make("attention", tmp_path)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "models/none"}))
+    with pytest.raises(ConfigError, match="base model models/none: .* above the adapter, found none; name .* --model"):
+        merge(None, [adapter], tmp_path / "out")
 
 
 def test_merge_and_unload_is_what_merge_writes(tmp_path):

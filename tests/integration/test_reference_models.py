@@ -94,6 +94,8 @@ def answers(work):
         "same": run(ref_model=f"{model}/.", kt_weight_path=packed, kt_method="INT8"),
         "same_with_experts_of_another": run(ref_model=f"{model}/.", kt_weight_path=str(work / "other")),
         "no_reference": run(ref_model=None),
+        "goes_on": run(ref_model=None, adapter_name_or_path=str(work / "adapter")),
+        "new_adapter": run(ref_model=None, adapter_name_or_path=str(work / "adapter"), create_new_adapter=True),
         "no_effect": run(stage="sft"),
         "no_effect_simpo": run(pref_loss="simpo"),
         "missing": run(ref_model=str(work / "nowhere"), dataset="no data is read before this"),
@@ -155,7 +157,9 @@ def test_what_does_not_apply_is_said(answers, case, words):
 
 
 def test_without_a_reference_the_policy_is_one(answers):
-    assert answers["no_reference"] == {"logits": None, "lines": []}
+    assert answers["no_reference"] == answers["new_adapter"] == {"logits": None, "lines": []}
+    (line,) = answers["goes_on"]["lines"]
+    assert "the reference is the base model without the adapter" in line and "create_new_adapter" in line
 
 
 @pytest.mark.parametrize(("case", "words"), [

@@ -152,6 +152,36 @@ def edit_optimizer(checkpoint, change) -> None:
     torch.save(state, checkpoint / "optimizer.pt")
 
 
+@pytest.mark.parametrize("form", [None, *OTHER_FORMS])
+def test_a_run_that_goes_on_with_an_adapter_trains_what_it_trained(base, tmp_path, form):
+    """PEFT stores the head beside its LoRA, and the optimizer has no state of it; other forms are known as well."""
+    targets = ["q_proj", "lm_head"] if form is None else "all"
+    model = kt_sft.get_peft_model(
+        kt_sft.load_model(base), LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(tmp_path / "a")
+    assert form or "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "a/adapter_model.safetensors")
+    if form:
+        forms.convert(open_with_base(tmp_path / "a", str(base)), form, tmp_path / form)
+    given = SimpleNamespace(adapter_name_or_path=[str(tmp_path / (form or "a"))], adapter_folder=None)
+    bare = reloading.bare_twin(kt_sft.load_model(base))
+    run = resuming.run_adapter(bare, given, SimpleNamespace(create_new_adapter=False))
+    assert run.shapes == reloading.adapter_shapes(model)
+    assert len(run.shapes) == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_vocabulary_that_may_grow_is_left_to_loading(base, checkpoint):
+    """`resize_vocab` does it after loading; what loads the checkpoint then compares all tensors."""
+    edit_config(checkpoint, modules_to_save=["lm_head"])
+    file = checkpoint / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.lm_head.weight": torch.ones(999, 48)}, file)
+    bare = reloading.bare_twin(kt_sft.load_model(base))
+    values = arguments(checkpoint.parent)
+    resuming.check(checkpoint, bare, None, values, FINETUNING)
+    with pytest.raises(FormatError, match=r"lm_head.weight: expected .* found \[999, 48\]"):
+        check(base, checkpoint)
+
+
 def test_an_optimizer_state_of_other_parameters_is_refused(base, checkpoint, tmp_path):
     edit_optimizer(checkpoint, lambda state: state["state"][0].update(exp_avg=torch.zeros(3, 5)))
     with pytest.raises(FormatError, match=r"optimizer.pt: optimizer state: .* found \[3, 5\]"):

@@ -135,6 +135,7 @@ def check_target(model: nn.Module, finetuning_args: Any, expert_lora: bool | Non
             r=finetuning_args.lora_rank,
             target_modules=adapter.patch_target_modules(model, finetuning_args, target),
             modules_to_save=list(saved) if saved else None,
+            use_dora=finetuning_args.use_dora,
             task_type="CAUSAL_LM",
         )
         prepare_lora_config(model, config, expert_lora)

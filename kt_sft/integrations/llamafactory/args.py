@@ -64,7 +64,6 @@ STAGES = ("pt", "sft", "dpo", "kto")
 
 # Keys of LLaMA-Factory that cannot go with use_kt: key -> what is wrong; any value but None and False is refused.
 REFUSED = {
-    "use_dora": "DoRA is not computed for routed experts; remove use_dora",
     "quantization_bit": "the experts have their own format (kt_method); remove quantization_bit",
     "export_quantization_bit": "the export is bf16; remove export_quantization_bit and quantize the exported model",
     "pissa_init": "PiSSA changes the base weights, which the expert kernels keep packed; remove pissa_init",
@@ -265,7 +264,9 @@ def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
         on_experts = "all" in (_value(groups, "lora_target") or [])
     if type(rank) is not int or rank < 1:
         yield f"lora_rank: expected a whole number >= 1, found {rank!r}"
-    elif on_experts and rank > MAX_LORA_RANK:
+    if _value(groups, "use_dora") and on_experts:
+        yield "use_dora: DoRA is not computed for routed experts; remove use_dora, or set kt_expert_lora: false"
+    if type(rank) is int and on_experts and rank > MAX_LORA_RANK:
         yield f"lora_rank: expected 1 to {MAX_LORA_RANK}, found {rank}; lower it or set kt_expert_lora: false"
     if _value(groups, "kt_max_deferred_experts_per_token") and _value(groups, "do_train"):
         yield "kt_max_deferred_experts_per_token: deferred experts are for inference; remove it, or set do_train: false"

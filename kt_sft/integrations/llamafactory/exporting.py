@@ -29,8 +29,12 @@ def merges_files(model_args: Any) -> bool:
     path = model_args.model_name_or_path
     has_own_experts = getattr(model_args, "kt_weight_path", None) is None
     has_own_experts = has_own_experts and getattr(model_args, "kt_expert_checkpoint_path", None) is None
-    is_resized = any(getattr(model_args, key, None) for key in ("resize_vocab", "add_tokens", "add_special_tokens"))
-    return bool(model_args.export_dir) and os.path.isdir(path) and has_own_experts and not is_resized
+    return bool(model_args.export_dir) and os.path.isdir(path) and has_own_experts and not may_grow(model_args)
+
+
+def may_grow(model_args: Any) -> bool:
+    """Whether LLaMA-Factory may give the loaded model another vocabulary than its config says."""
+    return any(getattr(model_args, key, None) for key in ("resize_vocab", "add_tokens", "add_special_tokens"))
 
 
 def open_merged(model_args: Any, **hub: Any) -> MergedCheckpoint:

@@ -40,6 +40,7 @@ from kt_sft.integrations.llamafactory import (
     trainer,
 )
 from kt_sft.integrations.model_files import drop_quantization
+from kt_sft.integrations.peft import limits
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
 from kt_sft.integrations.peft.injecting import has_experts
 from kt_sft.integrations.peft.reloading import bare_twin
@@ -192,6 +193,10 @@ def activate(groups: tuple[Any, ...]) -> None:
     if model_args.infer_backend == "ktransformers":  # an inference engine of 0.9.4; ours is a Hugging Face model
         model_args.infer_backend = "huggingface"
     training_args = next((group for group in groups if hasattr(group, "per_device_train_batch_size")), None)
+    if model is not None and (model_args.export_dir or finetuning_args.create_new_adapter):
+        for adapter in model_args.adapter_name_or_path or []:
+            source = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **_hub(model_args))
+            limits.check_merge(model, source)
     makes_adapter = model_args.adapter_name_or_path is None or finetuning_args.create_new_adapter
     if model is not None and makes_adapter and getattr(training_args, "do_train", False):
         adapters.check_target(model, finetuning_args, model_args.kt_expert_lora)
@@ -240,7 +245,7 @@ def check_inputs(model_args: Any) -> nn.Module | None:
     model = check_model(path, args.kt_config(model_args), device_map={"": device}, trust_remote_code=remote, **from_hub)
     for adapter in model_args.adapter_name_or_path or []:
         folder = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **from_hub)
-        check_adapter(model, folder)
+        check_adapter(model, folder, may_grow=exporting.may_grow(model_args))
     return model
 
 
@@ -264,7 +269,8 @@ def check_run(model: nn.Module | None, model_args: Any, training_args: Any, fine
     bare = None if checkpoint is None else bare_twin(model)
     run = resuming.run_adapter(model, model_args, finetuning_args)
     if checkpoint is not None:
-        resuming.check(checkpoint, bare, run, training_args, finetuning_args)
+        known = None if exporting.may_grow(model_args) else run
+        resuming.check(checkpoint, bare, known, training_args, finetuning_args)
     if run is not None and training_args.should_save:
         disk.check_room(training_args.output_dir, run.numel, training_args, finetuning_args)
 

@@ -73,6 +73,11 @@ def check(
                 f"ref_model_adapters: {adapters} needs ref_model, the model that it belongs to; without it the "
                 "reference is the policy without its adapter; set ref_model or remove ref_model_adapters"
             )
+        if model_args.adapter_name_or_path and not finetuning_args.create_new_adapter:
+            _warn(
+                "no ref_model: the reference is the base model without the adapter that this run goes on with; to "
+                "start from that adapter, set create_new_adapter: true, or ref_model and ref_model_adapters"
+            )
         return
     _check_keys(name, adapters, model_args, finetuning_args)
     try:

@@ -18,13 +18,14 @@ from peft import LoraConfig
 from torch import nn
 
 from kt_sft import env
+from kt_sft.adapters.forms import adapter_file
 from kt_sft.adapters.tensor_file import TensorFile
 from kt_sft.errors import ConfigError, FormatError, KTError
 from kt_sft.formats import training_checkpoint
 from kt_sft.formats.training_checkpoint import OPTIMIZER_NAME, SCHEDULER_NAME
 from kt_sft.integrations.llamafactory import saving
 from kt_sft.integrations.peft import reloading
-from kt_sft.integrations.peft.adapter_dir import check_adapter, has_other_form, in_running_form, read_adapter_config
+from kt_sft.integrations.peft.adapter_dir import check_adapter, in_running_form, read_adapter_config
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,9 @@ def last_checkpoint(folder: str | Path, *, says: bool = True) -> Path | None:
 
 
 def run_adapter(model: nn.Module, model_args: Any, finetuning_args: Any) -> RunAdapter | None:
-    """What LLaMA-Factory will train, found by its own code on a model without weights; None: not known before loading.
+    """What LLaMA-Factory will train, found on a model without weights; None: not known before loading.
+
+    A new adapter is built by LLaMA-Factory's own code.
 
     Args:
         model: of `check_model`; carries the adapter afterwards.
@@ -116,25 +119,31 @@ def run_adapter(model: nn.Module, model_args: Any, finetuning_args: Any) -> RunA
         KTError: a LoRA target that kt_sft refuses.
     """
     sources = model_args.adapter_name_or_path or []
-    if sources and not finetuning_args.create_new_adapter:
-        folder = Path(sources[-1]) / (model_args.adapter_folder or "")
-        if not folder.is_dir() or has_other_form(model, folder):
-            return None
-        tensors = TensorFile(folder)
-        return RunAdapter(read_adapter_config(folder), {name: tensors.shape(name) for name in tensors})
-    from llamafactory.model.adapter import init_adapter
-
-    alone = copy.copy(model_args)
-    alone.adapter_name_or_path = None
+    source = Path(sources[-1]) / (model_args.adapter_folder or "") if sources else None
+    goes_on = source is not None and not finetuning_args.create_new_adapter
+    if goes_on and not source.exists():
+        return None  # on the hub
     try:
-        with _silence(), torch.device("meta"):
-            built = init_adapter(model.config, model, alone, copy.copy(finetuning_args), True)
+        with _silence():
+            if goes_on:
+                built = reloading.untrained_twin(model, adapter_file(source))
+            else:
+                built = _new_adapter(model, model_args, finetuning_args)
         return RunAdapter(built.peft_config["default"], reloading.adapter_shapes(built))
     except KTError:
         raise
     except Exception as error:  # LLaMA-Factory reports it when it gets there
         logger.info("kt_sft: the adapter could not be built before loading (%s)", error)
         return None
+
+
+def _new_adapter(model: nn.Module, model_args: Any, finetuning_args: Any) -> nn.Module:
+    from llamafactory.model.adapter import init_adapter
+
+    alone = copy.copy(model_args)
+    alone.adapter_name_or_path = None
+    with torch.device("meta"):
+        return init_adapter(model.config, model, alone, copy.copy(finetuning_args), True)
 
 
 def check(checkpoint: Path, bare: nn.Module, run: RunAdapter | None, training_args: Any, finetuning_args: Any) -> None:
@@ -144,11 +153,12 @@ def check(checkpoint: Path, bare: nn.Module, run: RunAdapter | None, training_ar
 
     Args:
         bare: the model without weights and without the run's adapter.
+        run: None: not known yet, nor the size of the vocabulary; what loads the checkpoint looks again.
     Raises:
         KTError: the adapter is not one of this model, or other tensors than the run trains; or the optimizer's state
             is that of other tensors.
     """
-    check_adapter(bare, checkpoint)
+    check_adapter(bare, checkpoint, may_grow=run is None)
     state = read_optimizer(checkpoint)
     with in_running_form(bare, checkpoint) as folder:
         is_converted = folder != checkpoint

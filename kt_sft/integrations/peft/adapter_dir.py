@@ -19,6 +19,7 @@ from kt_sft.adapters import layout, peft_config
 from kt_sft.adapters.folder import CONFIG_NAME, EXPERTS_NAME, check_names, left_out
 from kt_sft.adapters.forms import adapter_file, is_fused, is_per_expert, open_adapter, write_directory
 from kt_sft.adapters.model import BaseModel
+from kt_sft.adapters.plain import LinearReader, check_whole
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
 from kt_sft.integrations.base_model import describe
@@ -81,18 +82,19 @@ def _downloaded(adapter: str, subfolder: str | None, hub: dict) -> Path:
     return root
 
 
-def check_adapter(model: nn.Module, source: Path) -> None:
+def check_adapter(model: nn.Module, source: Path, *, may_grow: bool = False) -> None:
     """Whether an adapter of any form fits a model; reads headers only.
 
     Args:
         model: one that carries PEFT's wrappers already is taken for the model below them.
+        may_grow: its vocabulary may still become another one.
     Raises:
         FormatError, UnsupportedModel: it does not, or is damaged.
     """
     if has_other_form(model, source):
         open_adapter(source, describe(model), reads_headers_only=True)
     else:
-        check_adapter_fits(model, read_adapter_config(source), source)
+        check_adapter_fits(model, read_adapter_config(source), source, may_grow=may_grow)
 
 
 @contextmanager
@@ -194,9 +196,13 @@ def read_adapter_config(folder: Path) -> ExpertLoraConfig:
     return config
 
 
-def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path) -> None:
+def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path, *, may_grow: bool = False) -> None:
     """Compare the adapter's tensors with the model's modules, by names and shapes, before anything changes.
 
+    PEFT passes over names that it does not know, and computes without what the config names and the file lacks.
+
+    Args:
+        may_grow: leave alone what has the size of the vocabulary, and all else beside plain LoRA.
     Raises:
         FormatError: one line with the first fault and the number of further ones.
     """
@@ -209,6 +215,10 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path)
         what, expected, found = faults[0]
         remedy = f"load it on the model it was trained on{_base_hint(config)}"
         raise FormatError(path, what, expected=expected, found=f"{found}{more}", remedy=remedy)
+    if not may_grow:
+        base = describe(model)
+        known = {key.removeprefix(PREFIX) for key in _expected_expert_tensors(config, base.specs, model)}
+        check_whole(names, LinearReader(names, config.to_dict(), base, known).rest, base)
 
 
 def _check_model_type(model: nn.Module, config: ExpertLoraConfig, path: Path) -> None:
@@ -259,7 +269,7 @@ def _faults(model: nn.Module, config: ExpertLoraConfig, shapes: dict[str, tuple[
         module_name, _, role = key.removeprefix(PREFIX).partition(".lora_")
         module = modules.get(module_name)
         if not role:
-            continue  # modules_to_save and embeddings: PEFT reports those itself
+            continue  # modules_to_save and base layers
         if module is None or module_name in experts:
             yield f"{key} belongs to no LoRA target of this model", "a module of the model", "none"
         elif isinstance(module, nn.Linear) and role in ("A.weight", "B.weight"):

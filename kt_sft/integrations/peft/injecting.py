@@ -132,11 +132,14 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
     if expert_lora is None and not request.is_saved:
         expert_lora = getattr(getattr(model, "kt_config", None), "expert_lora", None)
     prepared = _saved(config) if request.is_saved else prepare_lora_config(model, config, expert_lora)
-    if lost := lost_biases(model, prepared):
+    lost = lost_biases(model, prepared)
+    if lost and not prepared.inference_mode:
         raise ConfigError(
             f"bias: 'lora_only' would train biases such as that of {lost[0]}, and PEFT does not save them; use "
             "'all' or 'none'"
         )
+    if lost:
+        logger.warning("bias 'lora_only': PEFT has not saved biases such as that of %s; the base model's hold", lost[0])
     present = _adapters(model)
     if expert_targets(prepared, expert_names(model)):
         _check_is_first(present)

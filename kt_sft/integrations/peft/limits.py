@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from peft import LoraConfig
 from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
@@ -11,8 +12,11 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from kt_sft.adapters import kinds
+from kt_sft.adapters.forms import open_adapter
 from kt_sft.adapters.peft_config import RESIDUAL
 from kt_sft.integrations.base_model import describe
+from kt_sft.integrations.peft.adapter_dir import read_adapter_config
+from kt_sft.integrations.peft.outside import RouterLinear
 from kt_sft.integrations.unwrapped import plain_name
 from kt_sft.models.spec import iter_routed_experts
 
@@ -38,7 +42,31 @@ def training_limits(peft_model: nn.Module, config: LoraConfig) -> list[str]:
         )
     if config.bias == "all" and any(experts.spec.has_bias for _, experts in iter_routed_experts(peft_model)):
         sentences.append("bias 'all': the biases of the routed experts stay frozen")
+    dropout = getattr(config, "adapter_dropout", None) or config.lora_dropout
+    if dropout and (without := _without_dropout(peft_model)):
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        sentences.append(f"lora_dropout {dropout:g}: without effect on LoRA of {without[0]}{more}, used as W + delta")
     return sentences
+
+
+def check_merge(model: nn.Module, source: Path) -> None:
+    """Whether a saved adapter can be merged into a model that is in memory.
+
+    Args:
+        model: meta device is enough.
+        source: directory or GGUF file.
+    Raises:
+        FormatError: a bias that the model has not.
+    """
+    if source.is_dir() and read_adapter_config(source).lora_bias:
+        kinds.check_merge(open_adapter(source, describe(model), reads_headers_only=True))
+
+
+def _without_dropout(peft_model: nn.Module) -> list[str]:
+    """Modules outside the experts whose LoRA is added to the weight rather than to the output."""
+    experts = {id(experts) for _, experts in iter_routed_experts(peft_model)}
+    added = ((n, m) for n, m in peft_model.named_modules() if isinstance(m, ParamWrapper | RouterLinear))
+    return list(dict.fromkeys(plain_name(n) for n, m in added if id(m.get_base_layer()) not in experts))
 
 
 def lost_biases(model: nn.Module, config: LoraConfig) -> list[str]:

@@ -20,6 +20,7 @@ from kt_sft.integrations.peft.adapter_dir import (
     local_adapter_dir,
     read_adapter_config,
 )
+from kt_sft.integrations.peft.injecting import requesting
 from kt_sft.integrations.transformers import swap_experts
 from kt_sft.integrations.unwrapped import plain_name
 from kt_sft.models.spec import iter_routed_experts
@@ -62,6 +63,20 @@ def bare_twin(base: nn.Module) -> nn.Module:
     formats = {name: e.formats if e.weight_format == "gguf" else e.weight_format for name, e in experts.items()}
     swap_experts(twin, {name: e.spec for name, e in experts.items()}, base.kt_config, formats)
     return twin
+
+
+def untrained_twin(model: nn.Module, source: Path) -> PeftModel:
+    """A model that is about to go on with a saved adapter, with the adapter's modules and without its numbers.
+
+    Args:
+        model: without weights; it is changed in place.
+        source: of any form.
+    """
+    with in_running_form(model, source) as folder:
+        config = read_adapter_config(folder)
+    config.inference_mode = False
+    with requesting(is_saved=True), torch.device("meta"):
+        return PeftModel(model, config)
 
 
 def adapter_shapes(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, tuple[int, ...]]:

@@ -127,7 +127,7 @@ def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: 
     for option, unused in found.unused.items():
         logger.warning("%s: %s: no such layer in %s; without effect", option, ", ".join(unused), config.model_type)
     _warn_of_halves(dense, by_module, selected, expert_lora)
-    if selected:
+    if selected or config.target_parameters:  # PEFT refuses both
         config.move_dropout()
     return config
 
