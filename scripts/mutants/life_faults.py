@@ -147,7 +147,7 @@ FAULTS = (
     Fault(
         "the canary passes a loss that ignores the model",
         _CANARY_FILE,
-        "if seen.was_called and not expected.any() and not part.may_rest:",
+        "if (is_cut_off or is_idle) and not part.may_rest:",
         "if False:",
         (f"{_CANARY}test_a_loss_that_ignores_the_model_stops_the_run",),
     ),
@@ -160,7 +160,7 @@ FAULTS = (
     ),
     Fault(
         "the canary leaves the model in eval mode",
-        _CANARY_FILE,
+        "kt_sft/integrations/canary_probe.py",
         "                module.training = mode\n",
         "                pass\n",
         (f"{_CANARY}test_a_resumed_adapter_with_a_frozen_part_passes",),

@@ -160,8 +160,8 @@ FAULTS = (
     Fault(
         "a router that is named is trained",
         "kt_sft/integrations/peft/targets.py",
-        'if _is_matched(config, name)], what="router")',
-        'if False], what="router")',
+        "for name in linears if _is_matched(config, name)], what=what)",
+        "for name in linears if False], what=what)",
         (f"{_TARGETS}test_router_named_outright_stays_frozen",),
     ),
     Fault(
@@ -312,7 +312,7 @@ FAULTS = (
     Fault(
         "names that routers alone bear stay in the target",
         "kt_sft/integrations/llamafactory/adapters.py",
-        " if name not in routers]",
+        " if name not in frozen]",
         "]",
         (f"{_HOOK}test_all_is_every_linear_layer_but_the_router",),
     ),
