@@ -28,6 +28,7 @@ from kt_sft.integrations.llamafactory import (
     adapters,
     args,
     autoload,
+    closing,
     data_checks,
     disk,
     exporting,
@@ -128,7 +129,10 @@ def patch_loader(loader: ModuleType) -> None:
         is_export = is_active(model_args) and adapters.is_export(model_args, is_trainable)
         if is_export and exporting.merges_files(model_args):
             return exporting.merging_model(exporting.open_merged(model_args, **_hub(model_args)))
-        return stock_load(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
+        model = stock_load(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
+        if is_active(model_args) and not is_trainable:
+            closing.guard(model)
+        return model
 
     loader.patch_config, loader.init_adapter, loader.count_parameters = patch_config, init_adapter, count_parameters
     loader.load_model = load_model
