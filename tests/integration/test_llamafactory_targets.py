@@ -118,7 +118,10 @@ def test_a_frozen_language_model_keeps_its_experts_frozen(answers):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("parse typo", ["'expert' names no layer", "did you mean 'experts'", "'lm_haed'", "did you mean 'lm_head'"]),
+        (
+            "parse typo",
+            ["'expert' names no layer", "did you mean 'experts'", "additional_target: 'lm_haed'", "mean 'lm_head'"],
+        ),
         ("parse router", ["'gate' names model.layers.0.mlp.gate, whose Qwen3MoeTopKRouter LoRA cannot wrap"]),
         ("parse vision typo", ["'k_prj' names no layer of the model; did you mean 'k_proj'"]),
     ],
@@ -127,3 +130,4 @@ def test_a_target_that_cannot_be_is_refused_when_parsed(answers, name, words):
     error = answers[name]["error"]
     assert error.startswith("ConfigError: ") and "\n" not in error
     assert all(word in error for word in words), error
+    assert "lora_target: " in error and "target_modules" not in error and "target_parameters" not in error

@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from kt_sft.errors import ConfigError
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.peft.names import LORA_LAYERS, suffix_matches
 from kt_sft.integrations.peft.targets import (
@@ -24,6 +25,8 @@ from kt_sft.integrations.peft.targets import (
 from kt_sft.integrations.unwrapped import plain_modules
 
 logger = logging.getLogger(__name__)
+
+_KEY_OF_OPTION = {"target_modules": "lora_target", "modules_to_save": "additional_target", "r": "lora_rank"}
 
 
 def count_parameters(model: nn.Module, stock: Callable[[nn.Module], tuple[int, int]]) -> tuple[int, int]:
@@ -123,7 +126,7 @@ def check_target(model: nn.Module, finetuning_args: Any, expert_lora: bool | Non
     Args:
         model: without weights.
     Raises:
-        ConfigError: see `prepare_lora_config`.
+        ConfigError: see `prepare_lora_config`; with the names of LLaMA-Factory's keys.
     """
     adapter = importlib.import_module("llamafactory.model.adapter")
     with _quiet():  # what is no error is said when the adapter is made
@@ -138,7 +141,17 @@ def check_target(model: nn.Module, finetuning_args: Any, expert_lora: bool | Non
             use_dora=finetuning_args.use_dora,
             task_type="CAUSAL_LM",
         )
-        prepare_lora_config(model, config, expert_lora)
+        try:
+            prepare_lora_config(model, config, expert_lora)
+        except ConfigError as error:
+            raise ConfigError([_under_key(fault) for fault in error.faults]) from None
+
+
+def _under_key(fault: str) -> str:
+    """A fault of PEFT's option as one of the key that a user writes; LLaMA-Factory has none for target_parameters."""
+    option, colon, rest = fault.partition(":")
+    rest = rest.replace("name its parameter in target_parameters, or leave it out", "leave it out")
+    return f"{_KEY_OF_OPTION.get(option, option)}{colon}{rest}"
 
 
 @contextlib.contextmanager
