@@ -139,6 +139,11 @@ class LinearReader:
         self._expect(key, (shape[0],))
         if name not in self.scales or self._config.get("use_dora"):
             raise FormatError(self._tensors.path, f"tensor {key}", expected="one beside plain LoRA", found="none")
+        if name in self._base.routers:  # its block reads the weight alone
+            raise FormatError(
+                self._tensors.path, f"tensor {key}", expected="no bias on a router", found="one (lora_bias)",
+                remedy="take it out of the file if it is zero, or train without lora_bias",
+            )  # fmt: skip
         scale = self.scales[name]
         return Extra(kind, f"{name}.bias", tensors, lambda bias: bias + scale * read().to(bias.dtype))
 

@@ -345,6 +345,18 @@ def test_biases_without_a_place_are_refused_before_a_model_is_loaded_to_be_merge
     check_merge(meta_model(folder), adapter)
 
 
+def test_a_bias_of_a_router_is_refused_at_every_door(tmp_path):
+    """DeepSeek-V2's block multiplies by the router's weight alone."""
+    folder = tiny_models.build("deepseek_v2", tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["gate"], lora_bias=True, task_type="CAUSAL_LM")
+    get_peft_model(tiny_models.load_stock(folder), config).save_pretrained(tmp_path / "adapter")
+    refused = pytest.raises(FormatError, match=r"mlp\.gate\.lora_B\.bias: expected no bias on a router")
+    with refused:
+        kt_sft.load_adapter(kt_sft.load_model(folder), tmp_path / "adapter")
+    with refused:
+        merge(folder, [tmp_path / "adapter"], tmp_path / "out")
+
+
 def test_a_base_model_that_is_not_found_is_named_with_where_it_was_looked_for(tmp_path):
     _, adapter = adapter_kinds.make("attention", tmp_path)
     file = adapter / "adapter_config.json"
