@@ -18,6 +18,7 @@ from rich.markup import escape
 from kt_sft import env
 from kt_sft.cli.console import errors_in_one_line
 from kt_sft.errors import ConfigError
+from kt_sft.formats.staging import write_text
 
 if TYPE_CHECKING:
     from kt_sft.serving.bench_client import Settings
@@ -110,7 +111,7 @@ def bench_serve(
         }  # fmt: skip
         reports = [_measure(Settings(prompt_tokens=tokens, **common)) for tokens in _lengths(prompt_lens)]
         if json_file is not None:
-            _write(json_file, json.dumps({"measurements": reports}, indent=1) + "\n")
+            write_text(json_file, json.dumps({"measurements": reports}, indent=1) + "\n")
     if all(report["num_errors"] == report["num_requests"] for report in reports):
         raise typer.Exit(1)
 
@@ -141,17 +142,6 @@ def _lengths(text: str) -> list[int]:
     if not words or not all(word.isdigit() and int(word) for word in words):
         raise ConfigError(f"--prompt-lens: expected numbers of tokens, as 128,1024; found {text!r}")
     return [int(word) for word in words]
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise ConfigError(f"--json {path}: cannot be written ({error.strerror})") from None
 
 
 def _require(command: str, *packages: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kt_sft.formats.safetensors_index import DTYPE_BITS
+from kt_sft.formats.staging import open_new
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,12 +42,13 @@ class PlannedTensor:
 
 
 def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -> None:
-    """Write a file from its plan and the data of all tensors, in the plan's order.
+    """Write a new file from its plan and the data of all tensors, in the plan's order.
 
     Args:
         pieces: contiguous CPU tensors; a tensor of the plan may come as several consecutive pieces.
     Raises:
         ValueError: the pieces do not add up to the plan.
+        FileExistsError: something is there.
     """
     import torch
 
@@ -65,7 +67,7 @@ def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -
         )
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
+    with open_new(path) as stream:
         stream.write(struct.pack("<Q", len(text)))
         stream.write(text)
         rest = iter(pieces)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
-from transformers.utils import logging as hf_logging
 
 from kt_sft import env
 from kt_sft.errors import GIB, ConfigError, FormatError, unpackable
@@ -22,6 +21,7 @@ from kt_sft.integrations.expert_files import SafetensorsExperts
 from kt_sft.integrations.gguf_experts import GgufExperts
 from kt_sft.integrations.model_files import gguf_sources, open_checkpoint
 from kt_sft.integrations.packed_experts import PackedExperts
+from kt_sft.integrations.progress import progress_bar
 from kt_sft.models.expert_keys import KeyMap
 
 if TYPE_CHECKING:
@@ -223,7 +223,8 @@ def stream_experts(model: nn.Module, source: ExpertSource) -> None:
     """
     counts = {name: model.get_submodule(name).num_experts for name in source.formats}
     total = sum(counts.values())
-    with hf_logging.tqdm(total=total, desc="Packing experts", unit="expert", disable=env.local_rank() > 0) as bar:
+    done = 0
+    with progress_bar("Packing experts", total, unit="expert", is_shown=env.local_rank() <= 0) as move:
         for name, count in counts.items():
             experts = model.get_submodule(name)
             for expert in range(count):
@@ -233,7 +234,8 @@ def stream_experts(model: nn.Module, source: ExpertSource) -> None:
                     raise
                 except ValueError as error:
                     raise unpackable(source, name, expert, error, instead="use method BF16") from None
-                bar.update()
+                done += 1
+                move(done, total, name)
     source.close()
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in counts)
     logger.info("loaded %d experts of %d layers in %.2f GiB", total, len(counts), packed_bytes / GIB)

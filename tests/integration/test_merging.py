@@ -249,8 +249,7 @@ def test_tokenizers_survive(tmp_path):
         tokenizer.save_pretrained(tmp_path / str(number))
         size = len(tokenizer) + 3
         values = tokenizer_metadata(tmp_path / str(number), size)
-        spare = np.zeros(4, dtype=np.uint8)
-        file = gguf_files.write(tmp_path / f"{number}.gguf", {}, {"x": ("F32", (1,), spare)})
+        file = tmp_path / f"{number}.gguf"
         from kt_sft.formats.gguf_writer import PlannedGguf, write
 
         write(file, values, [PlannedGguf("x", "F32", (1,))], [[torch.zeros(4, dtype=torch.uint8)]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 from kt_sft.errors import GIB, OutputError
 from kt_sft.formats import training_checkpoint
-from kt_sft.integrations.llamafactory.saving import is_write_error, reason
+from kt_sft.formats.disk import free_bytes, is_write_error, reason
 
 logger = logging.getLogger(__name__)
 
 # State bytes per trained element; every other optimizer is counted as Adam with two numbers of the parameter's type.
 _STATES = {"sgd": 0, "adagrad": 1, "adafactor": 0, "lion": 1, "rmsprop": 1, "lomo": 0}
+_NAME_LENGTH = 50  # of the output directory, in the name of another place
 _SMALL_FILES_BYTES = 32 << 20  # tokenizer, logs, states of the trainer
 
 
@@ -57,8 +59,7 @@ def check_room(output_dir: str, numel: int, training_args: Any, finetuning_args:
     state_bytes = 0 if training_args.save_only_model else numel * _state_bytes(training_args.optim, element_bytes)
     num = _further_checkpoints(folder, training_args)
     needed = adapter_bytes + num * (adapter_bytes + state_bytes) + _SMALL_FILES_BYTES
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    available = free_bytes(existing)
+    available = free_bytes(folder)
     if available < needed:
         parts = f"the adapter of {adapter_bytes / GIB:.2f} GiB"
         if num:
@@ -91,27 +92,19 @@ def save_or_rescue(trainer: Any, stock: Callable[[], None]) -> None:
         raise OutputError(output, "saving the adapter", found=reason(error), remedy=where) from error
 
 
-def free_bytes(folder: Path) -> int:
-    """What an ordinary user may still write on the disk of a folder; some network file systems do not say."""
-    system = os.statvfs(folder)
-    return system.f_bavail * system.f_frsize if system.f_blocks else 1 << 62
-
-
 def _rescue(trainer: Any) -> Path | None:
     """The adapter, without anything else, in the first other place that takes it."""
     output = Path(trainer.args.output_dir).absolute()
     for place in (output, output.parent, Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
         try:
-            folder = Path(tempfile.mkdtemp(prefix=f"{output.name}-adapter-", dir=place))
+            folder = Path(tempfile.mkdtemp(prefix=f"{output.name[:_NAME_LENGTH]}-adapter-", dir=place))
         except OSError:
             continue
         try:
             trainer.model.save_pretrained(str(folder))
             return folder
         except Exception as error:
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)
             if not is_write_error(error):
                 raise
     return None

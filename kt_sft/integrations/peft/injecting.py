@@ -1,8 +1,8 @@
 """The one seam in PEFT: whoever puts an adapter on a model with our experts, it is prepared, bound and checked here.
 
 `peft.get_peft_model`, `PeftModel(...)`, TRL's trainers, `inject_adapter_in_model` and transformers' `add_adapter` all
-end in `BaseTuner.inject_adapter`. `install` puts a step around it, and around the class methods of PeftModel that know
-nothing of experts. A model without our experts passes straight through.
+end in `BaseTuner.inject_adapter`. `install` puts a step around it, and around the methods of PeftModel that know
+nothing of experts, or write files one over the other. A model without our experts passes straight through.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from kt_sft.errors import ConfigError
+from kt_sft.formats.overwriting import MODEL_CARD, saved_into
 from kt_sft.integrations.peft import coverage
 from kt_sft.integrations.peft.binding import (
     bind_expert_lora,
@@ -79,6 +80,7 @@ def install(load_adapter: Callable[..., PeftModel]) -> None:
         (BaseTuner, "inject_adapter", "adapter_name"),
         (PeftModel, "__init__", "model"),
         (PeftModel, "from_pretrained", "model_id"),
+        (PeftModel, "save_pretrained", "is_main_process"),
     ):
         method = getattr(owner, name, None)
         if method is None or parameter not in inspect.signature(method).parameters:
@@ -103,8 +105,23 @@ def install(load_adapter: Callable[..., PeftModel]) -> None:
             return stock_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
         return load_adapter(model, model_id, is_trainable, adapter_name=adapter_name, config=config, **kwargs)
 
+    stock_save = PeftModel.save_pretrained
+
+    @functools.wraps(stock_save)
+    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        stock = functools.partial(stock_save, self)
+        given = inspect.signature(stock).bind(save_directory, *args, **kwargs)
+        given.apply_defaults()
+        if not has_experts(self) or not given.arguments["is_main_process"]:
+            return stock(*given.args, **given.kwargs)
+        with saved_into(save_directory, kept=(MODEL_CARD,)) as staging:
+            given.arguments["save_directory"] = str(staging)
+            stock(*given.args, **given.kwargs)
+        return None
+
     inject_adapter.of_kt_sft = True
     BaseTuner.inject_adapter, PeftModel.__init__ = inject_adapter, init
+    PeftModel.save_pretrained = save_pretrained
     PeftModel.from_pretrained = classmethod(from_pretrained)
 
 

@@ -13,7 +13,6 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import peft
 from peft import LoraConfig
@@ -23,6 +22,7 @@ from torch import nn
 
 from kt_sft.adapters import layout
 from kt_sft.errors import ConfigError, nearest
+from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.peft import names
 from kt_sft.integrations.unwrapped import plain_modules, plain_name
 from kt_sft.models.spec import find_routers, iter_routed_experts
@@ -67,11 +67,12 @@ class ExpertLoraConfig(LoraConfig):
         self.lora_dropout = 0.0
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        super().save_pretrained(save_directory, **kwargs)
-        beside = {"model_type": self.model_type, layout.MARK: RUNNING_FORM}
-        if self.adapter_dropout is not None:
-            beside["lora_dropout"] = self.adapter_dropout
-        Path(save_directory, SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n")
+        with saved_into(save_directory) as staging:
+            super().save_pretrained(str(staging), **kwargs)
+            beside = {"model_type": self.model_type, layout.MARK: RUNNING_FORM}
+            if self.adapter_dropout is not None:
+                beside["lora_dropout"] = self.adapter_dropout
+            (staging / SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
 
 
 def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: bool | None = None) -> ExpertLoraConfig:
