@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import peft_config
 from kt_sft.adapters.model import Adapter, BaseModel, Lora
-from kt_sft.adapters.schema import MAX_SCALE
+from kt_sft.adapters.schema import MAX_SCALE, is_number
 from kt_sft.adapters.tensor_file import not_finite
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.finite import is_finite
@@ -46,7 +46,7 @@ def check_metadata(index: GgufIndex) -> float:
             found = repr(index.metadata.get(key, "a model" if key == "general.type" else None))
             raise FormatError(index.source, f"metadata {key}", expected=expected, found=found)
     alpha = index.metadata.get(ALPHA_KEY)
-    if type(alpha) not in (int, float) or not abs(alpha) <= MAX_SCALE:
+    if not is_number(alpha) or not abs(alpha) <= MAX_SCALE:
         expected = f"a number up to {MAX_SCALE}"
         raise FormatError(index.source, f"metadata {ALPHA_KEY}", expected=expected, found=repr(alpha)[:80])
     return float(alpha)

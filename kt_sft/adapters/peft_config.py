@@ -25,10 +25,10 @@ ALL_LINEAR = "all-linear"
 # target_parameters they are left alone, and their tensors are the same.
 _TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
 # Ways to begin that move a part of the weights into the factors: such an adapter belongs to what was left of them.
-RESIDUAL = ("pissa", "olora", "corda", "loftq")
+RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _BESIDE: dict[str, tuple[Callable[[Any], bool], str]] = {  # keys of kt_sft.json
     "model_type": (lambda value: value is None or (isinstance(value, str) and len(value) <= 200), "a model type"),
-    "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
+    "lora_dropout": (schema.is_dropout, "a number from 0 to below 1"),
     layout.MARK: (lambda value: value is None or value in layout.LAYOUTS, f"one of {', '.join(layout.LAYOUTS)}"),
 }
 

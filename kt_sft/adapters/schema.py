@@ -28,7 +28,9 @@ _MAX_REGEX = 1 << 16
 _MAX_REGEXES = 1024  # among the keys of a pattern
 _MAX_TEXT = 4096
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-_BEGINNINGS = re.compile(r"gaussian|eva|olora|pissa|pissa_niter_[0-9]{1,2}|orthogonal|corda|loftq", re.IGNORECASE)
+_BEGINNINGS = re.compile(
+    r"gaussian|eva|olora|pissa|pissa_niter_[0-9]{1,2}|orthogonal|corda|loftq|lora_ga", re.IGNORECASE
+)
 # Libraries that PEFT names as home of a model's class, for its AutoPeftModel; nothing here looks there.
 _HOMES = re.compile(r"(transformers|transformers_modules)(\.\w+)*", re.ASCII)
 
@@ -52,15 +54,21 @@ class _Rule:
 
 
 def _is_whole(value: Any, low: int, high: int) -> bool:
-    return type(value) is int and low <= value <= high
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and _MIN_SCALE <= value <= MAX_SCALE
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of JSON; true is none, although it is 1 to Python."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_share(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1
+def _is_scale(value: Any) -> bool:
+    return is_number(value) and _MIN_SCALE <= value <= MAX_SCALE
+
+
+def is_dropout(value: Any) -> bool:
+    """Whether a value is a share that is left out."""
+    return is_number(value) and 0 <= value < 1
 
 
 def _is_text(value: Any, limit: int = _MAX_NAME) -> bool:
@@ -137,8 +145,8 @@ _KEYS = {
     "revision": _TEXT,
     "inference_mode": _SWITCH,
     "r": _Rule(lambda value: _is_whole(value, 1, MAX_RANK), *_RANK, is_needed=True),
-    "lora_alpha": _Rule(_is_number, *_SCALE, is_needed=True),
-    "lora_dropout": _Rule(_is_share, "a number from 0 to below 1"),
+    "lora_alpha": _Rule(_is_scale, *_SCALE, is_needed=True),
+    "lora_dropout": _Rule(is_dropout, "a number from 0 to below 1"),
     "bias": _Rule(lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "use_rslora": _SWITCH,
     "use_dora": _SWITCH,
@@ -156,7 +164,7 @@ _KEYS = {
     "layers_pattern": _TARGETS,
     "trainable_token_indices": _Rule(_rows, "row numbers, or lists of them by module"),
     "rank_pattern": _Rule(lambda value: _is_whole(value, 1, MAX_RANK), *_RANK, of_entries=True),
-    "alpha_pattern": _Rule(_is_number, *_SCALE, of_entries=True),
+    "alpha_pattern": _Rule(_is_scale, *_SCALE, of_entries=True),
 }
 # Keys that plain LoRA leaves alone, with their defaults in PEFT 0.18 to 0.21 where these are no empty value.
 _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
@@ -176,6 +184,9 @@ class Fault:
     expected: str
     found: str
     remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: expected {self.expected}, found {self.found}{'; ' if self.remedy else ''}{self.remedy}"
 
 
 def checked(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _downloaded(adapter: str, subfolder: str | None, hub: dict) -> Path:
 
 
 def check_adapter(model: nn.Module, source: Path, *, may_grow: bool = False) -> None:
-    """Whether an adapter of any form fits a model; reads headers only.
+    """Whether an adapter of any form fits a model, and whether it is made of numbers.
 
     Args:
         model: one that carries PEFT's wrappers already is taken for the model below them.
@@ -94,9 +94,10 @@ def check_adapter(model: nn.Module, source: Path, *, may_grow: bool = False) -> 
         FormatError, UnsupportedModel: it does not, or is damaged.
     """
     if has_other_form(model, source):
-        open_adapter(source, describe(model), reads_headers_only=True)
+        open_adapter(source, describe(model))
     else:
         check_adapter_fits(model, read_adapter_config(source), source, may_grow=may_grow)
+        TensorFile(source).check_finite()
 
 
 @contextmanager
@@ -201,7 +202,7 @@ def saved_config(folder: Path) -> LoraConfig:
     """
     values = peft_config.read_values(folder)
     begun = values.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower() in ("corda", "loftq"):
+    if isinstance(begun, str) and begun.lower() in ("corda", "loftq", "lora_ga"):
         raise FormatError(
             folder / CONFIG_NAME, "init_lora_weights", expected="LoRA that begins without further files",
             found=repr(begun), remedy="save it with PEFT's path_initial_model_for_weight_conversion",
@@ -223,7 +224,7 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path,
         FormatError: one line with the first fault and the number of further ones.
     """
     base = describe(model)
-    check_speed(vars(config), [*plain_modules(model), *base.target_names()], folder / CONFIG_NAME)
+    check_patterns(model, config, folder, base)
     names = TensorFile(folder)
     path, shapes = names.path, {f"{PREFIX}{name}": names.shape(name) for name in names}
     _check_model_type(model, config, path)
@@ -236,6 +237,16 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path,
     if not may_grow:
         known = {key.removeprefix(PREFIX) for key in _expected_expert_tensors(config, base.specs, model)}
         LinearReader(names, config.to_dict(), base, known).whole()
+
+
+def check_patterns(model: nn.Module, config: ExpertLoraConfig, folder: Path, base: BaseModel | None = None) -> None:
+    """Whether the regular expressions of a config come to an end with this model's names; before anything uses them.
+
+    Raises:
+        FormatError: names the one that does not.
+    """
+    names = [*plain_modules(model), *(base or describe(model)).target_names()]
+    check_speed(vars(config), names, folder / CONFIG_NAME)
 
 
 def _check_model_type(model: nn.Module, config: ExpertLoraConfig, path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.adapter_dir import (
     check_adapter_fits,
+    check_patterns,
     in_running_form,
     local_adapter_dir,
     read_adapter_config,
@@ -85,6 +86,7 @@ def load_adapter(
 
 def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str, **kwargs) -> PeftModel:
     config = read_adapter_config(folder)
+    check_patterns(model, config, folder)
     faults = expert_faults(config, expert_targets(config, [name for name, _ in iter_routed_experts(model)]))
     if faults:
         raise ConfigError(f"{folder}: {fault}" for fault in faults)
