@@ -16,6 +16,7 @@ from kt_sft.adapters import fused, gguf, ktransformers, layout, peft_config, per
 from kt_sft.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_files, left_out
 from kt_sft.adapters.kinds import FORMS, check_form
 from kt_sft.adapters.model import Adapter, BaseModel
+from kt_sft.adapters.patterns import check_speed
 from kt_sft.adapters.tensor_file import TensorFile, write_tensors
 from kt_sft.errors import ConfigError, FormatError, nearest
 from kt_sft.formats import gguf_writer
@@ -91,6 +92,7 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers
             gguf.check_finite(source)
         return adapter
     config = peft_config.read_config(source)
+    check_speed(config, base.target_names(), source / CONFIG_NAME)
     beside = peft_config.read_side_file(source)
     there = beside.get("model_type")
     if there and there != base.model_type:

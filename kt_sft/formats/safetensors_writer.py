@@ -21,7 +21,7 @@ TORCH_NAMES |= {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32",
 TORCH_NAMES |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 TORCH_NAMES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
-_NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
+DTYPE_NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PlannedTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes of the data."""
-        size = DTYPE_BITS[_NAMES[self.dtype]] // 8
+        size = DTYPE_BITS[DTYPE_NAMES[self.dtype]] // 8
         for extent in self.shape:
             size *= extent
         return size
@@ -57,7 +57,7 @@ def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -
     for tensor in plan:
         begin, end = end, end + tensor.num_bytes
         header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -23,6 +24,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
+from kt_sft.adapters.folder import CONFIG_NAME
+from kt_sft.adapters.patterns import Patterns, check_speed
+from kt_sft.adapters.schema import find_faults
 from kt_sft.errors import ConfigError
 from kt_sft.formats.overwriting import MODEL_CARD, saved_into
 from kt_sft.integrations.peft import coverage
@@ -38,6 +42,8 @@ from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_names, exp
 from kt_sft.models.spec import iter_routed_experts
 
 logger = logging.getLogger(__name__)
+
+_FEW = 256  # Python's re keeps 512 compiled expressions, and PEFT compiles each key anew for each module
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ def check_kind(config: object, *, mixed: bool = False) -> None:
 def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapter_name: str) -> None:
     request, config = _request.get() or _Request(), tuner.peft_config[adapter_name]
     check_kind(config, mixed=type(tuner).__name__ == "MixedModel")
+    _check_values(config)
     _check_holds_none(model)
     expert_lora = request.expert_lora
     if expert_lora is None and not request.is_saved:
@@ -160,6 +167,8 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
     present = _adapters(model)
     if expert_targets(prepared, expert_names(model)):
         _check_is_first(present)
+    if request.is_saved:
+        _make_safe(prepared, model)
     if not present:
         expose_placeholders(model)
     tuner.peft_config[adapter_name] = prepared
@@ -174,6 +183,35 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
         coverage.log(model, coverage.asked(config, expert_lora))
         for sentence in training_limits(model, prepared):
             logger.warning("%s", sentence)
+
+
+def _check_values(config: LoraConfig) -> None:
+    """Types and ranges, which PEFT does not look at, and nothing that makes it import modules or copy layers.
+
+    Raises:
+        ConfigError: all that is wrong.
+    """
+    values = {key: list(v) if isinstance(v, set | tuple) else v for key, v in config.to_dict().items()}
+    faults = [str(fault) for fault in find_faults(values, is_file=False)]
+    if faults:
+        raise ConfigError(faults)
+
+
+def _make_safe(config: LoraConfig, model: nn.Module) -> None:
+    """A saved config whose regular expressions come to an end with this model's names, and of whose patterns PEFT sees
+    only what has effect where they have more keys than Python keeps compiled.
+
+    Raises:
+        FormatError: one that does not.
+    """
+    names = {name for name, _ in model.named_modules()}
+    names |= {f"{name}.{parameter}" for name, m in model.named_modules() for parameter in m._parameters}
+    check_speed(vars(config), names, Path(CONFIG_NAME))
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = Patterns.of(getattr(config, key))
+        if len(patterns) > _FEW:
+            used = {patterns.key_of(name) for name in names}
+            setattr(config, key, {pattern: value for pattern, value in patterns.items() if pattern in used})
 
 
 def _saved(config: LoraConfig) -> ExpertLoraConfig:

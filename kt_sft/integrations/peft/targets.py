@@ -17,10 +17,10 @@ from collections.abc import Iterable
 import peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from kt_sft.adapters import layout
+from kt_sft.adapters.patterns import Patterns
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.peft import names
@@ -146,7 +146,9 @@ def expert_targets(config: LoraConfig, experts: Iterable[str]) -> list[str]:
 
 def effective_rank(config: LoraConfig, parameter: str) -> int:
     """The rank that PEFT gives to a parameter or module of this name."""
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), parameter), config.r)
+    patterns = Patterns.of(config.rank_pattern)
+    key = patterns.key_of(parameter)
+    return config.r if key is None else patterns[key]
 
 
 def router_linears(model: nn.Module) -> list[str]:
