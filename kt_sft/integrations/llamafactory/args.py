@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, near
+from kt_sft.errors import ConfigError, FormatError, near, unknown_names
+from kt_sft.formats.text_files import read_json
 
 # Key -> (type, help). Keys that LLaMA-Factory already has keep their own field. Default None: "as KTConfig has it".
 KEYS: dict[str, tuple[type, str]] = {
@@ -131,7 +131,7 @@ def check_known(
         options = list(option_strings)
         unknown = [word[2:] for word in words if not any(option.startswith(word) for option in options)]
     if unknown:
-        raise ConfigError([f"{key}: unknown key; {nearest_key(key, known)}" for key in unknown])
+        raise ConfigError(unknown_names(unknown, lambda key: nearest_key(str(key), known)))
 
 
 def nearest_key(key: str, known: list[str]) -> str:
@@ -188,11 +188,10 @@ def deepspeed_faults(deepspeed: Any) -> Iterator[str]:
         yield ZERO3_FAULT
     elif isinstance(deepspeed, str):
         try:
-            with open(deepspeed, encoding="utf-8") as file:
-                json.load(file)
-        except (OSError, ValueError) as error:
-            found = getattr(error, "strerror", None) or f"no JSON ({error})"
-            yield f"deepspeed: {deepspeed}: expected a configuration of DeepSpeed, found {found}; correct the path"
+            read_json(deepspeed, "configuration of DeepSpeed", remedy="correct the path")
+        except FormatError as error:
+            found = f"{deepspeed}: expected a configuration of DeepSpeed, found {error.found}"
+            yield f"deepspeed: {found}; correct the path"
 
 
 def precision_faults(values: dict[str, Any] | list[str], *, has_bf16: bool, has_gpu: bool) -> Iterator[str]:
@@ -217,9 +216,8 @@ def is_zero3(deepspeed: Any) -> bool:
     """Whether a `deepspeed` value (path of a JSON file, or its content) asks for ZeRO stage 3."""
     if isinstance(deepspeed, str):
         try:
-            with open(deepspeed, encoding="utf-8") as file:
-                deepspeed = json.load(file)
-        except (OSError, ValueError):
+            deepspeed = read_json(deepspeed, "configuration of DeepSpeed")
+        except FormatError:
             return False
     zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
     return isinstance(zero, dict) and zero.get("stage") == 3
@@ -249,6 +247,9 @@ def adapter_paths(values: Mapping[str, Any]) -> list[str]:
 
 
 def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
+    for key in ("use_kt", "trust_remote_code"):  # a text would be taken for true, whatever it says
+        if not isinstance(value := _value(groups, key), bool | None):
+            yield f"{key}: expected true or false, found {value!r}"
     for key, sentence in REFUSED.items():
         value = _value(groups, key)
         if value not in (None, False, "", []):

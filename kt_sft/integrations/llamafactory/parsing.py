@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -11,7 +12,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_npu_available, is_torch_xpu_available
 
 from kt_sft.errors import ConfigError, KTError
-from kt_sft.integrations.llamafactory import args, autoload
+from kt_sft.integrations.llamafactory import args, autoload, run_file
 
 _GETTERS = ("get_train_args", "get_infer_args", "get_eval_args")
 
@@ -22,6 +23,8 @@ def patch_parser(parser: ModuleType) -> None:
     stock_read = parser.read_args
 
     def read_args(values: Any = None) -> Any:
+        if values is None and len(sys.argv) > 1 and sys.argv[1].endswith((".yaml", ".yml")):
+            run_file.read_config(sys.argv[1])  # OmegaConf waits for pipes, and crashes on lists in lists in lists ...
         try:
             return stock_read(values)
         except KTError:

@@ -10,10 +10,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
 from kt_sft.config import METHODS
 from kt_sft.errors import ConfigError
+from kt_sft.formats.yaml_files import parse_yaml
 from kt_sft.integrations.llamafactory.args import KEYS, nearest_key
 
 NESTED = "kt_config"
@@ -118,8 +117,8 @@ def _value(word: str, following: list[str]) -> Any:
             return True
         text = following[0]
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         return text
 
 
@@ -157,7 +156,7 @@ def _flat(theirs: list[tuple[str, Any]], faults: list[str]) -> Iterator[tuple[st
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = _value(f"={value}", [])
         if isinstance(value, dict):
             yield from ((f"{NESTED}.{key}", str(key), inner) for key, inner in value.items())

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from kt_sft.integrations.gguf_model import read_config as read_gguf_config
 from kt_sft.integrations.linears import plain_linears
 from kt_sft.integrations.llamafactory import args, peer_keys
 from kt_sft.integrations.llamafactory.run_file import read_config as read_run_file
-from kt_sft.integrations.model_files import find_config_file
+from kt_sft.integrations.model_files import check_config_file, find_config_file
 from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 from kt_sft.integrations.peft.targets import expert_targets, prepare_lora_config
 from kt_sft.integrations.placing import check_dtype, meta_model, plan_model, read_config
@@ -40,12 +41,14 @@ from kt_sft.native import native
 from kt_sft.nn.routed_experts import WeightFormats
 from kt_sft.placement.budget import DeviceMemory, Run, memory_by_device
 from kt_sft.placement.plan import LINEAR, MODULE, Plan, groups
+from kt_sft.placement.rules import DEVICE_TYPES
 
 logger = logging.getLogger(__name__)
 
 _HALF = ("bf16", "fp16", "pure_bf16")
 # LLaMA-Factory's and the trainer's own defaults.
 _BATCH, _LENGTH, _RANK, _TARGET = 8, 2048, 8, "all"
+_MOST_LENGTH = (1 << 31) - 1
 _DEFAULTS = {
     "use_kt": False,
     "finetuning_type": "lora",
@@ -141,8 +144,8 @@ def read_run(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         value = values.get(key, 1)
         if isinstance(value, float) and value.is_integer():  # 1e3
             value = values[key] = int(value)
-        if type(value) is not int or value < 1:
-            faults.append(f"{key}: expected a whole number >= 1, found {value!r}")
+        if type(value) is not int or not 1 <= value <= _MOST_LENGTH:
+            faults.append(f"{key}: expected a whole number from 1 to {_MOST_LENGTH}, found {value!r}")
     faults += args.deepspeed_faults(values.get("deepspeed"))
     for check in (_check_keys, _check_values):
         try:
@@ -181,10 +184,11 @@ def _targets(values: dict[str, Any]) -> list[str]:
 
 
 def _device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError:
-        raise ConfigError(f"device: expected cpu, cuda or cuda:1, found {text!r}") from None
+    with suppress(RuntimeError):
+        device = torch.device(text)
+        if device.type in DEVICE_TYPES:
+            return device
+    raise ConfigError(f"device: expected cpu, cuda or cuda:1, found {text!r}")
 
 
 def _model_config(path: str, values: dict[str, Any]) -> PretrainedConfig:
@@ -192,7 +196,7 @@ def _model_config(path: str, values: dict[str, Any]) -> PretrainedConfig:
         with GgufIndex.from_path(path) as index:
             return read_gguf_config(index)
     hub_kwargs = {"cache_dir": values.get("cache_dir"), "revision": values.get("model_revision", "main")}
-    find_config_file(path, hub_kwargs)
+    check_config_file(find_config_file(path, hub_kwargs))
     return read_config(path, {**hub_kwargs, "trust_remote_code": values.get("trust_remote_code")})
 
 
