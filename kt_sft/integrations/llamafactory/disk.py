@@ -125,9 +125,9 @@ def _state_bytes(optim: Any, element_bytes: int) -> int:
 def _further_checkpoints(folder: Path, training_args: Any) -> int:
     """Checkpoints that will be there besides those that are, as far as that is known before the data is."""
     strategy = str(getattr(training_args.save_strategy, "value", training_args.save_strategy))
-    if strategy == "no":
-        return 0
     planned, every = 1, training_args.save_steps
+    if strategy == "no" or (strategy == "steps" and every <= 0):
+        return 0
     if strategy == "steps" and training_args.max_steps > 0:
         planned = math.ceil(training_args.max_steps / every if every >= 1 else 1 / every)  # below 1: a share of all
     limit, there = training_args.save_total_limit, len(training_checkpoint.checkpoints(folder))

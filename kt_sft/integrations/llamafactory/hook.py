@@ -76,12 +76,14 @@ def patch_parser(parser: ModuleType) -> None:
         if not allow_extra_keys:
             args.check_known(values, hf_parser.dataclass_types, hf_parser._option_string_actions)
         with parsing.errors_in_one_line(values):
-            parsing.check_unparsed(values, hf_parser.dataclass_types)
+            values = parsing.check_unparsed(values, hf_parser.dataclass_types)
+            if args.is_set(values, "use_kt"):
+                hf_parser.error = parsing.raise_fault
             groups = stock_parse(hf_parser, values, allow_extra_keys=allow_extra_keys)
         if any(hasattr(group, "use_kt") for group in groups):
             for note in notes:
                 _warn(note)
-            activate(groups)
+            activate(groups, values)
             parsed["model_args"] = next(group for group in groups if hasattr(group, "use_kt"))
         return groups
 
@@ -171,20 +173,22 @@ def is_active(model_args: Any) -> bool:
     return bool(getattr(model_args, "kt_active", False))
 
 
-def activate(groups: tuple[Any, ...]) -> None:
+def activate(groups: tuple[Any, ...], values: dict[str, Any] | list[str]) -> None:
     """Check a parsed configuration and hand its `use_kt` over to `kt_active`.
 
     Args:
         groups: LLaMA-Factory's parsed argument objects; changed in place.
+        values: what they were parsed from.
 
     Raises:
         ConfigError: the configuration cannot work with use_kt, or a patch point is missing.
     """
     model_args = next(group for group in groups if hasattr(group, "use_kt"))
     if not model_args.use_kt:
-        _warn(
-            "USE_KT=1, but the configuration has no `use_kt: true`: stock LLaMA-Factory runs; add it, or unset USE_KT"
-        )
+        unread = [key for key in args.KEYS if args.given(values, key) is not None]
+        without = f", {', '.join(unread)} without effect" if unread else ""
+        says = "says `use_kt: false`" if args.given(values, "use_kt") is not None else "has no `use_kt: true`"
+        _warn(f"USE_KT=1, but the configuration {says}: stock LLaMA-Factory runs{without}; set it, or unset USE_KT")
         return
     _require_all_patches()
     args.check(*groups)
@@ -263,6 +267,8 @@ def check_run(model: nn.Module | None, model_args: Any, training_args: Any, fine
         KTError: see `disk` and `resuming`.
     """
     disk.check_writable(training_args.output_dir)
+    if faults := list(parsing.reporting_faults(training_args.report_to)):
+        raise ConfigError(faults)
     if not training_args.do_train:
         return
     trainer.install()
