@@ -259,7 +259,7 @@ def test_use_kt_variable_alone_is_stock(parsed):
     ("use_kt_words", ["use_kt: expected true or false, found 'maybe'"]),
     ("number_words", ["learning_rate: invalid float value: 'fast'"]),
     ("number_text", ["learning_rate: expected a number, found '1e-4'", "quotes"]),
-    ("no_steps", ["gradient_accumulation_steps: expected a whole number >= 1"]),
+    ("no_steps", ["gradient_accumulation_steps: expected a whole number from 1 to 2147483647"]),
     ("empty_name", ["additional_target: expected names, found an empty one"]),
     ("reports", ["report_to: wandbb: unknown; did you mean 'wandb'?"]),
     ("peer_key", ["kt_backend: expected one of BF16", "kt_num_threads: expected a whole number"]),
