@@ -314,7 +314,7 @@ FAULTS = (
     Fault(
         "a request with a temperature is answered greedily",
         "kt_sft/integrations/llamafactory/chat.py",
-        'values["do_sample"] = sampling.temperature > 0',
+        'values["do_sample"] = True',
         'values["do_sample"] = False',
         (f"{_SETTINGS}test_settings_of_a_request_reach_generation",),
     ),
