@@ -15,6 +15,17 @@ from kt_sft.errors import GIB, OutputError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def share(folder: Path) -> None:
+    """Give files below a new folder the rights that the folder has by the umask: some libraries make theirs private."""
+    rights = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(root, name)
+            mode = os.lstat(path).st_mode
+            if stat.S_ISREG(mode) and rights & ~mode:
+                os.chmod(path, stat.S_IMODE(mode) | rights)
+
+
 def flush(folder: Path) -> None:
     """Have the system write every file below a folder to the disk, and their names."""
     for root, _, names in os.walk(folder):
@@ -41,6 +52,16 @@ def sync_folder(folder: Path) -> None:
 def flush_file(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def is_mounted(folder: Path) -> bool:
+    """Whether a disk, or another folder, is mounted in a folder's place: nothing is renamed over it, into it or out."""
+    if os.path.ismount(folder):
+        return True
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as stream:
+        places = {line.split()[4].decode("unicode_escape").encode("latin-1") for line in stream}
+        return os.fsencode(os.path.realpath(folder)) in places
+    return False
 
 
 def free_bytes(folder: Path) -> int:

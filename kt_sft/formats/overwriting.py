@@ -49,17 +49,32 @@ def saved_into(folder: str | os.PathLike[str], *, kept: tuple[str, ...] = (), ne
         if os.path.lexists(folder) and not folder.is_dir():
             raise OutputError(folder, "output", expected="a directory", found="a file", remedy="choose another")
         disk.check_space(folder, needed_bytes)
-        staging.recover(folder.parent)
-        with staging.made_folder(folder), staging.holder(folder, folder) as place:
+        with staging.made_folder(folder), _holder(folder) as place:
             fresh = place / folder.name
             fresh.mkdir()
             for name in kept:
                 if (folder / name).is_file() and not (folder / name).is_symlink():
                     shutil.copyfile(folder / name, fresh / name)
             yield fresh
+            disk.share(fresh)
             disk.flush(fresh)
             with _one_at_a_time(folder):
                 _commit(fresh, folder)
+
+
+@contextlib.contextmanager
+def _holder(folder: Path) -> Iterator[Path]:
+    """Beside the folder; in it if a disk is mounted there, or nothing can be written beside it."""
+    staging.recover(folder)
+    with contextlib.ExitStack() as stack:
+        if disk.is_mounted(folder):
+            place = stack.enter_context(staging.holder(folder, folder))
+        else:
+            try:
+                place = stack.enter_context(staging.holder(folder))
+            except OSError:
+                place = stack.enter_context(staging.holder(folder, folder))
+        yield place
 
 
 def is_staged(folder: Path) -> bool:
@@ -82,7 +97,7 @@ def _commit(fresh: Path, folder: Path) -> None:
         else:
             together.append(path)
     is_held = any(staging.is_entry(path) for path in folder.iterdir())
-    if is_held and len(together) + len(dropped) > 1 and _exchanged(fresh, together, dropped, folder):
+    if is_held and len(together) + len(dropped) > 1 and _exchanged(together, dropped, folder):
         return
     if is_held and len(together) + len(dropped) > 1:
         # Half of it must not be read. Who dies from here on is finished by the next one.
@@ -115,9 +130,10 @@ def _put_subfolder(path: Path, target: Path) -> None:
         found = "a symbolic link" if target.is_symlink() else "a file"
         raise OutputError(target, "output", expected="a directory", found=found, remedy="remove it")
     else:
-        with staging.holder(target, target) as place:
+        with _holder(target) as place:
             os.rename(path, place / target.name)
-            _commit(place / target.name, target)
+            with _one_at_a_time(target):
+                _commit(place / target.name, target)
 
 
 def _is_same(path: Path, target: Path) -> bool:
@@ -127,21 +143,16 @@ def _is_same(path: Path, target: Path) -> bool:
     return size == target.stat().st_size and size <= _COMPARED_BYTES and filecmp.cmp(path, target, shallow=False)
 
 
-def _exchanged(fresh: Path, together: list[Path], dropped: list[str], folder: Path) -> bool:
+def _exchanged(together: list[Path], dropped: list[str], folder: Path) -> bool:
     """Exchange the folder for one in which the files are new and all others are links; False: that cannot be here.
 
     It cannot where a process would lose its place: its working directory in the folder, another one's staging in it;
     nor on a mounted disk, without the right to write beside it, without links, or of too many files.
     """
-    inside = [name for name in os.listdir(folder) if staging.HOLDER.fullmatch(name)]
-    if (
-        os.path.ismount(folder)
-        or inside != [fresh.parent.name]
-        or _holds_working_directory(folder)
-        or _is_large(folder)
-    ):
+    is_staged_in = any(map(staging.HOLDER.fullmatch, os.listdir(folder)))
+    if is_staged_in or disk.is_mounted(folder) or _holds_working_directory(folder) or _is_large(folder):
         return False
-    left_out = {path.name for path in together} | set(dropped) | set(inside)
+    left_out = {path.name for path in together} | set(dropped)
     with contextlib.ExitStack() as stack:
         try:
             linked = stack.enter_context(staging.holder(folder)) / folder.name
@@ -214,10 +225,14 @@ def _bring_along(old: Path, new: Path, left_out: set[str]) -> None:
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Two that save into one folder do so one after the other, as far as its file system has locks."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    while True:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            break
+        os.close(descriptor)  # of the folder that the other one has exchanged
+    try:
         yield
     finally:
         os.close(descriptor)

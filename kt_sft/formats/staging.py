@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from kt_sft.errors import OutputError
-from kt_sft.formats.disk import check_space, flush, flush_file, reporting, sync_folder
+from kt_sft.formats.disk import check_space, flush, flush_file, is_mounted, reporting, share, sync_folder
 from kt_sft.formats.renaming import exchange, rename_new
 
 HOLDER = re.compile(r"\.kt_sft-[0-9a-f]{16}")
@@ -80,6 +80,7 @@ def new_path(target: Path, *, is_file: bool, replaces: bool = False, needed_byte
                     os.fsync(stream.fileno())
                 _rename_new(staged, target)
             else:
+                share(staged)
                 flush(staged)
                 _put_folder(staged, target, place / _REPLACED, replaces=replaces)
             sync_folder(target.parent)
@@ -121,9 +122,11 @@ def _put_folder(staged: Path, target: Path, replaced: Path, *, replaces: bool) -
     """
     if not os.path.lexists(target):
         return _rename_new(staged, target)
+    if target.is_symlink() or not target.is_dir():
+        raise _taken(target)
     os.chmod(staged, stat.S_IMODE(target.stat().st_mode))
     if not replaces or not os.listdir(target):
-        if os.path.ismount(target):
+        if is_mounted(target):
             return _fill(staged, target)
         return os.rename(staged, target)  # fails where files came into it meanwhile
     if exchange(staged, target):
@@ -140,8 +143,12 @@ def _rename_new(staged: Path, target: Path) -> None:
     try:
         rename_new(staged, target)
     except FileExistsError:
-        found = "something that came there meanwhile"
-        raise OutputError(target, "output", expected="a new path", found=found, remedy="choose another") from None
+        raise _taken(target) from None
+
+
+def _taken(target: Path) -> OutputError:
+    found = "something that came there meanwhile"
+    return OutputError(target, "output", expected="a new path", found=found, remedy="choose another")
 
 
 def _fill(staged: Path, target: Path) -> None:
@@ -183,9 +190,9 @@ def _locked_holder(target: Path, parent: Path) -> tuple[Path, int]:
         try:
             place.mkdir(0o700)
             lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            if not _lock(lock):
+            if _lock(lock) is False:
                 raise FileNotFoundError  # another process took it for left behind, and removes it
-            os.write(lock, json.dumps({"target": target.name}).encode())
+            os.write(lock, json.dumps({"target": target.name, "is_inside": parent == target}).encode())
             if os.path.samestat(os.fstat(lock), os.lstat(place / _LOCK)):
                 return place, lock
         except (FileExistsError, FileNotFoundError):
@@ -236,22 +243,22 @@ def _recover(place: Path) -> None:
             values = json.loads(os.read(lock, 1 << 16) or b"{}")
             name = values.get("target") if isinstance(values, dict) else None
             if isinstance(name, str) and name == os.path.basename(name) and name not in ("", ".", ".."):
-                _finish(place, name)
+                _finish(place, place.parent if values.get("is_inside") is True else place.parent / name)
         _remove(place)
     finally:
         os.close(lock)
 
 
-def _finish(place: Path, name: str) -> None:
+def _finish(place: Path, target: Path) -> None:
     """The renames that a killed writer had begun; all was flushed before the first of them."""
-    committed, target = place / COMMITTED, place.parent / name
-    if committed.is_dir():
+    committed = place / COMMITTED
+    if committed.is_dir() and target.is_dir() and not target.is_symlink():
         for path in sorted(committed.iterdir(), key=is_entry):
-            os.replace(path, place.parent / path.name)
-        sync_folder(place.parent)
+            os.replace(path, target / path.name)
+        sync_folder(target)
     elif (place / _REPLACED).is_dir() and not os.path.lexists(target):
-        os.rename(place / (name if (place / name).is_dir() else _REPLACED), target)
-        sync_folder(place.parent)
+        os.rename(place / (target.name if (place / target.name).is_dir() else _REPLACED), target)
+        sync_folder(target.parent)
 
 
 def _remove(place: Path) -> None:

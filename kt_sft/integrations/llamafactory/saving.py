@@ -13,7 +13,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from kt_sft.errors import OutputError
 from kt_sft.formats import training_checkpoint
-from kt_sft.formats.disk import flush, is_write_error, reason
+from kt_sft.formats.disk import flush, is_write_error, reason, share
 from kt_sft.formats.overwriting import MODEL_CARD, saved_into
 from kt_sft.formats.staging import recover, remove_empty, replace_folder
 from kt_sft.formats.training_checkpoint import STATE_NAME
@@ -45,6 +45,7 @@ def save_checkpoint(trainer: Any, stock: Callable[[], None], trial: Any) -> None
             _point_to_best(trainer, run_folder, target)
             if trainer.args.should_save:
                 trainer.state.save_to_json(str(staged / STATE_NAME))
+                share(staged)
                 flush(staged)
         except Exception as error:
             if not is_write_error(error):
