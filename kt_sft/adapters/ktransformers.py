@@ -155,14 +155,17 @@ def _check_stated(
         return
     manifest = read_object(folder / MANIFEST_NAME)
     if manifest.get("status", "ready") != "ready":
-        found, remedy = repr(manifest["status"]), "save or copy the adapter again"
+        found, remedy = repr(manifest["status"])[:80], "save or copy the adapter again"
         raise FormatError(folder / MANIFEST_NAME, "status", expected="ready", found=found, remedy=remedy)
     stated = manifest.get("lora") if isinstance(manifest.get("lora"), dict) else {}
     wrong = [rank for rank in ranks.values() if rank != stated.get("rank", rank)]
     if wrong:
-        raise FormatError(beside.path, "rank", expected=f"{stated['rank']}, as {MANIFEST_NAME} says", found=wrong[0])
+        raise FormatError(
+            beside.path, "rank", expected=f"{stated['rank']!r:.80}, as {MANIFEST_NAME} says", found=wrong[0]
+        )
     if stated.get("alpha", config["lora_alpha"]) != config["lora_alpha"]:
-        expected, found = f"{config['lora_alpha']}, as lora_alpha in adapter_config.json", stated["alpha"]
+        expected = f"{config['lora_alpha']}, as lora_alpha in adapter_config.json"
+        found = f"{stated['alpha']!r:.80}"
         raise FormatError(folder / MANIFEST_NAME, "alpha", expected=expected, found=found)
     _check_sizes(folder, manifest.get("artifacts"))
 

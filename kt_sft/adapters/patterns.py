@@ -124,13 +124,6 @@ def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for key in ("target_modules", "exclude_modules"):
         if isinstance(config.get(key), str) and not is_literal(config[key]):
             yield key, "fullmatch", config[key]
-    for entry in config.get("modules_to_save") or ():
-        if not is_literal(entry):
-            yield f"modules_to_save, {entry[:80]!r}", "match", rf"(^|.*\.){entry}($|\..*)"
-    layers = config.get("layers_pattern") or ()
-    for entry in [layers] if isinstance(layers, str) else layers:
-        if not is_literal(entry):
-            yield f"layers_pattern, {entry[:80]!r}", "match", rf".*\.{entry}\.(\d+)\."
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in config.get(key) or {}:
             if not is_literal(pattern):

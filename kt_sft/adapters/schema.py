@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _MAX_NAME = 1024  # characters
 _MAX_REGEX = 1 << 16
 _MAX_REGEXES = 1024  # among the keys of a pattern
 _MAX_TEXT = 4096
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring = 2, 3, 3, 60
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _BEGINNINGS = re.compile(
     r"gaussian|eva|olora|pissa|pissa_niter_[0-9]{1,2}|orthogonal|corda|loftq|lora_ga", re.IGNORECASE
@@ -83,6 +86,11 @@ def _names(value: Any) -> bool:
     return value is None or _is_list(value, _is_text)
 
 
+def _parts(value: Any) -> bool:
+    """Names that PEFT puts into regular expressions of its own."""
+    return value is None or _is_list(value, lambda entry: _is_text(entry) and is_literal(entry))
+
+
 def _names_or_regex(value: Any) -> bool:
     return _names(value) or (_is_text(value, _MAX_REGEX) and _is_regex(value))
 
@@ -132,6 +140,7 @@ def _optional_text(value: Any) -> bool:
 
 _SWITCH = _Rule(lambda value: isinstance(value, bool), "true or false")
 _LIST = _Rule(_names, "a list of names")
+_PARTS = _Rule(_parts, "a list of names")
 _TARGETS = _Rule(_names_or_regex, "a list of names, or a regular expression")
 _TEXT = _Rule(_optional_text, "text")
 _SCALE = ("a positive number", f"the least is {_MIN_SCALE:g}, the most {MAX_SCALE}")
@@ -159,9 +168,11 @@ _KEYS = {
     "target_modules": _TARGETS,
     "exclude_modules": _TARGETS,
     "target_parameters": _LIST,
-    "modules_to_save": _LIST,
+    "modules_to_save": _PARTS,
     "layers_to_transform": _Rule(_layers, f"whole numbers from 0 to {_MAX_LAYER}"),
-    "layers_pattern": _TARGETS,
+    "layers_pattern": _Rule(
+        lambda value: value == "" or _parts([value] if isinstance(value, str) else value), "a name, or a list of names"
+    ),
     "trainable_token_indices": _Rule(_rows, "row numbers, or lists of them by module"),
     "rank_pattern": _Rule(lambda value: _is_whole(value, 1, MAX_RANK), *_RANK, of_entries=True),
     "alpha_pattern": _Rule(_is_scale, *_SCALE, of_entries=True),
@@ -251,11 +262,7 @@ def _is_harmless(value: Any, defaults: tuple[Any, ...]) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value as far as it fits into a message; a float that JSON reads as infinite says so."""
-    if isinstance(value, str):
-        return repr(value[:80])
-    if isinstance(value, dict | list):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    if type(value) is int and abs(value) >= 10**20:
+    """A value as far as it fits into a message."""
+    if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
-    return "infinity" if isinstance(value, float) and math.isinf(value) else repr(value)[:80]
+    return "infinity" if isinstance(value, float) and math.isinf(value) else _short.repr(value)

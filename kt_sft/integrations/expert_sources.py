@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kt_sft import env
 from kt_sft.errors import GIB, ConfigError, FormatError, unpackable
+from kt_sft.formats.finite import is_finite
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.quantized_index import QuantizedIndex
@@ -213,6 +214,23 @@ def open_weight_path(path: str | Path) -> QuantizedIndex | GgufIndex | PackedCon
     if path.suffix == SUFFIX or (path.is_dir() and not has_safetensors and any(path.glob(f"*{SUFFIX}"))):
         return GgufIndex.from_path(path)
     return open_checkpoint(str(path))
+
+
+def check_biases(model: nn.Module, source: ExpertSource) -> None:
+    """Look at the experts' biases, which are loaded before their weights and by transformers.
+
+    Raises:
+        FormatError: NaN or infinity in one.
+    """
+    for name in source.formats:
+        experts = model.get_submodule(name)
+        for bias in experts.spec.bias_shapes:
+            parameter = experts.get_parameter(bias).detach()
+            if parameter.device.type != "meta" and not is_finite(parameter):
+                raise FormatError(
+                    source.path, f"tensor {name}.{bias}", expected="finite numbers", found="NaN or infinity",
+                    remedy="download the checkpoint again, or make it again: with these biases the model computes NaN",
+                )  # fmt: skip
 
 
 def stream_experts(model: nn.Module, source: ExpertSource) -> None:

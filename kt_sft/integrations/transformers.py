@@ -32,6 +32,7 @@ from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.integrations.auto_class import HUB_ARGS, auto_class, has_native_class
 from kt_sft.integrations.expert_sources import (
     ExpertSource,
+    check_biases,
     open_experts,
     open_weight_path,
     stream_experts,
@@ -318,6 +319,7 @@ class KTExpertsQuantizer(HfQuantizer):
             self._dequantizer.close(model)
         try:
             specs = {name: model.get_submodule(name).spec for name in self._source.formats}
+            check_biases(model, self._source)
             self._source = through_cache(self._source, specs, self.kt_config, model.config.model_type)
             stream_experts(model, self._source)
         finally:

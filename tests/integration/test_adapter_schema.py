@@ -60,12 +60,12 @@ REFUSED = [
     ({"target_modules": "(.*)*x"}, "target_modules: expected a regular expression that is matched"),
     ({"exclude_modules": r"(\w+\.?)+!"}, "exclude_modules: expected a regular expression that is matched"),
     ({"rank_pattern": {r"([\w.]+)+!": 3}}, "rank_pattern, '([\\\\w.]+)+!': expected a regular expression that is"),
-    ({"modules_to_save": [r"(\w+)+!"]}, "modules_to_save, '(\\\\w+)+!': expected a regular expression that is"),
+    *(({"modules_to_save": [value]}, "modules_to_save: expected a list of names") for value in (r"(\w+)+!", "(", "")),
+    *(({"layers_pattern": value}, "layers_pattern: expected a name, or") for value in ("(.*)*x", ["("], "(a)", 5, [5])),
     ({"target_parameters": "mlp.experts.down_proj"}, "target_parameters: expected a list of names"),
     ({"target_parameters": [3]}, "target_parameters"),
     *(({"modules_to_save": value}, "modules_to_save") for value in ("lm_head", [1], {"a": 1}, True)),
     *(({"layers_to_transform": value}, "layers_to_transform") for value in ("1", [1.5], -1, True, 1 << 40, {"a": 1})),
-    ({"layers_pattern": 5}, "layers_pattern"),
     *(
         ({"trainable_token_indices": value}, "trainable_token_indices")
         for value in ("1", [-1], [True], [1 << 40], {"embed_tokens": 3}, {"embed_tokens": ["1"]}, 7)

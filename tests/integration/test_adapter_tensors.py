@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kt_sft.adapters import forms
-from tests.helpers import adapters
+import kt_sft
+from kt_sft.adapters import forms, gguf
+from kt_sft.formats import gguf_writer
+from tests.helpers import adapters, ktransformers_adapters
 from tests.helpers.adapter_doors import Doors
 from tests.helpers.adapters import edit
 
@@ -97,7 +99,7 @@ WRONG = {
     "three axes": (put(EXPERTS_A, lambda t: t.unflatten(0, (7, 3))), "experts.lora_A.weight"),
     "other rank": (put(Q_A, torch.ones(4, 48)), "q_proj.lora_A.weight"),
     **{
-        f"{value} in {dtype}, {key.split('.')[-4]}": (put(key, with_value(value, dtype)), f"{key}: expected finite")
+        f"{value} in {dtype}, {key.split('.')[-3]}": (put(key, with_value(value, dtype)), f"{key}: expected finite")
         for key in (Q_A, EXPERTS_A)
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
         for value in (math.nan, math.inf, -math.inf)
@@ -105,7 +107,7 @@ WRONG = {
     "no f32": (put(Q_A, with_value(1e300, torch.float64)), "q_proj.lora_A.weight"),
     "NaN in fp8": (put(Q_A, lambda t: with_value(math.nan)(t).to(torch.float8_e4m3fn)), "q_proj.lora_A.weight"),
     **{
-        f"{dtype}, {key.split('.')[-4]}": (put(key, lambda t, dtype=dtype: t.to(dtype)), f"{key}: element type")
+        f"{dtype}, {key.split('.')[-3]}": (put(key, lambda t, dtype=dtype: t.to(dtype)), f"{key}: element type")
         for key in (Q_A, EXPERTS_A)
         for dtype in (torch.int32, torch.int64, torch.uint8, torch.int8, torch.bool, torch.complex64, torch.uint16)
     },
@@ -113,6 +115,7 @@ WRONG = {
 # What takes each of PEFT's, the converters' and the report's own way through a file.
 EVERYWHERE = ("lora_B missing", "no target", "two names", "weight of the base", "nan in torch.bfloat16, experts")
 EVERYWHERE += ("torch.int32, q_proj", "name of control characters", "other rank", "digits")
+assert set(EVERYWHERE) <= set(WRONG)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -124,8 +127,6 @@ def test_wrong_tensors_are_refused(doors, adapter, name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
 def test_other_floats_are_taken_as_numbers(doors, adapter, dtype):
-    import kt_sft
-
     rewrite(adapter, lambda t: t.update({key: (8 * tensor).round().to(dtype) for key, tensor in t.items()}))
     wanted = {key: tensor.float() for key, tensor in load_file(adapter / "adapter_model.safetensors").items()}
     loaded = kt_sft.load_adapter(doors.model, adapter, low_cpu_mem_usage=True)
@@ -295,3 +296,36 @@ def test_layers_that_the_config_leaves_out_are_no_targets(doors, adapter):
     doors.refuse(adapter, "layers.1.self_attn.q_proj.lora_A.weight", is_quick=True)
     edit(adapter, exclude_modules=None)
     doors.take(adapter)
+
+
+KT_A = "layers.1.experts.up_lora_a"
+KT_WRONG = {
+    "NaN": (put(KT_A, with_value(math.nan, torch.bfloat16)), f"{KT_A}: expected finite numbers"),
+    "infinity": (put(KT_A.replace("_a", "_b"), with_value(math.inf, torch.float16)), "up_lora_b: expected finite"),
+    "integers": (put(KT_A, lambda t: t.to(torch.int8)), f"{KT_A}: element type"),
+    "no b": (drop("layers.1.experts.up_lora_b"), "layers.1.experts.up_lora_b: expected present, found missing"),
+    "rank 0": (put(KT_A, torch.ones(())), KT_A),
+    "no layer": (copy(KT_A, "layers.99999999999999999999.experts.up_lora_a"), "layers.99999999999999999999"),
+    "far layer": (copy(KT_A, "layers.7.experts.up_lora_a"), "layers.7.experts.up_lora_a"),
+    "other digits": (copy(KT_A, "layers.\u0661.experts.up_lora_a"), "experts.up_lora_a"),
+    "two names": (copy(KT_A, f"model.{KT_A}"), f"{KT_A}, too"),
+    "other name": (copy(KT_A, "x"), "tensor x"),
+}
+
+
+@pytest.mark.parametrize("name", KT_WRONG)
+def test_wrong_factors_of_ktransformers(doors, adapter, name):
+    change, words = KT_WRONG[name]
+    rewrite(adapter, lambda t: [t.pop(key) for key in list(t) if ".experts." in key])
+    edit(adapter, target_parameters=None)
+    save_file(ktransformers_adapters.factors(doors.described, 3), adapter / ktransformers_adapters.NAME)
+    forms.open_adapter(adapter, doors.described)
+    rewrite(adapter, change, ktransformers_adapters.NAME)
+    doors.refuse(adapter, words, is_quick=name != "NaN")
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, 1e30, "3", True, [1.0]])
+def test_absurd_alpha_of_a_gguf_file(doors, tmp_path, alpha):
+    metadata, plan, pieces = gguf.write(forms.open_adapter(doors.adapter, doors.described))
+    gguf_writer.write(tmp_path / "a.gguf", metadata | {gguf.ALPHA_KEY: alpha}, plan, pieces)
+    doors.refuse(tmp_path / "a.gguf", "metadata adapter.lora.alpha: expected a number up to 1000000", is_quick=True)
