@@ -179,23 +179,21 @@ def _level(
         vocabulary: of the model around it.
     """
     vocabulary = vocabulary if has_defaults else _vocabulary(values) or vocabulary
-    found = []
-    for key, value in values.items():
-        key = str(key)
-        if key in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
-            found += _rope(value, f"{prefix}{key}.")
-        elif isinstance(value, dict) and key not in _NOT_READ:
-            found += _level(value, f"{prefix}{key}.", vocabulary, has_defaults)
-        else:
-            found += _by_name(_BY_NAME, prefix, key, value)
-            found += _token_id(f"{prefix}{key}", key, value, vocabulary)
+    found: list[Fault] = []
+    for key, value in ((str(key), value) for key, value in values.items()):
+        own = [*_by_name(_BY_NAME, prefix, key, value), *_token_id(f"{prefix}{key}", key, value, vocabulary)]
+        if not own and isinstance(value, dict) and key not in _NOT_READ:
+            inner = f"{prefix}{key}."
+            is_rope = key in ("rope_scaling", "rope_parameters")
+            own = [*(_rope(value, inner) if is_rope else _level(value, inner, vocabulary, has_defaults))]
+        found += own
     yield from found or _relations(values, prefix)
 
 
 def _vocabulary(values: Mapping[str, Any]) -> int | None:
     text = values.get("text_config")
     size = values.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
-    return size if type(size) is int else None
+    return size if type(size) is int and size > 0 else None
 
 
 def _rope(values: Mapping[str, Any], prefix: str) -> Iterator[Fault]:
