@@ -11,8 +11,8 @@ GIB = 1 << 30
 _NEAR = 0.72
 _LEAST_BEGINNING = 4  # letters of a name that is only begun
 # What a damaged or hostile file makes of a message stays readable: numbers of faults and names, and characters.
-_MOST_FAULTS, _MOST_NAMES, _MOST_CHARACTERS, _MOST_NAME = 20, 40, 2000, 100
-_MOST_KNOWN = 2000  # names among which a near one is looked for, 30 us each
+_MOST_FAULTS, _MOST_NAMES, _MOST_CHARACTERS, _MOST_OF_ALL, _MOST_NAME = 20, 40, 2000, 8000, 100
+_MOST_KNOWN = 500  # names among which a near one is looked for, 30 us each
 
 
 class KTError(Exception):
@@ -33,7 +33,7 @@ class ConfigError(KTError, ValueError):
         else:
             numbered = "; ".join(f"({i}) {fault}" for i, fault in enumerate(self.faults[:_MOST_FAULTS], 1))
             more = f"; and {len(self.faults) - _MOST_FAULTS} more" if len(self.faults) > _MOST_FAULTS else ""
-            message = f"{len(self.faults)} faults in the configuration: {numbered}{more}"
+            message = _one_line(f"{len(self.faults)} faults in the configuration: {numbered}{more}", _MOST_OF_ALL)
         super().__init__(message)
 
 
@@ -183,10 +183,10 @@ def _sentence(what: str, expected: object, found: object, remedy: str, *, extra:
     return _one_line(head + ", ".join(parts[1:]) + _tail(remedy))
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, most: int = _MOST_CHARACTERS) -> str:
     """Names come from files, which may be damaged: line breaks and control characters are shown as escapes."""
-    if len(text) > _MOST_CHARACTERS:
-        half = _MOST_CHARACTERS // 2
+    if len(text) > most:
+        half = most // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

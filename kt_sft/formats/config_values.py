@@ -37,13 +37,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class _Whole:
-    """A whole number, or one for each layer."""
+    """A whole number; one for each layer as well where families have that."""
 
     least: int
     most: int
+    has_lists: bool = False
 
     def fault(self, value: Any) -> str | None:
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list) and self.has_lists else [value]
         if all(type(item) is int and self.least <= item <= self.most for item in items if item is not None):
             return None
         return f"a whole number from {self.least} to {self.most}"
@@ -51,14 +52,15 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Number:
-    """A finite number, or several."""
+    """A finite number; several as well where families have that."""
 
     least: float
     most: float
     is_open: bool = False
+    has_lists: bool = False
 
     def fault(self, value: Any) -> str | None:
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list) and self.has_lists else [value]
         if all(item is None or self._holds(item) for item in items):
             return None
         return f"a number {'above' if self.is_open else 'from'} {self.least:g}, at most {self.most:g}"
@@ -82,7 +84,9 @@ class _Kind:
 
 _TEXT = _Kind((str,), "a text")
 _SIZE, _LENGTH = _Whole(0, MOST_SIZE), _Whole(0, MOST_LENGTH)
-_FREQUENCY = _Number(0, 1e18, is_open=True)
+_LAYERS, _EVERY = _Whole(0, MOST_LAYERS, has_lists=True), _Whole(1, MOST_LAYERS)
+_HEADS, _FEW_EXPERTS = _Whole(1, MOST_HEADS, has_lists=True), _Whole(0, MOST_EXPERTS, has_lists=True)
+_FREQUENCY, _ROPE_NUMBER = _Number(0, 1e18, is_open=True), _Number(0, 1e9, is_open=True, has_lists=True)
 # Name -> what it holds; the first expression that fits all of a name decides. `null` stands for a default everywhere.
 _RULES: tuple[tuple[str, _Whole | _Number | _Kind], ...] = (
     (r"model_type|hidden_act|hidden_activation|dtype|torch_dtype|rope_type|topk_method|scoring_func", _TEXT),
@@ -91,17 +95,18 @@ _RULES: tuple[tuple[str, _Whole | _Number | _Kind], ...] = (
     (r"rope_scaling|rope_parameters|quantization_config", _Kind((dict,), "an object or null")),
     (r"num_hidden_layers|n_layers?", _Whole(1, MOST_LAYERS)),
     (r"(num_\w+|\w*(en|de)coder|max_window)_layers|num_layers|depth|num_mtp_modules", _Whole(0, MOST_LAYERS)),
-    (r"first_k_dense_replace|(expert|attn)_layer_offset|mlp_only_layers", _Whole(0, MOST_LAYERS)),
-    (r"moe_layers|moe_layer_freq", _Whole(0, MOST_LAYERS)),
-    (r"(en|de)coder_sparse_step|(moe|no_rope)_layer_interval|interleave_moe_layer_step", _Whole(1, MOST_LAYERS)),
-    (r"(expert|attn)_layer_period|global_attn_every_n_layers|full_attention_interval", _Whole(1, MOST_LAYERS)),
-    (r"(num|n|\w*_num|\w+_n|encoder|decoder)_(attention_|kv_|key_value_|key_|value_)*heads?", _Whole(1, MOST_HEADS)),
-    (r"(encoder|decoder)_attention_heads|kv_n_heads", _Whole(1, MOST_HEADS)),
+    (r"first_k_dense_replace|(expert|attn)_layer_offset|mlp_only_layers", _LAYERS),
+    (r"moe_layers|moe_layer_freq", _LAYERS),
+    (r"(en|de)coder_sparse_step|(moe|no_rope)_layer_interval|interleave_moe_layer_step", _EVERY),
+    (r"(expert|attn)_layer_period|global_attn_every_n_layers|full_attention_interval", _EVERY),
+    (r"(num|n|\w*_num|\w+_n|encoder|decoder)_(attention_|kv_|key_value_|key_|value_)*heads?", _HEADS),
+    (r"(encoder|decoder)_attention_heads|kv_n_heads", _HEADS),
     (r"num_labels", _Whole(0, MOST_MODULES)),
-    (r"(n|num|moe_num)_(routed_|local_|shared_)?experts", _Whole(0, MOST_EXPERTS)),
-    (r"num_experts_per_tok(en)?|moe_k|moe_top_?k|top_k_experts|moe_num_\w*experts", _Whole(0, MOST_EXPERTS)),
+    (r"(n|num|moe_num)_(routed_|local_|shared_)?experts", _FEW_EXPERTS),
+    (r"num_experts_per_tok(en)?|moe_k|moe_top_?k|top_k_experts|moe_num_\w*experts", _FEW_EXPERTS),
     (r"n_groups?|topk_group", _Whole(1, MOST_EXPERTS)),
-    (r"hidden_size|(moe_)?intermediate_size|(expert_)?ffn_hidden_size|d_model", _Whole(1, MOST_SIZE)),
+    (r"hidden_size|d_model", _Whole(1, MOST_SIZE)),
+    (r"(moe_)?intermediate_size|(expert_)?ffn_hidden_size", _Whole(1, MOST_SIZE, has_lists=True)),
     (r"vocab_size(_per_layer_input)?", _Whole(1, MOST_VOCABULARY)),
     (r"head_dim|v_head_dim|kv_lora_rank", _Whole(1, MOST_SIZE)),
     (r"(q_lora|mamba_dt)_rank|\w+_head_dim|(shared_expert_|shared_)intermediate_size|sliding_window", _LENGTH),
@@ -114,18 +119,18 @@ _RULES: tuple[tuple[str, _Whole | _Number | _Kind], ...] = (
 )  # fmt: skip
 # Of other names: what is repeated so often, or so large, has a bound; -1 and switches have a meaning of their own.
 _OTHERS: tuple[tuple[str, _Whole | _Number], ...] = (
-    (r"num_\w*(tokens|param\w*)|\w*chunk_size", _Whole(-1, _MOST_NUMBER)),
-    (r"num_\w*(embeddings|positions|channels|bins|patches)", _Whole(-1, MOST_SIZE)),
-    (r"num_\w+", _Whole(-1, MOST_MODULES)),
-    (r"\w+_(dim|rank|size|channels)", _Whole(-1, MOST_LENGTH)),
+    (r"num_\w*(tokens|param\w*)|\w*chunk_size", _Whole(-1, _MOST_NUMBER, has_lists=True)),
+    (r"num_\w*(embeddings|positions|channels|bins|patches)", _Whole(-1, MOST_SIZE, has_lists=True)),
+    (r"num_\w+", _Whole(-1, MOST_MODULES, has_lists=True)),
+    (r"\w+_(dim|rank|size|channels)", _Whole(-1, MOST_LENGTH, has_lists=True)),
 )  # fmt: skip
 # Inside rope_scaling and rope_parameters, whatever their depth.
 _ROPE_RULES = (
     (r"rope_theta", _FREQUENCY),
     (r"factor", _Number(0, 1e6, is_open=True)),
-    (r"(long|short|low_freq|high_freq|attention)_factor|beta_(fast|slow)", _Number(0, 1e9, is_open=True)),
+    (r"(long|short|low_freq|high_freq|attention)_factor|beta_(fast|slow)", _ROPE_NUMBER),
     (r"mscale(_all_dim)?", _Number(0, 1e6)),
-    (r"mrope_section", _Whole(0, MOST_SIZE)),
+    (r"mrope_section", _Whole(0, MOST_SIZE, has_lists=True)),
     *_RULES,
 )  # fmt: skip
 _BY_NAME, _IN_ROPE, _BY_OTHER_NAME = (
@@ -179,23 +184,21 @@ def _level(
         vocabulary: of the model around it.
     """
     vocabulary = vocabulary if has_defaults else _vocabulary(values) or vocabulary
-    found = []
-    for key, value in values.items():
-        key = str(key)
-        if key in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
-            found += _rope(value, f"{prefix}{key}.")
-        elif isinstance(value, dict) and key not in _NOT_READ:
-            found += _level(value, f"{prefix}{key}.", vocabulary, has_defaults)
-        else:
-            found += _by_name(_BY_NAME, prefix, key, value)
-            found += _token_id(f"{prefix}{key}", key, value, vocabulary)
+    found: list[Fault] = []
+    for key, value in ((str(key), value) for key, value in values.items()):
+        own = [*_by_name(_BY_NAME, prefix, key, value), *_token_id(f"{prefix}{key}", key, value, vocabulary)]
+        if not own and isinstance(value, dict) and key not in _NOT_READ:
+            inner = f"{prefix}{key}."
+            is_rope = key in ("rope_scaling", "rope_parameters")
+            own = [*(_rope(value, inner) if is_rope else _level(value, inner, vocabulary, has_defaults))]
+        found += own
     yield from found or _relations(values, prefix)
 
 
 def _vocabulary(values: Mapping[str, Any]) -> int | None:
     text = values.get("text_config")
     size = values.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
-    return size if type(size) is int else None
+    return size if type(size) is int and size > 0 else None
 
 
 def _rope(values: Mapping[str, Any], prefix: str) -> Iterator[Fault]:
@@ -255,6 +258,8 @@ def _relations(values: Mapping[str, Any], prefix: str) -> Iterator[Fault]:
     def fault(name: str, expected: str) -> Fault:
         return Fault(f"{prefix}{name}", expected, _shown(values.get(name)))
 
+    if values.get("quantization_config") == {}:
+        yield fault("quantization_config", "quant_method in it, or null")
     layers_name, layers = number("num_hidden_layers", "num_layers", "n_layers")
     heads_name, heads = number("num_attention_heads", "n_heads")
     kv_name, kv_heads = number("num_key_value_heads")

@@ -18,7 +18,7 @@ _ORDINARY_S = 5e-6  # of one search in the name of a module
 class Allowance:
     """Seconds that all expressions of a file may take together, beside what so many ordinary ones take."""
 
-    seconds: float = 1.0
+    seconds: float = 0.5
 
 
 class Pattern:

@@ -33,6 +33,8 @@ def read_text(
     def fault(expected: str, found: object) -> FormatError:
         return FormatError(path, what, expected=expected, found=found, remedy=remedy)
 
+    if "\0" in os.fspath(path):
+        raise fault(kind, "a name with a NUL in it")
     try:
         # Without the flag opening a fifo blocks until somebody writes to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -45,8 +47,6 @@ def read_text(
             raw = stream.read(most_bytes + 1)
     except OSError as error:
         raise fault(kind, error.strerror or error) from None
-    except ValueError:  # a NUL in the name
-        raise fault(kind, "a name with a NUL in it") from None
     if len(raw) > most_bytes:  # it grew, or says nothing of its size, as those below /proc
         raise fault(f"at most {most_bytes} bytes", "more")
     try:

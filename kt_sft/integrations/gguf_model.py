@@ -27,6 +27,7 @@ from kt_sft.formats.safetensors_index import SINGLE_NAME
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
 from kt_sft.formats.source_hash import hash_source
 from kt_sft.formats.staging import new_path
+from kt_sft.integrations.auto_class import errors_in_one_line
 from kt_sft.integrations.gguf_experts import GgufExperts
 from kt_sft.integrations.gguf_tokenizer import read_tokenizer
 from kt_sft.integrations.model_files import GGUF_SOURCES
@@ -75,7 +76,8 @@ def read_config(index: GgufIndex) -> PreTrainedConfig:
         UnsupportedModel: an architecture that is not known, or a dense model.
     """
     values = model_config(index)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    with errors_in_one_line(index.source):
+        return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def write_model_directory(index: GgufIndex, target: Path) -> None:
@@ -124,7 +126,7 @@ def _read(index: GgufIndex, source: str, dtype: torch.dtype) -> Tensor:
 
 def _check(directory: Path, tensors: list[PlainTensor], index: GgufIndex) -> None:
     """Every weight of the model is there, once and of the right shape, before anything long is done."""
-    with torch.device("meta"):
+    with torch.device("meta"), errors_in_one_line(index.source):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     specs = find_experts(model)
     GgufExperts(index, specs)

@@ -7,6 +7,7 @@ expert tensor; after, it streams the experts from the checkpoint into packed for
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -105,6 +106,9 @@ def load_model(
     hook = quantization_config(config, path, plan=plan, **hub_kwargs)
     if not Path(path).is_dir():
         check_model(path, config, **from_pretrained_kwargs)
+    else:  # transformers says what it cannot build by whatever Python raises
+        model_config = copy.deepcopy(read_config(path, from_pretrained_kwargs))
+        meta_model(model_config, from_pretrained_kwargs.get("trust_remote_code"))
     leaves_code = from_pretrained_kwargs.get("trust_remote_code") and has_native_class(path, **hub_kwargs)
     if hook.replaces_quantization or leaves_code:
         from_pretrained_kwargs = load_config(path, from_pretrained_kwargs)

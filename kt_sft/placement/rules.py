@@ -189,8 +189,9 @@ def _variables(defaults: Any, given: Mapping[str, object], path: str, faults: li
             known = found.group(1)
             if known in raw and known not in within:
                 return value_of(known, (*within, known))
-            hint = f"; {nearest(known, raw)}" if len(faults) < _MOST_HINTS else ""
-            unknown = f"variable {name}: ${{{known}}} is unknown{hint}"
+            if len(faults) > _MOST_HINTS:
+                return "cpu"
+            unknown = f"variable {name}: ${{{known}}} is unknown; {nearest(known, raw)}"
             faults.append(f"{path}: {f'variable {known}: refers to itself' if known in raw else unknown}")
             return "cpu"
 
