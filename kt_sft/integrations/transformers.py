@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -232,8 +233,14 @@ def prepare_native(config: KTConfig) -> None:
 def _at_most(name: str, asked: int, most: int, reason: str) -> int:
     if asked <= most:
         return asked
-    logger.warning("%s: %d asked for, but %s; using %d", name, asked, reason.format(most), most)
+    _say_once(f"{name}: {asked} asked for, but {reason.format(most)}; using {most}")
     return most
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    """A process prepares several times: for the checks of a run, and for each model."""
+    logger.warning(message)
 
 
 class KTExpertsConfig(QuantizationConfigMixin):

@@ -23,24 +23,24 @@ _NAME_LENGTH = 50  # of the output directory, in the name of another place
 _SMALL_FILES_BYTES = 32 << 20  # tokenizer, logs, states of the trainer
 
 
-def check_writable(output_dir: str) -> None:
+def check_writable(output_dir: str, key: str = "output_dir") -> None:
     """Whether a run can write where it is told to; nothing stays there.
 
+    Args:
+        key: names the folder in messages.
     Raises:
         OutputError: a file is there, or the folder cannot be made or written.
     """
     folder = Path(output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise OutputError(
-            folder, "output_dir", expected="a directory", found=f"a file at {existing}", remedy="choose another"
-        )
+        raise OutputError(folder, key, expected="a directory", found=f"a file at {existing}", remedy="choose another")
     try:
         with tempfile.TemporaryFile(dir=existing):
             return
     except OSError as error:
         raise OutputError(
-            folder, "output_dir cannot be written", found=error.strerror or str(error),
+            folder, f"{key} cannot be written", found=error.strerror or str(error),
             remedy="choose another, or correct its permissions",
         ) from error  # fmt: skip
 

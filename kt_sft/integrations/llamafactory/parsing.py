@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -21,6 +20,7 @@ from kt_sft.errors import ConfigError, KTError, nearest
 from kt_sft.integrations.llamafactory import args, autoload, value_types
 from kt_sft.integrations.llamafactory.run_file import read_config
 
+_NOT_LISTED = ("azure_ml", "flyte")  # integrations that transformers leaves out of its list though they are installed
 _GETTERS = ("get_train_args", "get_infer_args", "get_eval_args")
 
 
@@ -99,11 +99,10 @@ def reporting_faults(report_to: Any) -> Iterator[str]:
     """What `report_to` names and the trainer could not report to, which it finds after the model is loaded."""
     there = get_available_reporting_integrations()
     for name in [report_to] if isinstance(report_to, str) else report_to or ():
-        if name in ("all", "none") or name in there:
+        if name in ("all", "none", *_NOT_LISTED) or name in there:
             continue
         if name in INTEGRATION_TO_CALLBACK:
-            if find_spec(name) is None:
-                yield f"report_to: {name} is not installed; install it, or set report_to: none"
+            yield f"report_to: {name} is not installed; install it, or set report_to: none"
         else:
             yield f"report_to: {name}: unknown; {nearest(name, ['none', *INTEGRATION_TO_CALLBACK])}"
 
