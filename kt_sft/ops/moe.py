@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from kt_sft.native import native
 
 _NO_TAPE = (None, None, None, None)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _HUGE_BYTES = 4 << 20  # two huge pages, of which one is whole wherever it begins
 
 # Order of the LoRA tensors in this file: a [num_experts, rank, in] and b [num_experts, rank, out] of gate, up, down.
@@ -123,7 +123,7 @@ def _inputs(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, 
 def _input(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if tensor.dtype is dtype and tensor.is_cpu and not tensor.requires_grad and tensor.is_contiguous():
         return tensor  # each step below costs a microsecond even where it does nothing
-    is_number = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype in _INTEGERS
+    is_number = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype in INTEGERS
     if not is_number:
         kind = "floating point numbers" if dtype.is_floating_point else "integers"
         raise ValueError(f"{name}: expected {kind}, got {tensor.dtype}")

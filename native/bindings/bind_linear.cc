@@ -9,6 +9,7 @@
 #include "gil.h"
 #include "held.h"
 #include "name_arg.h"
+#include "plain_arg.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -34,15 +35,15 @@ void load_blocks(const HeldLinear& layer, const py::object& w_) {
   layer->load_blocks(w.u8(), w.stride(0));
 }
 
-void unpack(const HeldLinear& layer, const py::object& out_, const std::string& dtype) {
+void unpack(const HeldLinear& layer, const py::object& out_, const Text<"dtype">& dtype) {
   CallMemory call;
   const TensorOut out(call, out_, "out", result_dtype("dtype", dtype), {layer->n(), layer->k()}, Layout::kContiguous);
   const GilRelease release;
   out.dtype() == kBf16 ? layer->unpack(out.bf16(), out.stride(0)) : layer->unpack(out.f32(), out.stride(0));
 }
 
-void forward(const HeldLinear& layer, const py::object& a_, const py::object& out_, const std::string& out_dtype,
-             const std::string& rows, const py::object& bias_, const std::string& kernel) {
+void forward(const HeldLinear& layer, const py::object& a_, const py::object& out_, const Text<"out_dtype">& out_dtype,
+             const Text<"rows">& rows, const py::object& bias_, const Text<"kernel">& kernel) {
   CallMemory call;
   const TensorIn a(call, a_, "a", kBf16, {kAnySize, layer->k()}, Layout::kRows);
   const TensorOut out(call, out_, "out", result_dtype("out_dtype", out_dtype), {a.size(0), layer->n()},
@@ -51,32 +52,31 @@ void forward(const HeldLinear& layer, const py::object& a_, const py::object& ou
   if (!bias_.is_none()) bias.emplace(call, bias_, "bias", kF32, Shape{layer->n()}, Layout::kContiguous);
   const Rows kind = rows_from_name(rows);
   if (!takes_rows(layer->format().kind, kind))
-    throw py::value_error("rows: " + rows + " needs int8 or int4 weights, this layer has " +
+    throw py::value_error("rows: " + rows.value + " needs int8 or int4 weights, this layer has " +
                           format_name(layer->format()) + " weights");
-  const char* kernel_name = whole_text("kernel", kernel);
   const GilRelease release;
-  layer->forward(a.bf16(), a.stride(0), a.size(0), kind, bias ? bias->f32() : nullptr, kernel_name,
+  layer->forward(a.bf16(), a.stride(0), a.size(0), kind, bias ? bias->f32() : nullptr, kernel.c_str(),
                  out.as_output<LinearOutput>(out.stride(0)));
 }
 
-void input_grad(const HeldLinear& layer, const py::object& dy_, const py::object& out_, const std::string& out_dtype,
-                const std::string& kernel) {
+void input_grad(const HeldLinear& layer, const py::object& dy_, const py::object& out_,
+                const Text<"out_dtype">& out_dtype, const Text<"kernel">& kernel) {
   CallMemory call;
   const TensorIn dy(call, dy_, "dy", kBf16, {kAnySize, layer->n()}, Layout::kRows);
   const TensorOut out(call, out_, "out", result_dtype("out_dtype", out_dtype), {dy.size(0), layer->k()},
                       Layout::kContiguous);
-  const char* kernel_name = whole_text("kernel", kernel);
   const GilRelease release;
-  layer->input_grad(dy.bf16(), dy.stride(0), dy.size(0), kernel_name, out.as_output<LinearOutput>(out.stride(0)));
+  layer->input_grad(dy.bf16(), dy.stride(0), dy.size(0), kernel.c_str(), out.as_output<LinearOutput>(out.stride(0)));
 }
 
 }  // namespace
 
 void bind_linear(py::module_& m) {
   py::class_<HeldLinear>(m, "PackedLinear")
-      .def(py::init([](int64_t n, int64_t k, const std::string& format, int group_size) {
-             return std::make_unique<HeldLinear>(std::in_place, n, k, weight_format_arg(format, group_size));
-           }),
+      .def(py::init(
+               [](Number<"n"> n, Number<"k"> k, const Text<"format">& format, Number<"group_size", int> group_size) {
+                 return std::make_unique<HeldLinear>(std::in_place, n, k, weight_format(format.c_str(), group_size));
+               }),
            py::arg("n"), py::arg("k"), py::arg("format") = "bf16", py::arg("group_size") = 32)
       .def("load", &load, py::arg("w"))
       .def("load_blocks", &load_blocks, py::arg("w"))

@@ -2,6 +2,7 @@
 #include "bindings.h"
 #include "gil.h"
 #include "kts/lora_layout.h"
+#include "plain_arg.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -43,7 +44,9 @@ double sample(const py::handle& factor) {
   return sum_of_samples(count, [at = values.f16()](int64_t i) { return f16_to_f32(at[i]); });
 }
 
-py::tuple sample_factors(const py::tuple& factors) {
+py::tuple sample_factors(const py::object& given) {
+  if (!py::isinstance<py::tuple>(given)) refuse_value("factors", "a tuple of tensors and None", given);
+  const auto factors = py::reinterpret_borrow<py::tuple>(given);
   py::tuple sums(factors.size());
   for (size_t i = 0; i < factors.size(); ++i) sums[i] = py::float_(sample(factors[i]));
   return sums;

@@ -1,10 +1,8 @@
 // MoeLayer: converts and checks arguments, releases the GIL, calls.
-#include <pybind11/stl.h>
-
-#include <array>
 #include <cmath>
+#include <memory>
 #include <optional>
-#include <variant>
+#include <tuple>
 
 #include "bindings.h"
 #include "blob_arg.h"
@@ -13,6 +11,7 @@
 #include "kts/moe.h"
 #include "moe_args.h"
 #include "name_arg.h"
+#include "plain_arg.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -24,22 +23,24 @@ namespace {
 using HeldMoe = Held<MoeLayer>;
 
 // One name, or those of gate, up and down.
-using FormatArg = std::variant<std::string, std::array<std::string, 3>>;
-
-ExpertFormats make_formats(const FormatArg& arg, int group_size) {
-  if (const auto* name = std::get_if<std::string>(&arg)) return weight_format_arg(*name, group_size);
-  const auto& names = std::get<1>(arg);
-  return {weight_format_arg(names[0], group_size), weight_format_arg(names[1], group_size),
-          weight_format_arg(names[2], group_size)};
+ExpertFormats make_formats(const py::object& names, int group_size) {
+  const auto format = [&](const py::handle& name) {
+    return weight_format(to_text(name, "format").c_str(), group_size);
+  };
+  if (py::isinstance<py::str>(names)) return format(names);
+  const bool is_sequence = py::isinstance<py::tuple>(names) || py::isinstance<py::list>(names);
+  if (!is_sequence || py::len(names) != 3) refuse_value("format", "a name or those of gate, up and down", names);
+  const py::tuple three(names);
+  return {format(three[0]), format(three[1]), format(three[2])};
 }
 
-MoeShape make_shape(int64_t num_experts, int64_t hidden, int64_t inter, const FormatArg& format,
+MoeShape make_shape(int64_t num_experts, int64_t hidden, int64_t inter, const py::object& format,
                     const std::string& activation, int group_size, const GateParams& params = {}) {
   MoeShape shape;
   shape.gate_params = params;
   shape.num_experts = num_experts, shape.hidden = hidden, shape.inter = inter;
   shape.format = make_formats(format, group_size);
-  if (!activation_from_name(whole_text("activation", activation), &shape.activation))
+  if (!activation_from_name(activation.c_str(), &shape.activation))
     throw py::value_error("activation: expected silu, gelu, gelu_tanh, relu or clamped_swiglu, got " + activation);
   if (!std::isfinite(params.alpha)) throw py::value_error("alpha: expected a finite number");
   if (!std::isfinite(params.limit) || params.limit <= 0.0f)
@@ -66,7 +67,7 @@ struct WeightArg {
   }
 };
 
-void load_expert(const HeldMoe& layer, int64_t expert, const py::object& gate_, const py::object& up_,
+void load_expert(const HeldMoe& layer, Number<"expert"> expert, const py::object& gate_, const py::object& up_,
                  const py::object& down_) {
   const MoeShape& s = layer->shape();
   CallMemory call;
@@ -89,7 +90,7 @@ struct StoredArg {
   StoredInt4 view() const { return {q.u8(), q.stride(0), scales.bf16(), scales.stride(0)}; }
 };
 
-void load_expert_int4(const HeldMoe& layer, int64_t expert, const py::object& gate_, const py::object& up_,
+void load_expert_int4(const HeldMoe& layer, Number<"expert"> expert, const py::object& gate_, const py::object& up_,
                       const py::object& down_) {
   const MoeShape& s = layer->shape();
   const WeightFormat format = s.format.gate;
@@ -102,8 +103,8 @@ void load_expert_int4(const HeldMoe& layer, int64_t expert, const py::object& ga
   layer->load_expert_int4(expert, gate.view(), up.view(), down.view());
 }
 
-void unpack_expert(const HeldMoe& layer, int64_t expert, const py::object& gate_, const py::object& up_,
-                   const py::object& down_, const std::string& dtype_) {
+void unpack_expert(const HeldMoe& layer, Number<"expert"> expert, const py::object& gate_, const py::object& up_,
+                   const py::object& down_, const Text<"dtype">& dtype_) {
   const MoeShape& s = layer->shape();
   const DType dtype = result_dtype("dtype", dtype_);
   CallMemory call;
@@ -123,7 +124,7 @@ struct BlobArgs {
   CallMemory call;
   BlobArg gate, up, down;
 
-  BlobArgs(const MoeLayer& layer, const py::buffer& gate_, const py::buffer& up_, const py::buffer& down_,
+  BlobArgs(const MoeLayer& layer, const py::object& gate_, const py::object& up_, const py::object& down_,
            Access access)
       : gate(call, gate_, "gate", layer.gate_blob_bytes(), access),
         up(call, up_, "up", layer.up_blob_bytes(), access),
@@ -131,8 +132,8 @@ struct BlobArgs {
   ExpertBlobs<const char> read() const { return {gate.data(), up.data(), down.data()}; }
 };
 
-void map_expert(const HeldMoe& layer, int64_t expert, const py::buffer& gate, const py::buffer& up,
-                const py::buffer& down) {
+void map_expert(const HeldMoe& layer, Number<"expert"> expert, const py::object& gate, const py::object& up,
+                const py::object& down) {
   BlobArgs blobs(*layer, gate, up, down, Access::kRead);
   const ExpertBlobs<const char> views = blobs.read();
   auto owner = BlobArg::keep(std::move(blobs.gate), std::move(blobs.up), std::move(blobs.down));
@@ -140,24 +141,25 @@ void map_expert(const HeldMoe& layer, int64_t expert, const py::buffer& gate, co
   layer->map_expert(expert, views, std::move(owner));
 }
 
-void copy_expert(const HeldMoe& layer, int64_t expert, const py::buffer& gate, const py::buffer& up,
-                 const py::buffer& down) {
+void copy_expert(const HeldMoe& layer, Number<"expert"> expert, const py::object& gate, const py::object& up,
+                 const py::object& down) {
   const BlobArgs blobs(*layer, gate, up, down, Access::kRead);
   const GilRelease release;
   layer->copy_expert(expert, blobs.read());
 }
 
-void export_expert(const HeldMoe& layer, int64_t expert, const py::buffer& gate, const py::buffer& up,
-                   const py::buffer& down) {
+void export_expert(const HeldMoe& layer, Number<"expert"> expert, const py::object& gate, const py::object& up,
+                   const py::object& down) {
   const BlobArgs blobs(*layer, gate, up, down, Access::kWrite);
   const GilRelease release;
   layer->export_expert(expert, {blobs.gate.writable(), blobs.up.writable(), blobs.down.writable()});
 }
 
 void forward(const HeldMoe& layer, const py::object& x, const py::object& ids, const py::object& weights,
-             const py::tuple& lora, const py::object& g, const py::object& u, const py::object& out_,
-             const std::string& out_dtype, float dropout_p, uint64_t dropout_seed, int64_t chunk,
-             const std::string& rows, const py::object& xa, const py::object& bias) {
+             const py::object& lora, const py::object& g, const py::object& u, const py::object& out_,
+             const Text<"out_dtype">& out_dtype, Number<"dropout_p", float> dropout_p,
+             Number<"dropout_seed", uint64_t> dropout_seed, Number<"chunk_size"> chunk, const Text<"rows">& rows,
+             const py::object& xa, const py::object& bias) {
   const MoeShape& s = layer->shape();
   CallMemory call;
   const CallArgs args(call, s, x, ids, weights, lora, rows, bias);
@@ -168,10 +170,11 @@ void forward(const HeldMoe& layer, const py::object& x, const py::object& ids, c
 }
 
 void backward(const HeldMoe& layer, const py::object& dout_, const py::object& x, const py::object& ids,
-              const py::object& weights, const py::tuple& lora, const py::object& g, const py::object& u,
-              const py::object& dx_, const std::string& dx_dtype, const py::object& dweights_,
-              const py::tuple& lora_grads, float dropout_p, uint64_t dropout_seed, int64_t chunk,
-              const std::string& rows, const py::object& xa, const py::object& bias) {
+              const py::object& weights, const py::object& lora, const py::object& g, const py::object& u,
+              const py::object& dx_, const Text<"dx_dtype">& dx_dtype, const py::object& dweights_,
+              const py::object& lora_grads, Number<"dropout_p", float> dropout_p,
+              Number<"dropout_seed", uint64_t> dropout_seed, Number<"chunk_size"> chunk, const Text<"rows">& rows,
+              const py::object& xa, const py::object& bias) {
   const MoeShape& s = layer->shape();
   CallMemory call;
   const CallArgs args(call, s, x, ids, weights, lora, rows, bias);
@@ -203,8 +206,8 @@ int64_t count_experts(const HeldMoe& layer) {
   return (counted.*kCount)();
 }
 
-const char* default_rows(const std::string& format) {
-  const Format kind = weight_format_arg(format, 32).kind;
+const char* default_rows(const Text<"format">& format) {
+  const Format kind = weight_format(format.c_str(), 32).kind;
   // int8 rows are the faster ones where the CPU multiplies bytes, block floating point elsewhere.
   if (!takes_rows(kind, Rows::kBfp16)) return "bf16";
   const bool has_dot = takes_rows(kind, Rows::kInt8) && (active_isa() & (kAvx512Vnni | kAmxInt8)) != 0;
@@ -245,8 +248,10 @@ void bind_moe(py::module_& m) {
   m.def("default_rows", &default_rows);
   py::class_<HeldMoe> layer(m, "MoeLayer");
   layer
-      .def(py::init([](int64_t num_experts, int64_t hidden, int64_t inter, const FormatArg& format,
-                       const std::string& activation, int group_size, float alpha, float limit) {
+      .def(py::init([](Number<"num_experts"> num_experts, Number<"hidden"> hidden, Number<"inter"> inter,
+                       const py::object& format, const Text<"activation">& activation,
+                       Number<"group_size", int> group_size, Number<"alpha", float> alpha,
+                       Number<"limit", float> limit) {
              return std::make_unique<HeldMoe>(
                  std::in_place, make_shape(num_experts, hidden, inter, format, activation, group_size, {alpha, limit}));
            }),
@@ -271,7 +276,8 @@ void bind_moe(py::module_& m) {
            py::arg("chunk_size"), py::arg("rows") = "bf16", py::arg("xa") = py::none(), py::arg("bias") = py::none())
       .def_static(
           "packed_bytes_for",
-          [](int64_t num_experts, int64_t hidden, int64_t inter, const FormatArg& format, int group_size) {
+          [](Number<"num_experts"> num_experts, Number<"hidden"> hidden, Number<"inter"> inter,
+             const py::object& format, Number<"group_size", int> group_size) {
             return MoeLayer::packed_bytes_for(make_shape(num_experts, hidden, inter, format, "silu", group_size));
           },
           py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16",

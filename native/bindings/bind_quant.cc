@@ -8,7 +8,7 @@
 #include "kts/gguf_blocks.h"
 #include "kts/scaled_blocks.h"
 #include "kts/thread_pool.h"
-#include "name_arg.h"
+#include "plain_arg.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -19,9 +19,11 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 16;
 
-const GgmlType& type_of(const std::string& name) {
-  const GgmlType* type = find_ggml_type(whole_text("type", name));
-  if (type == nullptr) throw py::value_error("type: expected a GGUF type of numbers, got " + name);
+using TypeName = Text<"type">;
+
+const GgmlType& type_of(const TypeName& name) {
+  const GgmlType* type = find_ggml_type(name.c_str());
+  if (type == nullptr) throw py::value_error("type: expected a GGUF type of numbers, got " + name.value);
   return *type;
 }
 
@@ -52,13 +54,13 @@ int64_t block_size(const char* name, int64_t size, int64_t count) {
   return min_i64(size, std::max<int64_t>(count, 1));
 }
 
-void fp8(const py::object& w_, const py::object& scales_, int64_t block_rows, int64_t block_cols,
-         const py::object& out_) {
+void fp8(const py::object& w_, const py::object& scales_, Number<"block_rows"> wanted_rows,
+         Number<"block_cols"> wanted_cols, const py::object& out_) {
   CallMemory call;
   const TensorIn w(call, w_, "w", kU8, {kAnySize, kAnySize}, Layout::kRows);
   const int64_t rows = w.size(0), cols = w.size(1);
-  block_rows = block_size("block_rows", block_rows, rows);
-  block_cols = block_size("block_cols", block_cols, cols);
+  const int64_t block_rows = block_size("block_rows", wanted_rows, rows);
+  const int64_t block_cols = block_size("block_cols", wanted_cols, cols);
   const TensorIn scales(call, scales_, "scales", kF32, {ceil_div(rows, block_rows), ceil_div(cols, block_cols)},
                         Layout::kRows);
   const TensorOut out = out_arg(call, out_, rows, cols);
@@ -71,11 +73,11 @@ void fp8(const py::object& w_, const py::object& scales_, int64_t block_rows, in
   });
 }
 
-void int4(const py::object& w_, const py::object& scales_, int64_t group, const py::object& out_) {
+void int4(const py::object& w_, const py::object& scales_, Number<"group"> wanted, const py::object& out_) {
   CallMemory call;
   const TensorIn w(call, w_, "w", kU8, {kAnySize, kAnySize}, Layout::kRows);
   const int64_t rows = w.size(0), cols = 2 * w.size(1);
-  group = block_size("group", group, cols);
+  const int64_t group = block_size("group", wanted, cols);
   const TensorIn scales(call, scales_, "scales", kF32, {rows, ceil_div(cols, group)}, Layout::kRows);
   const TensorOut out = out_arg(call, out_, rows, cols);
   const auto to = out.as_output<NumbersOut>(out.stride(0));
@@ -105,12 +107,12 @@ void mxfp4(const py::object& w_, const py::object& scales_, const py::object& ou
   });
 }
 
-void dequantize(const std::string& name, const py::object& blocks_, const py::object& out_) {
+void dequantize(const TypeName& name, const py::object& blocks_, const py::object& out_) {
   const GgmlType& type = type_of(name);
   CallMemory call;
   const TensorIn blocks(call, blocks_, "blocks", kU8, {kAnySize, kAnySize}, Layout::kRows);
   const int64_t rows = blocks.size(0), row_bytes = blocks.size(1);
-  if (row_bytes % type.block_bytes != 0) blocks.refuse("rows of whole " + name + " blocks");
+  if (row_bytes % type.block_bytes != 0) blocks.refuse("rows of whole " + name.value + " blocks");
   const int64_t cols = row_bytes / type.block_bytes * type.block_elements;
   const TensorOut out = out_arg(call, out_, rows, cols);
   const auto to = out.as_output<NumbersOut>(out.stride(0));
@@ -133,8 +135,7 @@ void bind_quant(py::module_& m) {
         py::arg("out"));
   m.def("dequantize_int4", &int4, py::arg("w"), py::arg("scales"), py::arg("group"), py::arg("out"));
   m.def("dequantize_mxfp4", &mxfp4, py::arg("w"), py::arg("scales"), py::arg("out"));
-  m.def("can_dequantize_gguf",
-        [](const std::string& name) { return find_ggml_type(whole_text("type", name)) != nullptr; });
+  m.def("can_dequantize_gguf", [](const TypeName& name) { return find_ggml_type(name.c_str()) != nullptr; });
 }
 
 }  // namespace kts

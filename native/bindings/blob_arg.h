@@ -10,14 +10,15 @@
 
 #include "call_memory.h"
 #include "gil.h"
+#include "plain_arg.h"
 
 namespace kts {
 
 // So many contiguous bytes, which stay where they are as long as this lives; writable ones for Access::kWrite.
 class BlobArg {
  public:
-  BlobArg(CallMemory& call, const pybind11::buffer& buffer, const char* name, int64_t bytes, Access access)
-      : info_(buffer.request(access == Access::kWrite)) {
+  BlobArg(CallMemory& call, const pybind11::object& buffer, const char* name, int64_t bytes, Access access)
+      : info_(request(buffer, name, access)) {
     const bool is_flat = info_.ndim == 1 && info_.itemsize == 1 && (info_.size <= 1 || info_.strides[0] == 1);
     if (!is_flat || info_.size != bytes)
       throw pybind11::value_error(std::string(name) + ": expected " + std::to_string(bytes) +
@@ -42,6 +43,11 @@ class BlobArg {
   }
 
  private:
+  static pybind11::buffer_info request(const pybind11::object& buffer, const char* name, Access access) {
+    if (PyObject_CheckBuffer(buffer.ptr()) == 0) refuse_value(name, "a buffer of bytes", buffer);
+    return pybind11::reinterpret_borrow<pybind11::buffer>(buffer).request(access == Access::kWrite);
+  }
+
   pybind11::buffer_info info_;
 };
 

@@ -7,6 +7,7 @@
 
 #include "kts/moe.h"
 #include "name_arg.h"
+#include "plain_arg.h"
 #include "tensor_arg.h"
 
 namespace kts {
@@ -18,16 +19,6 @@ inline pybind11::tuple items_of(const pybind11::object& value, const char* name,
                                 std::string(pybind11::str(pybind11::type::of(value))) +
                                 (pybind11::isinstance<pybind11::tuple>(value) ? " of another length" : ""));
   return pybind11::reinterpret_borrow<pybind11::tuple>(value);
-}
-
-inline float number_of(const pybind11::handle& value, const char* name) {
-  const double number = PyFloat_AsDouble(value.ptr());
-  if (PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    throw pybind11::value_error(std::string(name) + ": expected a number as scale, got " +
-                                std::string(pybind11::str(pybind11::type::of(value))));
-  }
-  return static_cast<float>(number);
 }
 
 // (a [experts, rank, in], b [experts, rank, out], scale) or None
@@ -42,7 +33,7 @@ struct LoraArg {
     a.emplace(call, parts[0], ArgName(name, ".a"), kF32, Shape{shape.num_experts, kAnySize, in}, Layout::kRows);
     b.emplace(call, parts[1], ArgName(name, ".b"), kF32, Shape{shape.num_experts, a->size(1), out}, Layout::kRows);
     view = {a->f32(),     a->stride(0), a->stride(1), b->f32(),
-            b->stride(0), b->stride(1), a->size(1),   number_of(parts[2], name)};
+            b->stride(0), b->stride(1), a->size(1),   to_float(parts[2], name)};
   }
 };
 
@@ -124,7 +115,7 @@ struct CallArgs {
   ExpertLora lora;
 
   CallArgs(CallMemory& call, const MoeShape& shape, const pybind11::object& x_, const pybind11::object& ids_,
-           const pybind11::object& weights_, const pybind11::tuple& lora_, const std::string& rows,
+           const pybind11::object& weights_, const pybind11::object& lora_, const std::string& rows,
            const pybind11::object& bias_)
       : x(call, x_, "x", kBf16, {kAnySize, shape.hidden}, Layout::kContiguous),
         ids(call, ids_, "topk_ids", kI64, {x.size(0), kAnySize}, Layout::kContiguous),

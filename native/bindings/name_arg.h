@@ -27,15 +27,4 @@ inline DType result_dtype(const char* argument, const std::string& name) {
   throw pybind11::value_error(std::string(argument) + ": expected bf16 or f32, got " + name);
 }
 
-// For functions that take the text up to its first zero byte.
-inline const char* whole_text(const char* argument, const std::string& text) {
-  if (text.find('\0') != std::string::npos)
-    throw pybind11::value_error(std::string(argument) + ": expected a name, got one with a zero byte");
-  return text.c_str();
-}
-
-inline WeightFormat weight_format_arg(const std::string& name, int group_size) {
-  return weight_format(whole_text("format", name), group_size);
-}
-
 }  // namespace kts

@@ -38,11 +38,12 @@ std::string names_of(DType dtypes) {
   return names;
 }
 
-std::string join(const int64_t* values, int count) {
+// kAnySize means any size of an expected shape only.
+std::string join(const int64_t* values, int count, bool is_expected = false) {
   std::string text = "[";
   for (int i = 0; i < count; ++i) {
     if (i > 0) text += ", ";
-    text += values[i] == kAnySize ? "any" : std::to_string(values[i]);
+    text += is_expected && values[i] == kAnySize ? "any" : std::to_string(values[i]);
   }
   return text + "]";
 }
@@ -103,7 +104,7 @@ void TensorArg::check_layout(DType dtypes, const Shape& shape, Layout layout) co
     refuse((shape.dims >= 0 ? std::to_string(shape.dims) : "at most four") + " dimensions");
   for (int i = 0; i < shape.dims; ++i) {
     const int64_t expected = shape.sizes[static_cast<size_t>(i)];
-    if (expected != kAnySize && expected != size(i)) refuse("shape " + join(shape.sizes.data(), shape.dims));
+    if (expected != kAnySize && expected != size(i)) refuse("shape " + join(shape.sizes.data(), shape.dims, true));
   }
   const int last = view_.dims - 1;
   if (layout == Layout::kStrided || last < 0 || view_.is_empty()) return;  // no element, no layout
