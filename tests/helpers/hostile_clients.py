@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -60,7 +61,7 @@ def raw(port: int, *pieces: bytes, timeout_s: float = 20.0, pause_s: float = 0.0
 
 def statuses(said: bytes) -> list[int]:
     """Of the responses in what a server said."""
-    return [int(line.split()[1]) for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", said)]
 
 
 @contextlib.contextmanager
