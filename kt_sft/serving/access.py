@@ -20,8 +20,9 @@ from starlette.responses import Response
 
 from kt_sft.errors import ConfigError
 from kt_sft.serving.errors import RequestError
-from kt_sft.serving.limits import MAX_BODY_BYTES
+from kt_sft.serving.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
 
+BAD_FRAMING = "bad_framing"  # what follows on such a connection may be meant as anything
 OPEN_PATHS = ("/health",)  # asked for by programs that watch servers and hold no keys
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+?)\.?(?::[0-9]{1,5})?")
 
@@ -104,6 +105,8 @@ class Gate:
                 self._check(scope, Headers(scope=scope))
             except RequestError as error:
                 app = self._answer(scope["path"], error)
+                if error.code == BAD_FRAMING:
+                    app.headers["Connection"] = "close"
         await app(scope, receive, send)
 
     def _check(self, scope: Any, headers: Headers) -> None:
@@ -137,9 +140,16 @@ class Gate:
 
 
 def _check_framing(scope: Any, headers: Headers) -> None:
-    """Raise where two servers could see different ends of the body, and where it is too long by its own word."""
+    """Raise where two servers could see different ends of the body, and where header or body are too long."""
+    if scope["http_version"] not in ("1.0", "1.1"):
+        raise RequestError(505, "expected HTTP/1.1", code=BAD_FRAMING)
+    # h11 has its own limit, but not for a header that comes in one piece.
+    target = len(scope["raw_path"]) + len(scope["query_string"])
+    if target + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        raise RequestError(431, f"the header has more than {MAX_HEADER_BYTES >> 10} KiB, the limit of this server")
     if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
-        raise RequestError(400, "transfer-encoding: expected no content-length beside it, and HTTP/1.1")
+        message = "transfer-encoding: expected no content-length beside it, and HTTP/1.1"
+        raise RequestError(400, message, code=BAD_FRAMING)
     if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:  # h11 has checked that these are digits
         raise too_long()
 

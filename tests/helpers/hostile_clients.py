@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -60,7 +61,7 @@ def raw(port: int, *pieces: bytes, timeout_s: float = 20.0, pause_s: float = 0.0
 
 def statuses(said: bytes) -> list[int]:
     """Of the responses in what a server said."""
-    return [int(line.split()[1]) for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", said)]
 
 
 @contextlib.contextmanager
@@ -118,29 +119,64 @@ def many_messages(port: int, model: str, count: int) -> int:
     return post(port, "/v1/chat/completions", question(model) | {"messages": turns})[0]
 
 
-def slow_headers(port: int, count: int, seconds: float) -> list[socket.socket]:
-    """Connections that send a line of a header now and then and never the last one; closed by the caller."""
-    clients = []
-    for _ in range(count):
-        with contextlib.suppress(OSError):
-            client = socket.create_connection(("127.0.0.1", port), timeout=5)
-            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
-            clients.append(client)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        time.sleep(0.5)
-        for client in clients:
+def many_values(port: int, kind: int) -> int:
+    """16 MB of the smallest values that JSON has."""
+    value = (b"[]", b"{}", b"0", b'""', b"1.1", b'{"a":0}')[kind % 6]
+    body = b'{"model": [' + (value + b",") * (16_000_000 // (len(value) + 1)) + b"0]}"
+    return post(port, "/v1/chat/completions", body)[0]
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def slow_headers(port: int, count: int, seconds: float) -> Counter[int]:
+    """Connections that send a line of a header now and then and never the last one."""
+    return _slowly(port, count, seconds, HEAD, b"X-More: 1\r\n")
+
+
+def slow_bodies(port: int, count: int, seconds: float) -> Counter[int]:
+    """Connections that send a byte of a body now and then."""
+    return _slowly(port, count, seconds, HEAD + b"Content-Length: 1000\r\n\r\n", b" ")
+
+
+def _slowly(port: int, count: int, seconds: float, first: bytes, more: bytes) -> Counter[int]:
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(count):
             with contextlib.suppress(OSError):
-                client.sendall(b"X-More: 1\r\n")
-    return clients
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+                client.sendall(first)
+                clients.append(client)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(0.2)
+            for client in clients:
+                with contextlib.suppress(OSError):
+                    client.sendall(more)
+    return Counter()
+
+
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        yield probe.getsockname()[1]
+
+
+def active(port: int) -> int:
+    """Answers that are being written or wait."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", "/health")
+    counts = json.loads(connection.getresponse().read())
+    connection.close()
+    return counts["active"] + counts["waiting"]
 
 
 def leave_in_mid_stream(port: int, model: str) -> int:
     """Go after the first bytes of an answer."""
     body = json.dumps(question(model) | {"stream": True, "max_tokens": 400, "ignore_eos": True}).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
-        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         return int(client.recv(64).split()[1])
 
 
