@@ -167,6 +167,8 @@ class QuantizedIndex(TensorIndex[TensorInfo]):
         """Register a quantised tensor; returns the keys that are its parts under other names."""
         assert self._quantization is not None
         info, scale = self._index.info(key), self._scale_info(key, scale_key)
+        if self._quantization.dtype == INT4 and info.dtype != "I32":
+            raise FormatError(info.file, f"tensor {key}", expected="I32", found=info.dtype, remedy=SAME_MODEL)
         shape = info.shape if self._quantization.dtype == FP8 else (*info.shape[:-1], 8 * info.shape[-1])
         rows, cols = shape[-2:] if len(shape) >= 2 else (0, 0)
         block_rows, block_cols = self._quantization.block or (max(rows, 1), max(cols, 1))

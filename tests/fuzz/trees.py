@@ -15,16 +15,17 @@ from typing import Any
 # Around the limits of machine numbers, of our own checks, and of what a factor of four or eight makes of them.
 NUMBERS: tuple[Any, ...] = (
     0, 1, -1, 2, 3, 7, 8, 9, 15, 16, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 4095, 4096, 65535,
-    65536, 2**15, 2**20, 2**24, 2**29, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**53 + 1, 2**60, 2**61, 2**62,
-    2**63 - 1, 2**63, 2**64 - 1, 2**64, 2**70, -(2**31), -(2**63), -(2**63) - 1, 10**30, 10**400, 0.0, -0.0, 0.5, 1.0, 1.5, -1.5,
+    65536, 2**15, 2**20, 2**24, 2**29, 2**31 - 1, 2**31,
+    2**32 - 1, 2**32, 2**53, 2**53 + 1, 2**60, 2**61, 2**62, 2**63 - 1, 2**63,
+    2**64 - 1, 2**64, 2**70, -(2**31), -(2**63), -(2**63) - 1, 10**30, 10**400, 0.0, -0.0, 0.5, 1.0, 1.5, -1.5,
     1e-45, 1e-320, 1e15, 1e16, 1e30, 1e38, 3.5e38, 1e308, -1e308, float("inf"), float("-inf"), float("nan"),
 )  # fmt: skip
 TEXTS: tuple[str, ...] = (
     "", " ", "0", "1", "-1", "1.0", "1e3", "nan", "inf", "true", "false", "yes", "no", "null", "None", "on", "auto",
     "a\nb", "\0", "a\0b", "\t", "\r\n", "\u2028", "\ud800", "\udfff", "\ufeff", "\ufffd", "é", "e\u0301", "𝔘", "１",
     "²", "..", ".", "/", "../x", "../../../../etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/mem", "~", "~root",
-    "a/b", "a\\b", "model.safetensors", "config.json", "x" * 255, "x" * 256, "x" * 5000, "%s%n", "{x}", "${x}", "$(x)", "*",
-    "(", "[", "\\", "(a+)+$", "(.*)*(.*)*(.*)*x", "(?P<a>", "^(?:a|aa)+$", "<|im_start|>", "__class__", "self",
+    "a/b", "a\\b", "model.safetensors", "config.json", "x" * 255, "x" * 256, "x" * 5000, "%s%n", "{x}", "${x}", "$(x)",
+    "*", "(", "[", "\\", "(a+)+$", "(.*)*(.*)*(.*)*x", "(?P<a>", "^(?:a|aa)+$", "<|im_start|>", "__class__", "self",
     "tests.fuzz.tripwire", "tests.fuzz.tripwire.spring", "os.system", "cpu", "cuda", "cuda:99", "meta", "2001-13-45",
 )  # fmt: skip
 # Written as they stand, where a value was.
