@@ -13,6 +13,7 @@ Three public formats are read beside plain floating point, described by `quantiz
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,19 +66,22 @@ def read_quantization(values: Any, source: object) -> Quantization | None:
     """
     if not values:
         return None
-    method = values.get("quant_method", "an unnamed method") if isinstance(values, Mapping) else values
-    found = f"weights quantised by {method}"
+    if not isinstance(values, Mapping):
+        expected, found = "an object with a quant_method", reprlib.repr(values)
+        raise UnsupportedModel(f"{source}: quantization_config", expected=expected, found=found)
+    method = values.get("quant_method", "an unnamed method")
+    found = f"weights quantised by {method if isinstance(method, str) and len(method) <= 80 else reprlib.repr(method)}"
     if method == "fp8":
         block = values.get("weight_block_size", [128, 128])
         if block is None:
             return Quantization(FP8, None)
         if _is_sizes(block, 2):
             return Quantization(FP8, (block[0], block[1]))
-        found += f" with weight_block_size {block}"
+        found += f" with weight_block_size {reprlib.repr(block)}"
     elif method == "compressed-tensors":
         if values.get("format") == "pack-quantized" and (group := _int4_group(values.get("config_groups"))):
             return Quantization(INT4, (1, group))
-        found += f" in format {values.get('format')!r}, or not as symmetric 4-bit integers in groups"
+        found += f" in format {reprlib.repr(values.get('format'))}, or not as symmetric 4-bit integers in groups"
     elif method == "mxfp4":
         return Quantization(MXFP4, (1, _MXFP4_GROUP))
     raise UnsupportedModel(
@@ -89,15 +93,15 @@ def read_quantization(values: Any, source: object) -> Quantization | None:
 
 
 def _int4_group(groups: Any) -> int | None:
-    schemes = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
-    sizes = set()
-    for scheme in schemes:
+    sizes = []
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        scheme = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(scheme, Mapping) or (scheme.get("num_bits"), scheme.get("type")) != (4, "int"):
             return None
         if scheme.get("symmetric") is not True or scheme.get("strategy") != "group" or scheme.get("actorder"):
             return None
-        sizes.add(scheme.get("group_size"))
-    return sizes.pop() if len(sizes) == 1 and _is_sizes(list(sizes), 1) else None
+        sizes.append(scheme.get("group_size"))
+    return sizes[0] if sizes and _is_sizes(sizes, len(sizes)) and len(set(sizes)) == 1 else None
 
 
 def _is_sizes(values: Any, count: int) -> bool:
@@ -163,6 +167,8 @@ class QuantizedIndex(TensorIndex[TensorInfo]):
         """Register a quantised tensor; returns the keys that are its parts under other names."""
         assert self._quantization is not None
         info, scale = self._index.info(key), self._scale_info(key, scale_key)
+        if self._quantization.dtype == INT4 and info.dtype != "I32":
+            raise FormatError(info.file, f"tensor {key}", expected="I32", found=info.dtype, remedy=SAME_MODEL)
         shape = info.shape if self._quantization.dtype == FP8 else (*info.shape[:-1], 8 * info.shape[-1])
         rows, cols = shape[-2:] if len(shape) >= 2 else (0, 0)
         block_rows, block_cols = self._quantization.block or (max(rows, 1), max(cols, 1))

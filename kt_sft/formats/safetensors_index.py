@@ -27,6 +27,8 @@ SINGLE_NAME = "model.safetensors"
 _AGAIN = "download or copy the file again"
 # The format's own limit; a larger number means that the file is not safetensors.
 _MAX_HEADER_BYTES = 100_000_000
+# Of every filesystem; longer ones are an OSError instead of an absent file.
+_MAX_FILE_NAME = 200
 # torch has room for more, checkpoints have not; a product of many would take minutes.
 _MAX_AXES = 8
 # Others may exist; what they hold is not checked here, and no model of ours needs them.
@@ -141,13 +143,19 @@ class SafetensorsIndex(TensorIndex[TensorInfo]):
         """Tensor, or the part of it that `rows` selects on its leading axes; a view of the mapped file.
 
         Raises:
-            FormatError: the checkpoint has no such tensor.
+            FormatError: the checkpoint has no such tensor, or the installed library does not know its dtype.
         """
-        file = self.info(name).file
-        if file not in self._open:
-            self._open[file] = _map(file)
-        part = self._open[file].get_slice(name)
-        return part[rows] if rows else part[...]
+        from safetensors import SafetensorError
+
+        info = self.info(name)
+        if info.file not in self._open:
+            self._open[info.file] = _map(info.file)
+        part = self._open[info.file].get_slice(name)
+        try:
+            return part[rows] if rows else part[...]
+        except SafetensorError as error:
+            expected = "a dtype that the installed safetensors library reads"
+            raise FormatError(info.file, f"tensor {name}", expected=expected, found=str(error)[:200]) from None
 
     def close(self) -> None:
         while self._open:
@@ -182,7 +190,7 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
             index_path, "weight_map", expected="tensor name -> file", found=repr(weight_map)[:40], remedy=_AGAIN
         )
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or "\0" in file or Path(file).name != file:
+        if not isinstance(file, str) or "\0" in file or Path(file).name != file or not 0 < len(file) <= _MAX_FILE_NAME:
             what = f"weight_map, tensor {name[:80]}"
             raise FormatError(
                 index_path, what, expected="a file beside the index", found=repr(file)[:80], remedy=_AGAIN

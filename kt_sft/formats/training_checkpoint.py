@@ -8,6 +8,7 @@ archives whose directory comes last, and `trainer_state.json` is written after e
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -71,13 +72,13 @@ def _named(folder: Path) -> list[tuple[Path, re.Match]]:
 
 
 def _json_fault(path: Path) -> str | None:
+    if not path.is_file():  # reading from a pipe or a device would not end
+        return f"{path.name} is {'no regular file' if os.path.lexists(path) else 'missing'}"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{path.name} is missing"
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{path.name} is empty" if not path.stat().st_size else f"{path.name} ends early"
     return None if isinstance(value, dict) else f"{path.name} holds no object"
 
@@ -97,18 +98,28 @@ def _adapter_fault(checkpoint: Path) -> str | None:
 
 def _is_whole_zip(path: Path) -> bool:
     """Whether torch wrote the file to its end, where the archive's directory is."""
+    if not path.is_file():
+        return False
     try:
         with zipfile.ZipFile(path) as archive:
             return bool(archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # the last: of a later version of zip
+        return False
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no filesystem takes
         return False
 
 
 def _deepspeed_fault(checkpoint: Path) -> str | None:
     if not is_deepspeed(checkpoint):
         return None
-    folder = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
-    if not folder.is_dir() or folder == checkpoint:
+    name = (checkpoint / "latest").read_bytes()[:256].strip().decode("utf-8", errors="replace")
+    folder = checkpoint / name
+    if "/" in name or not _is_dir(folder) or folder in (checkpoint, checkpoint / ".."):
         return "the folder that its file `latest` names is missing"
     files = sorted(folder.glob("*.pt"))
     if not any("model_states" in path.name for path in files):

@@ -1,0 +1,8 @@
+"""Every door, by name."""
+
+from __future__ import annotations
+
+from tests.fuzz.case import Door
+from tests.fuzz.doors import headers
+
+DOORS: dict[str, Door] = {door.name: door for door in (*headers.DOORS,)}
