@@ -1,36 +1,45 @@
-"""JSON files that hold one object, read strictly: of a sane size, UTF-8, no name twice, no NaN and no Infinity."""
+"""JSON files that hold one object, read strictly: of a sane size and depth, UTF-8, no name twice, no NaN."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from kt_sft.errors import FormatError
-from kt_sft.formats.regular_file import open_regular
+from kt_sft.formats.regular_file import read_text
 
-# An adapter_config.json that names each matrix of each expert has 3 MB.
-_MAX_BYTES = 8 << 20
+# The largest that are known: an adapter_config.json that names each matrix of each expert has 3 MB.
+MOST_BYTES = 16 << 20
+MOST_DEPTH = 32
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Values of a JSON file.
+def read_object(
+    path: str | os.PathLike[str],
+    what: str = "file",
+    *,
+    may_be_infinite: bool = False,
+    remedy: str = "download or write it again",
+) -> dict[str, Any]:
+    """The JSON object of a file.
 
+    Args:
+        what: names it in messages.
+        may_be_infinite: `Infinity` is a number, as in ranges of some models' configurations.
     Raises:
-        FormatError: no regular file, too large, damaged, or no JSON object.
+        FormatError: no regular file, too large, or something else in it.
     """
-    with os.fdopen(open_regular(path, "file"), "rb") as stream:
-        raw = stream.read(_MAX_BYTES + 1)
-    if len(raw) > _MAX_BYTES:
-        raise FormatError(path, "size", expected=f"at most {_MAX_BYTES >> 20} MiB", found="more")
+    text = read_text(path, what, MOST_BYTES, remedy=remedy)
     try:
-        values = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats, parse_constant=_refuse_constant)
+        constant = _not_nan if may_be_infinite else _no_constant
+        values = json.loads(text, object_pairs_hook=without_repeats, parse_constant=constant)
+        if not isinstance(values, dict):
+            raise ValueError(f"a JSON {type(values).__name__}")
+        if is_deeper(values, MOST_DEPTH):
+            raise ValueError(f"more than {MOST_DEPTH} levels")
     except (ValueError, RecursionError) as error:
-        raise FormatError(path, "damaged", expected="JSON", found=str(error)[:120]) from None
-    if not isinstance(values, dict):
-        raise FormatError(path, "content", expected="a JSON object", found=type(values).__name__)
+        found = str(error)[:200] if isinstance(error, ValueError) else "levels without end"
+        raise FormatError(path, what, expected="a JSON object", found=found, remedy=remedy) from None
     return values
 
 
@@ -38,10 +47,31 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, for `object_pairs_hook`; ValueError where a name is there twice: readers would differ."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{name[:80]!r} is there twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {twice[:80]!a} twice")
     return values
 
 
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether mappings and lists lie in one another more than so many levels deep."""
+    level = [value]
+    for _ in range(most):
+        level = [inner for outer in level for inner in _inner(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _inner(value: Any) -> list[Any]:
+    if isinstance(value, dict | list):
+        return list(value.values() if isinstance(value, dict) else value)
+    return []
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name}, which is no number of JSON")
+
+
+def _not_nan(name: str) -> float:
+    return _no_constant(name) if name == "NaN" else float(name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.errors import FormatError
+from kt_sft.formats.json_object import without_repeats
 
 FORMAT_NAME = "kt_sft packed experts"
 FORMAT_VERSION = 1
@@ -135,7 +136,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
         FormatError: damaged, another version or layout, or at odds with itself.
     """
     try:
-        values = json.loads(text, object_pairs_hook=_unique_keys)
+        values = json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise FormatError(path, "manifest", expected="JSON", found=f"{error}", remedy=CONVERT_AGAIN) from None
     return _Parser(path).manifest(values)
@@ -253,13 +254,6 @@ class _Parser:
             begin += size
         gate, up, down = blobs
         return (gate, up, down), begin
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key that is there twice")
-    return values
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from kt_sft.errors import FormatError
-from kt_sft.formats.text_files import read_text
+from kt_sft.formats.regular_file import read_text
 
 MOST_BYTES = 1 << 18
 # As many as OmegaConf takes by default.

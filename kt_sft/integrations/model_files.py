@@ -14,9 +14,9 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from kt_sft.errors import FormatError
 from kt_sft.formats.config_values import check_values
+from kt_sft.formats.json_object import read_object
 from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
 from kt_sft.formats.safetensors_index import SafetensorsIndex
-from kt_sft.formats.text_files import read_json
 from kt_sft.integrations.auto_class import HUB_ARGS, errors_in_one_line, read_auto_config
 
 _LAYERS_IN_A_SECOND = 128
@@ -67,7 +67,7 @@ def read_config_file(config_file: Path) -> dict[str, Any]:
     Raises:
         FormatError: no JSON object, values that no model has, or more layers than the weights beside it.
     """
-    values = read_json(config_file, "config", remedy="download it again")
+    values = read_object(config_file, "config", may_be_infinite=True, remedy="download it again")
     check_values(config_file, values)
     _check_size(config_file, values)
     return values
@@ -117,7 +117,7 @@ def _check_generation_config(file: Path, values: dict[str, Any]) -> None:
     """
     if not file.exists():
         return
-    settings = read_json(file, "generation config", remedy="correct it or remove it")
+    settings = read_object(file, "generation config", may_be_infinite=True, remedy="correct it or remove it")
     text = values.get("text_config")
     size = values.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
     check_values(file, {**({} if size is None else {"vocab_size": size}), **settings})
@@ -142,7 +142,7 @@ def open_checkpoint(files: Iterable[str | Path] | str) -> QuantizedIndex:
 def gguf_sources(folder: Path | None) -> list[Path]:
     """The GGUF files that a model directory was made of; none for others, and for files that are gone."""
     with suppress(FormatError, KeyError, TypeError):
-        files = [Path(name) for name in read_json(folder / GGUF_SOURCES, "GGUF sources")["files"]]
+        files = [Path(name) for name in read_object(folder / GGUF_SOURCES, "GGUF sources")["files"]]
         return [file for file in files if file.is_file()]
     return []
 

@@ -10,6 +10,7 @@ import json
 import re
 from typing import Any
 
+from kt_sft.formats.json_object import without_repeats
 from kt_sft.serving.errors import RequestError
 from kt_sft.serving.limits import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES
 
@@ -26,7 +27,7 @@ def read_object(body: bytes | bytearray) -> dict[str, Any]:
     _check_size(body)
     try:
         text = body.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=without_repeats)
     except UnicodeDecodeError as error:
         raise _not_json(f"expected UTF-8, found byte {body[error.start]:#04x} at {error.start}") from None
     except RecursionError:
@@ -55,15 +56,6 @@ def _check_size(body: bytes | bytearray) -> None:
         if string is None:
             return
         at = string.end()
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        seen: set[str] = set()
-        name = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the name {name[:100]!a} occurs twice in one object")
-    return value
 
 
 def _check_values(value: dict[str, Any], *, may_have_surrogates: bool) -> None:

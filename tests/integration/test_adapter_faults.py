@@ -76,7 +76,7 @@ DAMAGE = [
     ("vllm", lambda folder: edit(folder, alpha_pattern={"q_proj": "x"}), "alpha_pattern, 'q_proj': .* found 'x'"),
     ("vllm", lambda folder: edit(folder, target_parameters=5), "target_parameters: expected a list of names, found 5"),
     ("vllm", lambda folder: edit(folder, r=0), "r: expected a positive number, found 0"),
-    ("vllm", lambda folder: (folder / "adapter_config.json").write_text("{"), "damaged: expected JSON"),
+    ("vllm", lambda folder: (folder / "adapter_config.json").write_text("{"), "expected a JSON object"),
     ("vllm", lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json in it"),
     ("vllm", lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter weights"),
     ("vllm", lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), "safetensors file"),

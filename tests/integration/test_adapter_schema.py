@@ -142,14 +142,14 @@ def test_keys_at_harmless_values_pass(doors, adapter, change):
 
 
 TEXTS = {
-    "no object": (b"[]", "content: expected a JSON object"),
-    "a number": (b"3", "content: expected a JSON object"),
-    "empty": (b"", "damaged: expected JSON"),
-    "BOM": (b"\xef\xbb\xbf{}", "damaged: expected JSON"),
-    "UTF-16": ('{"peft_type": "LORA"}'.encode("utf-16"), "damaged: expected JSON"),
-    "nested": (b'{"a":' * 100_000, "damaged: expected JSON"),
-    "large": (b'{"a": "' + b"x" * (9 << 20) + b'"}', "size: expected at most 8 MiB"),
-    "digits": (b'{"peft_type": "LORA", "r": ' + b"9" * 6000 + b"}", "damaged: expected JSON"),
+    "no object": (b"[]", "expected a JSON object, found a JSON"),
+    "a number": (b"3", "expected a JSON object, found a JSON"),
+    "empty": (b"", "expected a JSON object"),
+    "BOM": (b"\xef\xbb\xbf{}", "expected a JSON object"),
+    "UTF-16": ('{"peft_type": "LORA"}'.encode("utf-16"), "expected UTF-8"),
+    "nested": (b'{"a":' * 100_000, "expected a JSON object"),
+    "large": (b'{"a": "' + b"x" * (17 << 20) + b'"}', "expected at most 16777216 bytes"),
+    "digits": (b'{"peft_type": "LORA", "r": ' + b"9" * 6000 + b"}", "expected a JSON object"),
 }
 
 

@@ -87,8 +87,8 @@ def test_blobs_outlive_the_container(good):
 
 def test_what_is_no_container(tmp_path, good):
     assert is_container(good) and not is_container(tmp_path) and not is_container(tmp_path / "no")
-    refused(tmp_path / "no", "manifest: expected a readable file, found No such file")
-    refused(good / MANIFEST_NAME, "manifest: expected a readable file, found Not a directory")
+    refused(tmp_path / "no", "manifest: expected a regular file, found No such file")
+    refused(good / MANIFEST_NAME, "manifest: expected a regular file, found Not a directory")
 
 
 def test_another_model_is_refused(good):
@@ -138,7 +138,7 @@ FILE_DAMAGE = {
     "manifest truncated": (lambda f: os.truncate(f / MANIFEST_NAME, 300), "manifest: expected JSON"),
     "manifest of zeros": (lambda f: (f / MANIFEST_NAME).write_bytes(bytes(500)), "manifest: expected JSON"),
     "manifest deep": (lambda f: (f / MANIFEST_NAME).write_text("[" * 100_000), "manifest: expected JSON"),
-    "manifest twice": (lambda f: (f / MANIFEST_NAME).write_text('{"format": "a", "format": "b"}'), "there twice"),
+    "manifest twice": (lambda f: (f / MANIFEST_NAME).write_text('{"format": "a", "format": "b"}'), "twice"),
     "manifest huge": (lambda f: os.truncate(f / MANIFEST_NAME, 1 << 40), "at most 268435456 bytes, found 1099511"),
     "unfinished": (
         lambda f: (f / MANIFEST_NAME).rename(f / "convert-journal.jsonl"),

@@ -10,8 +10,8 @@ import tracemalloc
 import pytest
 
 from kt_sft.errors import ConfigError, FormatError, KTError
+from kt_sft.formats.json_object import read_object
 from kt_sft.formats.patterns import Allowance, Pattern
-from kt_sft.formats.text_files import read_json
 from kt_sft.formats.yaml_files import MOST_BYTES, read_yaml
 from kt_sft.integrations.llamafactory import run_file
 from kt_sft.placement.rules import load_rules, parse_rules
@@ -106,7 +106,7 @@ def test_numbers_in_other_bases_are_refused_where_nobody_else_reads_them(tmp_pat
 JSON_FAULTS = {
     "a list": ("[1]", "a JSON list"),
     "nothing": ("", "Expecting value"),
-    "a key twice": ('{"a": {"b": 1, "b": 2}}', "b is there twice"),
+    "a key twice": ('{"a": {"b": 1, "b": 2}}', "found the name 'b' twice"),
     "NaN": ('{"a": NaN}', "found NaN"),
     "levels": ('{"a":' * 100_000, "levels"),
     "forty levels": ('{"a":' * 40 + "1" + "}" * 40, "more than 32 levels"),
@@ -120,7 +120,7 @@ def test_json_that_is_refused(tmp_path, bounded, fault):
     text, match = JSON_FAULTS[fault]
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(FormatError, match=match) as raised:
-        read_json(tmp_path / "x.json", "settings")
+        read_object(tmp_path / "x.json", "settings")
     line_of(raised)
 
 
@@ -128,12 +128,12 @@ def test_json_that_is_too_large(tmp_path, bounded):
     with (tmp_path / "x.json").open("wb") as stream:
         stream.truncate(100 << 20)
     with pytest.raises(FormatError, match="expected at most 16777216 bytes, found 104857600"):
-        read_json(tmp_path / "x.json", "settings")
+        read_object(tmp_path / "x.json", "settings")
 
 
 def test_infinity_is_a_number(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"time_step_limit": [0.0, float("inf")]}))
-    assert read_json(tmp_path / "x.json", "settings")["time_step_limit"][1] == float("inf")
+    assert read_object(tmp_path / "x.json", "settings", may_be_infinite=True)["time_step_limit"][1] == float("inf")
 
 
 @pytest.mark.parametrize("pattern", [r"^(a|aa)+$", r"^(?:.|\w+)+\d$", r"^(\w|\w\w)+$"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError, FormatError, near, unknown_names
-from kt_sft.formats.text_files import read_json
+from kt_sft.formats.json_object import read_object
 
 # Key -> (type, help). Keys that LLaMA-Factory already has keep their own field. Default None: "as KTConfig has it".
 KEYS: dict[str, tuple[type, str]] = {
@@ -218,7 +218,7 @@ def deepspeed_faults(deepspeed: Any) -> Iterator[str]:
         yield ZERO3_FAULT
     elif isinstance(deepspeed, str):
         try:
-            read_json(deepspeed, "configuration of DeepSpeed", remedy="correct the path")
+            read_object(deepspeed, "configuration of DeepSpeed", remedy="correct the path")
         except FormatError as error:
             found = f"{deepspeed}: expected a configuration of DeepSpeed, found {error.found}"
             yield f"deepspeed: {found}; correct the path"
@@ -246,7 +246,7 @@ def is_zero3(deepspeed: Any) -> bool:
     """Whether a `deepspeed` value (path of a JSON file, or its content) asks for ZeRO stage 3."""
     if isinstance(deepspeed, str):
         try:
-            deepspeed = read_json(deepspeed, "configuration of DeepSpeed")
+            deepspeed = read_object(deepspeed, "configuration of DeepSpeed")
         except FormatError:
             return False
     zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None

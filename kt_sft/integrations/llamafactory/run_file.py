@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.errors import ConfigError, FormatError
-from kt_sft.formats.text_files import read_json
+from kt_sft.formats.json_object import read_object
 from kt_sft.formats.yaml_files import MOST_DEPTH, parse_yaml, read_yaml
 
 
@@ -24,7 +24,7 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         ConfigError: lists every override that is none.
     """
     is_json = Path(path).suffix == ".json"
-    values = read_json(path, "run configuration") if is_json else read_yaml(path, "run configuration")
+    values = read_object(path, "run configuration") if is_json else read_yaml(path, "run configuration")
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         found = type(values).__name__ if not isinstance(values, dict) else "a key that is no text"
