@@ -252,8 +252,7 @@ def writers(tmp_path_factory):
 def test_kills_at_random_moments(writers, kind, count):
     writer = writers(kind)
     found = kills.at_random(writer.prepare, writer.write, writer.check, count=count, seed=SEED + count)
-    assert set(found) <= {*writer.states, "finished"} and sum(found.values()) == count
-    assert sum(found[state] for state in writer.states) > count / 5
+    assert set(found) <= {*writer.states, "finished"} and sum(found[state] for state in writer.states) == count
 
 
 @pytest.mark.parametrize("kind", [AdapterSave, Merge], ids=lambda kind: kind.__name__)
