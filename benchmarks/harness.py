@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.roofline import ROOT, Limits
+from kt_sft.formats.staging import write_text
 
 SCHEMA = 1
 RESULTS = Path(__file__).with_name("results")
@@ -287,8 +288,7 @@ def save_results(
             **(more or {}),
         }
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
     return path
 
 

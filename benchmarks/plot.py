@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.gemm_bench import GemmCase
 from benchmarks.harness import quantile
+from kt_sft.formats.staging import new_file
 
 # One colour per weight format (bf16 rows) and one for the int8 rows of each; from Okabe and Ito's colour-blind set.
 COLOURS = {
@@ -68,7 +69,8 @@ def draw(cases: Sequence[GemmCase], machine: Mapping[str, object], results: Path
     )
     figure.tight_layout()
     path = results.with_name(f"{results.stem}-roofline.png") if results else Path("roofline.png").resolve()
-    figure.savefig(path, dpi=100)
+    with new_file(path) as stream:
+        figure.savefig(stream, dpi=100, format=path.suffix[1:])
     plt.close(figure)
     return path
 

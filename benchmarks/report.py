@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import bench_generate, bench_loading, bench_overhead
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.target_lines import HEADINGS, MISS, PASS, UNKNOWN, rows_of
+from kt_sft.formats.staging import write_text
 
 PAGE = ROOT / "docs" / "performance.md"
 NOTES = Path(__file__).with_name("notes.md")
@@ -254,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     page = render()
     if options.check:
         return int(not PAGE.exists() or PAGE.read_text() != page)
-    PAGE.write_text(page)
+    write_text(PAGE, page)
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0
 

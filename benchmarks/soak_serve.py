@@ -27,6 +27,7 @@ import psutil
 import yaml
 
 from benchmarks.harness import RESULTS, ROOT, machine_record, save_results
+from kt_sft.formats.staging import new_file
 
 MIB = 1 << 20
 WARM_UP = 0.3  # of the requests
@@ -162,8 +163,8 @@ def draw(curve: Sequence[float], model: str, path: Path) -> None:
     axis.grid(True, color="#e4e4e4", linewidth=0.8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with new_file(path) as stream:
+        figure.savefig(stream, dpi=120, bbox_inches="tight", format=path.suffix[1:])
     plt.close(figure)
 
 

@@ -52,6 +52,13 @@ ONLY_IN = {
 }
 # Where writing to the terminal is the job: the command line, and the hook that replaces Python's traceback.
 MAY_PRINT = ("kt_sft/cli/", "kt_sft/integrations/llamafactory/hook.py")
+# The one way to write; and the rescue of an adapter when its own folder is full.
+MAY_WRITE = (
+    "kt_sft/formats/staging.py",
+    "kt_sft/formats/overwriting.py",
+    "kt_sft/formats/renaming.py",
+    "kt_sft/integrations/llamafactory/disk.py",
+)
 # Lower may not include upper: a file below native/<key>/ includes only these rooms' headers ("kts" is the contracts).
 CPP_MAY_INCLUDE = {
     "include": {"kts"},
@@ -188,6 +195,23 @@ def stray_environment_reads(root: Path) -> Iterator[str]:
                 yield f"{path}:{line}: imports {name}; every environment variable is read in kt_sft/env.py"
 
 
+def stray_writes(root: Path) -> Iterator[str]:
+    """Renames, and files opened for writing, outside the rooms of MAY_WRITE; what lies in staging may be written."""
+    calls = {"os.replace", "os.rename", "os.renames", "os.link", "shutil.move", "tempfile.mkdtemp"}
+    for path, text in files(root, ("kt_sft",), ".py"):
+        if path in MAY_WRITE:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            modes = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+            opens = name.rpartition(".")[2] in ("open", "fdopen")
+            writes = opens and any(isinstance(m, str) and re.fullmatch(r"[rbt]*[wax+][bt+]*", m) for m in modes)
+            if name in calls or writes:
+                yield f"{path}:{node.lineno}: {name}; kt_sft/formats/staging.py and overwriting.py write"
+
+
 def stray_cpp_calls(root: Path) -> Iterator[str]:
     pattern = re.compile(r"\b(printf|fprintf|puts|getenv|secure_getenv)\s*\(|\bstd::(cout|cerr|clog)\b")
     for path, text in files(root, ("native",), ".cc", ".h"):
@@ -250,6 +274,7 @@ RULES: dict[Callable[[Path], Iterator[str]], tuple[str, str]] = {
     wrong_external_imports: ("kt_sft/nn/other.py", "import peft.tuners\n"),
     stray_prints: ("kt_sft/ops/talk.py", "print('hello')\n"),
     stray_environment_reads: ("kt_sft/ops/env2.py", "import os\nx = os.environ.get('HOME')\n"),
+    stray_writes: ("kt_sft/ops/write.py", "def f(path):\n    with open(path, 'wb') as file:\n        return file\n"),
     stray_cpp_calls: ("native/moe/talk.cc", '#include <cstdio>\nvoid f() { printf("x"); }\n'),
     stray_intrinsics: ("native/moe/fast.cc", "#include <immintrin.h>\n"),
     wrong_includes: ("native/arch/up.cc", '#include "gemm/schedule.h"\n'),

@@ -130,12 +130,12 @@ def _put_folder(staged: Path, target: Path, replaced: Path, *, replaces: bool) -
             return _fill(staged, target)
         return os.rename(staged, target)  # fails where files came into it meanwhile
     if exchange(staged, target):
-        shutil.rmtree(staged)
+        shutil.rmtree(staged, ignore_errors=True)
         return None
     shutil.rmtree(replaced, ignore_errors=True)
     os.rename(target, replaced)
     os.rename(staged, target)
-    shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)
     return None
 
 
@@ -235,7 +235,7 @@ def _recover(place: Path) -> None:
         return
     if not os.listdir(place):
         return place.rmdir()
-    lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    lock = os.open(place / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # the first in it and the last
     try:
         if _lock(lock) is not True or not os.path.samestat(os.fstat(lock), os.lstat(place / _LOCK)):
             return

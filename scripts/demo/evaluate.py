@@ -31,6 +31,8 @@ from generation_parity import Divergence, Pair, explain
 from rich.console import Console
 from run_demo import ROOT, TRAIN_YAML
 
+from kt_sft.formats.staging import write_text
+
 OUTPUT = Path("outputs/evaluation")
 PAGE = ROOT / "docs" / "evaluation.md"
 DATASET = "kt_sft_identity_eval"
@@ -134,7 +136,7 @@ def talking(adapter: Path) -> Path:
         "max_new_tokens": MAX_NEW_TOKENS,
     }
     file = ROOT / OUTPUT / "talk.yaml"
-    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    write_text(file, yaml.safe_dump(values))
     return file
 
 
@@ -246,7 +248,7 @@ def main(
         with console.status(f"asking through {name} ..."):
             spoken[name] = ask(file, questions[: len(after.answers)])
     text = page(before, after, stock, divergences, spoken)
-    PAGE.write_text(text, encoding="utf-8")
+    write_text(PAGE, text)
     console.print(text, markup=False, highlight=False)
     if found := faults(before, after, divergences, spoken):
         raise SystemExit("\n".join(f"error: {fault}" for fault in found))

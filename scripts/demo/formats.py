@@ -25,6 +25,7 @@ from run_demo import ROOT, Run
 
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.formats.safetensors_index import SafetensorsIndex
+from kt_sft.formats.staging import new_path
 
 PROJECTIONS = {"w1": "gate", "w3": "up", "w2": "down"}  # of Mixtral
 KEY = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
@@ -65,24 +66,26 @@ def write_gguf(model: Path, kind: str) -> Form:
 
     target = model.with_name(f"{model.name}-{kind.lower()}.gguf")
     start = time.perf_counter()
-    writer = gguf.GGUFWriter(ROOT / target, "llama")
-    type_ = gguf.GGMLQuantizationType[kind]
     worst = 0.0
-    with SafetensorsIndex.from_directory(ROOT / model) as file:
-        experts: dict[tuple[int, str], dict[int, str]] = {}
-        for key in file:
-            if found := KEY.fullmatch(key):
-                experts.setdefault((int(found[1]), found[3]), {})[int(found[2])] = key
-        for (layer, name), keys in sorted(experts.items()):
-            values = np.stack([file.read(keys[index]).float().numpy() for index in sorted(keys)])
-            blocks = gguf.quantize(values, type_)
-            back = gguf.dequantize(blocks, type_)
-            worst = max(worst, float(np.linalg.norm(back - values) / np.linalg.norm(values)))
-            writer.add_tensor(f"blk.{layer}.ffn_{PROJECTIONS[name]}_exps.weight", blocks, raw_dtype=type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    (ROOT / target).unlink(missing_ok=True)
+    with new_path(ROOT / target, is_file=True) as staged:
+        writer = gguf.GGUFWriter(staged, "llama")
+        type_ = gguf.GGMLQuantizationType[kind]
+        with SafetensorsIndex.from_directory(ROOT / model) as file:
+            experts: dict[tuple[int, str], dict[int, str]] = {}
+            for key in file:
+                if found := KEY.fullmatch(key):
+                    experts.setdefault((int(found[1]), found[3]), {})[int(found[2])] = key
+            for (layer, name), keys in sorted(experts.items()):
+                values = np.stack([file.read(keys[index]).float().numpy() for index in sorted(keys)])
+                blocks = gguf.quantize(values, type_)
+                back = gguf.dequantize(blocks, type_)
+                worst = max(worst, float(np.linalg.norm(back - values) / np.linalg.norm(values)))
+                writer.add_tensor(f"blk.{layer}.ffn_{PROJECTIONS[name]}_exps.weight", blocks, raw_dtype=type_)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return Form(f"GGUF {kind}", "gguf", target, time.perf_counter() - start, size_of(ROOT / target), worst)
 
 

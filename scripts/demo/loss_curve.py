@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kt_sft.formats.staging import new_file
+
 
 def read_losses(log: Path) -> tuple[list[int], list[float]]:
     """Steps and their losses; complete lines only, so a log that is being written can be read too."""
@@ -40,4 +42,5 @@ def draw(steps: list[int], losses: list[float], path: Path, *, title: str) -> No
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with new_file(path) as stream:
+        figure.savefig(stream, dpi=150, format=path.suffix[1:])

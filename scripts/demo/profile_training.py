@@ -32,6 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
+from kt_sft.formats.staging import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_YAML = ROOT / "examples/train_lora/tiny_moe.yaml"
 WARM_UP_STEPS = 3
@@ -150,7 +152,7 @@ def main(
         result = summary(profile({**keys, "output_dir": folder}))
     show(result, Console(width=110))
     if out is not None:
-        out.write_text(json.dumps({"method": method, **result}, indent=2) + "\n", encoding="utf-8")
+        write_text(out, json.dumps({"method": method, **result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

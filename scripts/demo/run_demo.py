@@ -41,6 +41,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from tiny_moe.gguf_source import SourceError
 
+from kt_sft.formats.staging import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_YAML = Path("examples/train_lora/tiny_moe.yaml")
 QUESTIONS = Path("examples/data/kt_sft_identity_heldout.json")
@@ -239,7 +241,7 @@ def report(run: Run, outcome: Outcome, console: Console, *, seconds: float) -> N
         for q, old, new in zip(outcome.questions, outcome.before, outcome.after, strict=True)
     ]
     answers = output / "answers.json"
-    answers.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(answers, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     console.print(answers_table(outcome))
     num_identity = sum(not q.is_general for q in outcome.questions)
     console.print(

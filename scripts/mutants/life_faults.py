@@ -269,7 +269,7 @@ FAULTS = (
         _INJECTING,
         '            given.arguments["save_directory"] = str(staging)\n',
         "",
-        (f"{_SAVING}test_a_final_save_that_dies_leaves_the_adapter_that_was_there",),
+        ("tests/integration/test_writing.py::test_stock_trainer_replaces_an_adapter_of_another_rank_in_one_step",),
     ),
     # --- disks
     Fault(

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from kt_sft.errors import GIB
+from kt_sft.formats.staging import write_text
 from kt_sft.integrations.llamafactory.planning import RunPlan, plan_run
 from kt_sft.models.spec import find_experts
 from kt_sft.native import native
@@ -159,7 +160,7 @@ def main() -> None:
     pages = {path: with_figures(path) for path in large_examples()}
     pages |= {EXAMPLES / "README.md": examples_page(), ROOT / "README.md": readme()}
     for path, text in pages.items():
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         logging.info("wrote %s", path.relative_to(ROOT))
 
 

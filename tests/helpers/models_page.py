@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from kt_sft.formats.staging import write_text
 from kt_sft.integrations.auto_class import auto_class
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.families import family_of
@@ -130,5 +131,5 @@ def measure() -> dict[str, str]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    PAGE.write_text(render(measure()), encoding="utf-8")
+    write_text(PAGE, render(measure()))
     logging.info("wrote %s", PAGE.name)

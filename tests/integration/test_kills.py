@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from transformers.utils import logging as hf_logging
 
 import kt_sft
 from kt_sft.config import KTConfig
@@ -232,8 +233,13 @@ WRITERS = [Conversion, Merge, AdapterSave, TrainerSave, CheckpointSave, CacheWri
 
 @pytest.fixture(scope="module", autouse=True)
 def methods():
-    with trainings.patched():
-        yield
+    """Without bars: processes share their lock, and a child may be killed while it has it."""
+    hf_logging.disable_progress_bar()
+    try:
+        with trainings.patched():
+            yield
+    finally:
+        hf_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +252,7 @@ def writers(tmp_path_factory):
 def test_kills_at_random_moments(writers, kind, count):
     writer = writers(kind)
     found = kills.at_random(writer.prepare, writer.write, writer.check, count=count, seed=SEED + count)
-    assert set(found) <= {*writer.states, "finished"} and sum(found.values()) == count
-    assert sum(found[state] for state in writer.states) > count / 5
+    assert set(found) <= {*writer.states, "finished"} and sum(found[state] for state in writer.states) == count
 
 
 @pytest.mark.parametrize("kind", [AdapterSave, Merge], ids=lambda kind: kind.__name__)

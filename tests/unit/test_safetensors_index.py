@@ -147,6 +147,18 @@ def test_one_tensor_in_two_shards_is_refused(tmp_path, tensors):
         SafetensorsIndex.from_files([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
 
 
+@pytest.mark.parametrize("there", ["file", "link", "hanging link"])
+def test_writer_leaves_what_is_there(tmp_path, there):
+    out, victim = tmp_path / "out.safetensors", tmp_path / "victim"
+    if there != "hanging link":
+        (victim if there == "link" else out).write_text("only copy")
+    if there != "file":
+        out.symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write(out, [PlannedTensor("a", "torch.float32", (1,))], [torch.zeros(1)])
+    assert victim.exists() == (there == "link") and (there == "hanging link" or out.read_text() == "only copy")
+
+
 def test_written_file_is_read_by_safetensors(tmp_path, tensors):
     plan = [PlannedTensor(name, str(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
     pieces = [tensors["a"], *tensors["b.fused"], tensors["c"]]

@@ -254,10 +254,19 @@ def test_what_the_dead_have_left_is_removed_and_nothing_else(tmp_path, put):
     (tmp_path / ".kt_sft-0000000000000000").write_text("a file")
     (tmp_path / ".kt_sft-1111111111111111").symlink_to(tmp_path / ".kt_sft-notes")
     (tmp_path / ".kt_sft-2222222222222222").mkdir()  # killed before it had its lock
+    (tmp_path / ".kt_sft-4444444444444444").mkdir()
+    (tmp_path / ".kt_sft-4444444444444444" / "thesis").write_text("without a lock it is none of ours")
     other = leave_behind_live(tmp_path)
     put(tmp_path / "out", "one")
     assert not place.exists() and not (tmp_path / ".kt_sft-2222222222222222").exists()
-    kept = {".kt_sft-notes", ".kt_sft-0000000000000000", ".kt_sft-1111111111111111", "out", other[0].name}
+    kept = {
+        ".kt_sft-4444444444444444",
+        ".kt_sft-notes",
+        ".kt_sft-0000000000000000",
+        ".kt_sft-1111111111111111",
+        "out",
+        other[0].name,
+    }
     assert set(os.listdir(tmp_path)) == kept and len(os.listdir(other[0])) == 2
     os.close(other[1])
     put(tmp_path / "out", "two")
@@ -271,6 +280,34 @@ def leave_behind_live(parent):
     lock = os.open(place / staging._LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     return place, lock
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's rights are tried by root")
+@ways
+def test_a_folder_that_cannot_be_written(tmp_path, put):
+    """By another user: below a folder of root's, a new thing is refused; into a folder of its own it is saved."""
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    put(tmp_path / "out", "one")
+    os.chown(tmp_path / "out", 65534, 65534)
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            os.setuid(65534)
+            if put is put_into:
+                put(tmp_path / "out", "two")
+                code = 0
+            target = tmp_path / "out" if put is not put_into else tmp_path / "new"
+            try:
+                put(target, "three")
+            except OutputError as error:
+                code = 0 if "Permission denied" in str(error) and "\n" not in str(error) else 1
+            else:
+                code = 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert text_of(tmp_path / "out") == ("two" if put is put_into else "one") and os.listdir(tmp_path) == ["out"]
 
 
 def test_leftovers_of_another_user_are_left_alone(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def install(load_adapter: Callable[..., PeftModel]) -> None:
         given.apply_defaults()
         if not has_experts(self) or not given.arguments["is_main_process"]:
             return stock(*given.args, **given.kwargs)
-        with saved_into(save_directory, kept=(MODEL_CARD,)) as staging:
+        with saved_into(save_directory, kept=(MODEL_CARD,), needed_bytes=_adapter_bytes(self)) as staging:
             given.arguments["save_directory"] = str(staging)
             stock(*given.args, **given.kwargs)
         return None
@@ -134,6 +134,12 @@ def install(load_adapter: Callable[..., PeftModel]) -> None:
 def has_experts(model: nn.Module) -> bool:
     """Whether routed experts of ours are in a model, wrapped or not."""
     return next(iter_routed_experts(model), None) is not None
+
+
+def _adapter_bytes(model: nn.Module) -> int:
+    """About what saving the adapters takes."""
+    kinds = (".lora_", ".modules_to_save.")
+    return sum(p.nbytes for name, p in model.named_parameters() if any(kind in name for kind in kinds))
 
 
 def check_kind(config: object, *, mixed: bool = False) -> None:
