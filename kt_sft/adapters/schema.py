@@ -32,10 +32,10 @@ _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring = 2, 3, 3, 60
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _BEGINNINGS = re.compile(
-    r"gaussian|eva|olora|pissa|pissa_niter_[0-9]{1,2}|orthogonal|corda|loftq|lora_ga", re.IGNORECASE
+    r"gaussian|eva|olora|pissa|pissa_niter_[0-9]{1,2}|orthogonal|corda|loftq|lora_ga|mica", re.IGNORECASE
 )
 # Libraries that PEFT names as home of a model's class, for its AutoPeftModel; nothing here looks there.
-_HOMES = re.compile(r"(transformers|transformers_modules)(\.\w+)*", re.ASCII)
+_HOMES = re.compile(r"(transformers|transformers_modules|kt_sft)(\.\w+)*", re.ASCII)
 
 
 @dataclass(frozen=True)

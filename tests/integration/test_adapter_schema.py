@@ -90,6 +90,7 @@ HARMLESS = [
     {"auto_mapping": {"base_model_class": "Qwen3MoeForCausalLM", "parent_library": "transformers.models.qwen3_moe"}},
     {"auto_mapping": {"base_model_class": "A", "parent_library": "transformers", "some_mark": True}, "task_type": None},
     {"init_lora_weights": False, "lora_dropout": 0, "use_rslora": False},
+    *({"init_lora_weights": way} for way in ("gaussian", "eva", "orthogonal", "mica")),
     {"rank_pattern": {f"no.such.layer.{i}": 3 for i in range(20_000)}},
 ]
 

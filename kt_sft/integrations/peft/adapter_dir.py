@@ -36,6 +36,8 @@ from kt_sft.models.spec import iter_routed_experts
 
 logger = logging.getLogger(__name__)
 
+# Ways to begin that leave the base model as it is: the factors are in the file, and PEFT need not make others first.
+_PLAIN_BEGINNINGS = ("eva", "orthogonal", "mica")
 _TAKEN = {"F32", "BF16", "F16"}  # element types that PEFT keeps right whichever way it loads them
 
 
@@ -202,6 +204,8 @@ def saved_config(folder: Path) -> LoraConfig:
     """
     values = peft_config.read_values(folder)
     begun = values.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower() in _PLAIN_BEGINNINGS:
+        values["init_lora_weights"] = True
     if isinstance(begun, str) and begun.lower() in ("corda", "loftq", "lora_ga"):
         raise FormatError(
             folder / CONFIG_NAME, "init_lora_weights", expected="LoRA that begins without further files",

@@ -24,7 +24,8 @@ from kt_sft.integrations.peft.injecting import check_kind, install, requesting
 from kt_sft.integrations.peft.targets import expert_faults, expert_targets
 from kt_sft.models.spec import iter_routed_experts
 
-_NOT_COMPARED = ("inference_mode", "auto_mapping")  # nothing here acts on the latter
+# Nothing here acts on the second, and the last two have no meaning for an adapter that is there.
+_NOT_COMPARED = ("inference_mode", "auto_mapping", "init_lora_weights", "eva_config")
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
