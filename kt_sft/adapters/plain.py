@@ -88,12 +88,16 @@ class LinearReader:
         missing = [f"{name}.lora_magnitude_vector" for name in pairs if name not in others.get("dora", {})]
         if self._config.get("trainable_token_indices") and "tokens" not in others:
             missing.append("token_adapter.trainable_tokens_delta")
-        for entry in self._config.get("modules_to_save") or []:
-            named = [name for name in self._base.parameters if is_saved({"modules_to_save": [entry]}, name)]
-            is_there = any(is_saved({"modules_to_save": [entry]}, key) for key in self.rest)
-            missing += [] if is_there else named[:1]
+        there = {_SAVED.sub("", key) for key in self.rest}
+        saved = (n for n in self._base.parameters if n.endswith((".weight", ".bias")) and is_saved(self._config, n))
+        missing += [name for name in saved if not there & {name, self._hub_name(name)}]
         if missing:
             raise FormatError(self._tensors.path, f"tensor {missing[0]}", expected="present", found="missing")
+
+    def _hub_name(self, parameter: str) -> str:
+        """What checkpoints call a parameter."""
+        module, _, kind = parameter.rpartition(".")
+        return f"{self._base.hub_names.get(module, module)}.{kind}"
 
     def _module(self, stem: str) -> str:
         """The model's own name of a module."""

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import kt_sft
 from kt_sft.adapters import forms, gguf
 from kt_sft.formats import gguf_writer
-from tests.helpers import adapters, ktransformers_adapters
+from tests.helpers import adapters, ktransformers_adapters, tiny_models
 from tests.helpers.adapter_doors import Doors
 from tests.helpers.adapters import edit
 
@@ -296,6 +297,16 @@ def test_layers_that_the_config_leaves_out_are_no_targets(doors, adapter):
     doors.refuse(adapter, "layers.1.self_attn.q_proj.lora_A.weight", is_quick=True)
     edit(adapter, exclude_modules=None)
     doors.take(adapter)
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"])
+def test_each_module_that_is_named_as_saved_is_there(doors, tmp_path, missing):
+    folder = tmp_path / "adapter"
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm", "lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_models.load_stock(doors.base), config).save_pretrained(folder)
+    doors.take(folder)
+    rewrite(folder, drop(f"{PREFIX}{missing}"))
+    doors.refuse(folder, missing, is_quick=True)
 
 
 KT_A = "layers.1.experts.up_lora_a"

@@ -241,6 +241,9 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path,
     if not may_grow:
         known = {key.removeprefix(PREFIX) for key in _expected_expert_tensors(config, base.specs, model)}
         LinearReader(names, config.to_dict(), base, known).whole()
+    for key in _saved_tensors(model, config):
+        if key not in names:
+            raise FormatError(path, f"tensor {key}", expected="present", found="missing")
 
 
 def check_patterns(model: nn.Module, config: ExpertLoraConfig, folder: Path, base: BaseModel | None = None) -> None:
@@ -311,6 +314,13 @@ def _faults(model: nn.Module, config: ExpertLoraConfig, shapes: dict[str, tuple[
             shape = (rank, module.in_features) if role == "A.weight" else (module.out_features, rank)
             if found != shape:
                 yield f"{key} has another shape", list(shape), list(found)
+
+
+def _saved_tensors(model: nn.Module, config: ExpertLoraConfig) -> Iterator[str]:
+    """Names of all that PEFT asks an adapter for with `modules_to_save`, buffers included."""
+    for name, module in plain_modules(model).items():
+        if any(name.endswith(entry) for entry in config.modules_to_save or ()):
+            yield from (f"{name}.{key}" for key in module.state_dict())
 
 
 def _stems(config: ExpertLoraConfig, experts: Iterable[str]) -> dict[str, str]:
