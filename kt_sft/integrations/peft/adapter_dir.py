@@ -11,6 +11,7 @@ from pathlib import Path
 import peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from kt_sft.adapters import layout, peft_config
@@ -228,6 +229,10 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path,
         FormatError: one line with the first fault and the number of further ones.
     """
     base = describe(model)
+    has_default = base.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if config.target_modules is None and not config.target_parameters and not has_default:
+        expected = "names of modules, as PEFT has no default for this family"
+        raise FormatError(folder / CONFIG_NAME, "target_modules", expected=expected, found="none")
     check_patterns(model, config, folder, base)
     names = TensorFile(folder)
     path, shapes = names.path, {f"{PREFIX}{name}": names.shape(name) for name in names}
