@@ -123,8 +123,11 @@ class LinearReader:
         entries = self._config.get("target_parameters") or []
         is_parameter = any(parameter == entry or parameter.endswith(f".{entry}") for entry in entries)
         named = parameter if is_parameter else parameter.removesuffix(".weight")
+        key = f"{stem}.lora_A.weight"
         if not is_parameter:
-            self._expect_target(f"{stem}.lora_A.weight", named, stem)
+            self._expect_target(key, named, stem)
+        elif name in self._base.linears and self._config.get("target_modules") and self._is_target(name):
+            raise self._fault(key, "a target that is named once", "one of target_modules and of target_parameters")
         rank = peft_config.rank_of(self._config, named)
         out, into = (self._base.bare if name in self._base.bare else self._base.linears)[name]
         for role, shape in (("A", (rank, into)), ("B", (out, rank))):

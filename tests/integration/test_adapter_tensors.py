@@ -290,6 +290,12 @@ def test_a_tensor_in_two_files(doors, adapter):
     doors.refuse(adapter, "adapter_model.bin, which nothing here reads", is_quick=True)
 
 
+def test_a_target_that_is_named_twice(doors, adapter):
+    """PEFT finds out when half of its modules are in the model."""
+    edit(adapter, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight"])
+    doors.refuse(adapter, "q_proj.lora_A.weight: expected a target that is named once", is_quick=True)
+
+
 def test_layers_that_the_config_leaves_out_are_no_targets(doors, adapter):
     edit(adapter, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], layers_to_transform=[0])
     doors.refuse(adapter, "layers.1.", is_quick=True)
