@@ -88,12 +88,16 @@ class LinearReader:
         missing = [f"{name}.lora_magnitude_vector" for name in pairs if name not in others.get("dora", {})]
         if self._config.get("trainable_token_indices") and "tokens" not in others:
             missing.append("token_adapter.trainable_tokens_delta")
-        for entry in self._config.get("modules_to_save") or []:
-            named = [name for name in self._base.parameters if is_saved({"modules_to_save": [entry]}, name)]
-            is_there = any(is_saved({"modules_to_save": [entry]}, key) for key in self.rest)
-            missing += [] if is_there else named[:1]
+        there = {_SAVED.sub("", key) for key in self.rest}
+        saved = (n for n in self._base.parameters if n.endswith((".weight", ".bias")) and is_saved(self._config, n))
+        missing += [name for name in saved if not there & {name, self._hub_name(name)}]
         if missing:
             raise FormatError(self._tensors.path, f"tensor {missing[0]}", expected="present", found="missing")
+
+    def _hub_name(self, parameter: str) -> str:
+        """What checkpoints call a parameter."""
+        module, _, kind = parameter.rpartition(".")
+        return f"{self._base.hub_names.get(module, module)}.{kind}"
 
     def _module(self, stem: str) -> str:
         """The model's own name of a module."""
@@ -119,8 +123,11 @@ class LinearReader:
         entries = self._config.get("target_parameters") or []
         is_parameter = any(parameter == entry or parameter.endswith(f".{entry}") for entry in entries)
         named = parameter if is_parameter else parameter.removesuffix(".weight")
+        key = f"{stem}.lora_A.weight"
         if not is_parameter:
-            self._expect_target(f"{stem}.lora_A.weight", named, stem)
+            self._expect_target(key, named, stem)
+        elif name in self._base.linears and self._config.get("target_modules") and self._is_target(name):
+            raise self._fault(key, "a target that is named once", "one of target_modules and of target_parameters")
         rank = peft_config.rank_of(self._config, named)
         out, into = (self._base.bare if name in self._base.bare else self._base.linears)[name]
         for role, shape in (("A", (rank, into)), ("B", (out, rank))):

@@ -32,10 +32,10 @@ _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring = 2, 3, 3, 60
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _BEGINNINGS = re.compile(
-    r"gaussian|eva|olora|pissa|pissa_niter_[0-9]{1,2}|orthogonal|corda|loftq|lora_ga", re.IGNORECASE
+    r"gaussian|eva|olora|pissa|pissa_niter_[0-9]{1,2}|orthogonal|corda|loftq|lora_ga|mica", re.IGNORECASE
 )
 # Libraries that PEFT names as home of a model's class, for its AutoPeftModel; nothing here looks there.
-_HOMES = re.compile(r"(transformers|transformers_modules)(\.\w+)*", re.ASCII)
+_HOMES = re.compile(r"(transformers|transformers_modules|kt_sft)(\.\w+)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,11 @@ def _rows(value: Any) -> bool:
     """Of one embedding, or of several by name."""
 
     def is_list(rows: Any) -> bool:
-        return _is_list(rows, lambda row: _is_whole(row, 0, _MAX_TOKEN))
+        return bool(rows) and _is_list(rows, lambda row: _is_whole(row, 0, _MAX_TOKEN))
 
-    is_object = isinstance(value, dict) and len(value) <= _MAX_ENTRIES
-    return value is None or is_list(value) or (is_object and all(_is_text(k) and is_list(v) for k, v in value.items()))
+    if isinstance(value, dict) and len(value) <= _MAX_ENTRIES:
+        return all(_is_text(module) and is_list(rows) for module, rows in value.items())
+    return value is None or value == [] or is_list(value)
 
 
 def _home(value: Any) -> bool:
@@ -212,6 +213,8 @@ def checked(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if fault is not None:
         raise FormatError(path, fault.key, expected=fault.expected, found=fault.found, remedy=fault.remedy)
     kept = {key: value for key, value in values.items() if key in _KEYS and key != "auto_mapping"}
+    if not kept.get("trainable_token_indices"):
+        kept.pop("trainable_token_indices", None)  # PEFT would train no rows, and ask for a tensor of them
     return kept | {key: Patterns(values.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
 
 

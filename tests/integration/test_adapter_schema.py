@@ -12,6 +12,7 @@ import pytest
 
 from kt_sft.errors import FormatError
 from kt_sft.integrations import peft as kt_peft
+from kt_sft.integrations.peft import adapter_dir
 from tests.helpers import parity
 from tests.helpers.adapter_doors import Doors
 from tests.helpers.adapters import edit
@@ -68,7 +69,16 @@ REFUSED = [
     *(({"layers_to_transform": value}, "layers_to_transform") for value in ("1", [1.5], -1, True, 1 << 40, {"a": 1})),
     *(
         ({"trainable_token_indices": value}, "trainable_token_indices")
-        for value in ("1", [-1], [True], [1 << 40], {"embed_tokens": 3}, {"embed_tokens": ["1"]}, 7)
+        for value in (
+            "1",
+            [-1],
+            [True],
+            [1 << 40],
+            {"embed_tokens": 3},
+            {"embed_tokens": ["1"]},
+            {"embed_tokens": []},
+            7,
+        )
     ),
     *(({"task_type": value}, "task_type") for value in ("OTHER", 3, ["CAUSAL_LM"], {})),
     *(({"peft_type": value}, "peft_type") for value in ("IA3", None, 3, ["LORA"], "lora")),
@@ -89,7 +99,9 @@ HARMLESS = [
     {"rank_pattern": None, "alpha_pattern": None, "revision": None, "exclude_modules": None, "modules_to_save": []},
     {"auto_mapping": {"base_model_class": "Qwen3MoeForCausalLM", "parent_library": "transformers.models.qwen3_moe"}},
     {"auto_mapping": {"base_model_class": "A", "parent_library": "transformers", "some_mark": True}, "task_type": None},
+    {"trainable_token_indices": []},
     {"init_lora_weights": False, "lora_dropout": 0, "use_rslora": False},
+    *({"init_lora_weights": way} for way in ("gaussian", "eva", "orthogonal", "mica")),
     {"rank_pattern": {f"no.such.layer.{i}": 3 for i in range(20_000)}},
 ]
 
@@ -200,6 +212,12 @@ def test_a_regular_expression_that_is_quick_stays_as_it_is(doors, adapter, tmp_p
     model.unload()
     saved = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert saved["target_modules"] == pattern and saved["rank_pattern"] == {r".*self_attn\.(q|k)_proj": 3}
+
+
+def test_a_config_that_names_nothing_is_no_question_for_peft(doors, adapter):
+    edit(adapter, target_modules=None, target_parameters=None)
+    with pytest.raises(FormatError, match="target_modules: expected names of modules, as PEFT has no default"):
+        adapter_dir.check_adapter_fits(doors.model, adapter_dir.read_adapter_config(adapter), adapter)
 
 
 def test_pefts_own_calls_are_given_the_same_values(doors, planted):

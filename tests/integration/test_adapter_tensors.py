@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import kt_sft
 from kt_sft.adapters import forms, gguf
 from kt_sft.formats import gguf_writer
-from tests.helpers import adapters, ktransformers_adapters
+from tests.helpers import adapters, ktransformers_adapters, tiny_models
 from tests.helpers.adapter_doors import Doors
 from tests.helpers.adapters import edit
 
@@ -289,6 +290,12 @@ def test_a_tensor_in_two_files(doors, adapter):
     doors.refuse(adapter, "adapter_model.bin, which nothing here reads", is_quick=True)
 
 
+def test_a_target_that_is_named_twice(doors, adapter):
+    """PEFT finds out when half of its modules are in the model."""
+    edit(adapter, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight"])
+    doors.refuse(adapter, "q_proj.lora_A.weight: expected a target that is named once", is_quick=True)
+
+
 def test_layers_that_the_config_leaves_out_are_no_targets(doors, adapter):
     edit(adapter, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], layers_to_transform=[0])
     doors.refuse(adapter, "layers.1.", is_quick=True)
@@ -296,6 +303,16 @@ def test_layers_that_the_config_leaves_out_are_no_targets(doors, adapter):
     doors.refuse(adapter, "layers.1.self_attn.q_proj.lora_A.weight", is_quick=True)
     edit(adapter, exclude_modules=None)
     doors.take(adapter)
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"])
+def test_each_module_that_is_named_as_saved_is_there(doors, tmp_path, missing):
+    folder = tmp_path / "adapter"
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm", "lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_models.load_stock(doors.base), config).save_pretrained(folder)
+    doors.take(folder)
+    rewrite(folder, drop(f"{PREFIX}{missing}"))
+    doors.refuse(folder, missing, is_quick=True)
 
 
 KT_A = "layers.1.experts.up_lora_a"

@@ -11,6 +11,7 @@ from pathlib import Path
 import peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from kt_sft.adapters import layout, peft_config
@@ -36,6 +37,8 @@ from kt_sft.models.spec import iter_routed_experts
 
 logger = logging.getLogger(__name__)
 
+# Ways to begin that leave the base model as it is: the factors are in the file, and PEFT need not make others first.
+_PLAIN_BEGINNINGS = ("eva", "orthogonal", "mica")
 _TAKEN = {"F32", "BF16", "F16"}  # element types that PEFT keeps right whichever way it loads them
 
 
@@ -202,6 +205,8 @@ def saved_config(folder: Path) -> LoraConfig:
     """
     values = peft_config.read_values(folder)
     begun = values.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower() in _PLAIN_BEGINNINGS:
+        values["init_lora_weights"] = True
     if isinstance(begun, str) and begun.lower() in ("corda", "loftq", "lora_ga"):
         raise FormatError(
             folder / CONFIG_NAME, "init_lora_weights", expected="LoRA that begins without further files",
@@ -224,6 +229,10 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path,
         FormatError: one line with the first fault and the number of further ones.
     """
     base = describe(model)
+    has_default = base.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if config.target_modules is None and not config.target_parameters and not has_default:
+        expected = "names of modules, as PEFT has no default for this family"
+        raise FormatError(folder / CONFIG_NAME, "target_modules", expected=expected, found="none")
     check_patterns(model, config, folder, base)
     names = TensorFile(folder)
     path, shapes = names.path, {f"{PREFIX}{name}": names.shape(name) for name in names}
@@ -237,6 +246,9 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path,
     if not may_grow:
         known = {key.removeprefix(PREFIX) for key in _expected_expert_tensors(config, base.specs, model)}
         LinearReader(names, config.to_dict(), base, known).whole()
+    for key in _saved_tensors(model, config):
+        if key not in names:
+            raise FormatError(path, f"tensor {key}", expected="present", found="missing")
 
 
 def check_patterns(model: nn.Module, config: ExpertLoraConfig, folder: Path, base: BaseModel | None = None) -> None:
@@ -307,6 +319,13 @@ def _faults(model: nn.Module, config: ExpertLoraConfig, shapes: dict[str, tuple[
             shape = (rank, module.in_features) if role == "A.weight" else (module.out_features, rank)
             if found != shape:
                 yield f"{key} has another shape", list(shape), list(found)
+
+
+def _saved_tensors(model: nn.Module, config: ExpertLoraConfig) -> Iterator[str]:
+    """Names of all that PEFT asks an adapter for with `modules_to_save`, buffers included."""
+    for name, module in plain_modules(model).items():
+        if any(name.endswith(entry) for entry in config.modules_to_save or ()):
+            yield from (f"{name}.{key}" for key in module.state_dict())
 
 
 def _stems(config: ExpertLoraConfig, experts: Iterable[str]) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft
@@ -10,7 +12,8 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from kt_sft.errors import ConfigError
+from kt_sft.adapters.folder import CONFIG_NAME
+from kt_sft.errors import ConfigError, FormatError, KTError
 from kt_sft.integrations.peft.adapter_dir import (
     check_adapter_fits,
     check_patterns,
@@ -24,7 +27,8 @@ from kt_sft.integrations.peft.injecting import check_kind, install, requesting
 from kt_sft.integrations.peft.targets import expert_faults, expert_targets
 from kt_sft.models.spec import iter_routed_experts
 
-_NOT_COMPARED = ("inference_mode", "auto_mapping")  # nothing here acts on the latter
+# Nothing here acts on the second, and the last two have no meaning for an adapter that is there.
+_NOT_COMPARED = ("inference_mode", "auto_mapping", "init_lora_weights", "eva_config")
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -97,7 +101,7 @@ def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str,
     build = {key: kwargs[key] for key in ("autocast_adapter_dtype", "low_cpu_mem_usage") if key in kwargs}
     _remove_offload_hooks(model)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    with requesting(is_saved=True):
+    with requesting(is_saved=True), _saying_whose(folder):
         # Binds before the weights are read: accelerate, which PEFT may call then, would count placeholders as memory.
         peft_model = model_class(model, config, adapter_name, **build)
     # The class's own: what the bound one checks has been checked.
@@ -105,6 +109,18 @@ def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str,
     if result.missing_keys:
         warnings.warn(f"{folder}: the adapter lacks {result.missing_keys}", stacklevel=2)
     return peft_model
+
+
+@contextmanager
+def _saying_whose(folder: Path) -> Iterator[None]:
+    """What PEFT says of a config that it cannot build, as an error of the adapter."""
+    try:
+        yield
+    except KTError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise FormatError(folder / CONFIG_NAME, f"PEFT cannot build its modules ({reason})") from error
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
