@@ -19,7 +19,7 @@ from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.formats.text_files import read_json
 from kt_sft.integrations.auto_class import HUB_ARGS, errors_in_one_line, read_auto_config
 
-_LAYERS_IN_A_SECOND = 128
+_LAYERS_IN_A_SECOND = 96
 _NUMBER = re.compile(r"\.(\d{1,9})\.")
 # In a model directory that was made of GGUF files: which.
 GGUF_SOURCES = "kt_sft_gguf.json"
@@ -99,7 +99,7 @@ def _check_size(config_file: Path, values: dict[str, Any]) -> None:
         return
     try:
         with SafetensorsIndex.from_directory(config_file.parent) as index:
-            numbers = {int(number) for name in index for number in _NUMBER.findall(name)}
+            numbers = {int(found[1]) for name in index if (found := _NUMBER.search(name))}  # experts' come later
     except FormatError:
         return  # of a model on the hub, or without weights, whoever reads them says so
     if asked > (stored := max(numbers, default=-1) + 1):
