@@ -220,6 +220,39 @@ def test_words_of_the_command_line(model, tmp_path, fault):
     assert re.search(match, result.output), result.output
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", ""],
+        ["convert", "--input-path", "x", "--output", ""],
+        ["convert", "--input-path", " ", "--output", "x"],
+        ["merge", "--adapter", "x", "--output", ""],
+        ["merge", "--adapter", "", "--output", "x"],
+        ["adapter", "convert", "--to", "vllm", "x", ""],
+        ["adapter", "inspect", ""],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_an_empty_path_is_not_the_current_directory(words):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "found an empty string" in " ".join(result.output.split())
+
+
+def test_tokenizers_that_are_damaged(model):
+    from kt_sft.integrations.gguf_tokenizer_writer import tokenizer_metadata
+
+    for text in ('{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["x", "y"]]}}', "{", "[]"):
+        (model / "tokenizer.json").write_text(text)
+        (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        try:
+            refused(
+                lambda: tokenizer_metadata(model, 131), "tokenizer: expected what transformers takes, found", "base"
+            )
+        finally:
+            (model / "tokenizer.json").unlink()
+            (model / "tokenizer_config.json").unlink()
+
+
 def test_run_files_are_looked_at_before_omegaconf_reads_them(tmp_path, monkeypatch):
     """Its tree of lists in lists ends the process, and a pipe keeps it waiting."""
     parser = pytest.importorskip("llamafactory.hparams.parser")
