@@ -109,7 +109,7 @@ _RULES: tuple[tuple[str, _Whole | _Number | _Kind], ...] = (
     (r"(moe_)?intermediate_size|(expert_)?ffn_hidden_size", _Whole(1, MOST_SIZE, has_lists=True)),
     (r"vocab_size(_per_layer_input)?", _Whole(1, MOST_VOCABULARY)),
     (r"head_dim|v_head_dim|kv_lora_rank", _Whole(1, MOST_SIZE)),
-    (r"(q_lora|mamba_dt)_rank|\w+_head_dim|(shared_expert_|shared_)intermediate_size|sliding_window", _LENGTH),
+    (r"q_lora_rank|\w+_head_dim|(shared_expert_|shared_)intermediate_size|sliding_window", _LENGTH),
     (r"(original_)?max_position_embeddings|max_(sequence_length|seq_len)|index_topk", _LENGTH),
     (r"(\w+_)?(norm_)?(eps|epsilon)", _Number(0, 1, is_open=True)),
     (r"(\w+_)?rope_theta|rope_local_base_freq", _FREQUENCY),

@@ -112,7 +112,13 @@ def test_experts_of_a_token_come_from_the_groups_that_are_used():
 
 def test_what_is_unknown_or_has_its_own_meaning_passes():
     odd = {"time_step_limit": [0.0, math.inf], "vision_feature_layer": -1, "moe_layer_end_index": -1, "x": {"y": [1]}}
-    odd |= {"num_parameters": 10**12, "hidden_size_per_layer_input": 0, "moe_topk": [2] * 4, "id2label": {"0": "A"}}
+    odd |= {
+        "num_parameters": 10**12,
+        "mamba_dt_rank": "auto",
+        "hidden_size_per_layer_input": 0,
+        "moe_topk": [2] * 4,
+        "id2label": {"0": "A"},
+    }
     assert find_faults({**GOOD, **odd, "quantization_config": {"bits": -1}}) == []
 
 
