@@ -35,11 +35,12 @@ def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -
     """
     text = os.fspath(path)
     directory = Path(text)
+    is_directory, is_there = os.path.isdir(text), os.path.exists(text)  # those of Path raise where a name is too long
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and not text.startswith((".", "~"))
-    if not directory.is_dir() and (directory.exists() or not is_hub_id):
-        found = "a file" if directory.exists() else "nothing"
+    if not is_directory and (is_there or not is_hub_id):
+        found = "a file" if is_there else "nothing"
         raise FormatError(text, "model directory", expected="a directory", found=found, remedy="correct the path")
-    if directory.is_dir():
+    if is_directory:
         local = directory / (hub_kwargs.get("subfolder") or "") / "config.json"
         if local.is_file():
             return local

@@ -25,7 +25,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts.mutants import adapter_faults, file_faults, form_faults, life_faults, native_faults, training_faults
+from scripts.mutants import (
+    adapter_faults,
+    config_faults,
+    file_faults,
+    form_faults,
+    life_faults,
+    native_faults,
+    training_faults,
+)
 from scripts.mutants.fault import Fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +43,7 @@ FAULTS: tuple[Fault, ...] = (
     *training_faults.FAULTS,
     *life_faults.FAULTS,
     *file_faults.FAULTS,
+    *config_faults.FAULTS,
     *native_faults.FAULTS,
 )
 TIMEOUT_S = 900  # a fault that makes a test hang is seen
