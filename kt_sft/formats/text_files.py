@@ -12,8 +12,8 @@ from typing import Any
 
 from kt_sft.errors import FormatError
 
-# The largest that are known have some 200 KB (lists of modules that are not quantised).
-MOST_JSON_BYTES = 16 << 20
+# The largest that are known have some 600 KB (lists of modules that are not quantised).
+MOST_JSON_BYTES = 4 << 20
 MOST_JSON_DEPTH = 32
 _AGAIN = "download or write it again"
 
@@ -75,19 +75,18 @@ def read_json(path: str | os.PathLike[str], what: str, *, remedy: str = _AGAIN) 
 
 
 def is_deeper(value: Any, most: int) -> bool:
-    """Whether mappings and lists lie in one another more than so many levels deep."""
+    """Whether mappings and lists lie in one another more than so many levels deep.
+
+    Args:
+        value: a mapping or a list.
+    """
     level = [value]
     for _ in range(most):
-        level = [inner for outer in level for inner in _inner(outer)]
+        values = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in values if isinstance(inner, dict | list)]
         if not level:
             return False
     return True
-
-
-def _inner(value: Any) -> list[Any]:
-    if isinstance(value, dict | list):
-        return list(value.values() if isinstance(value, dict) else value)
-    return []
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

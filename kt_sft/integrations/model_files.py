@@ -51,8 +51,8 @@ def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -
         if found_file is None:
             raise OSError("it has no config.json")
         return Path(found_file)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError) as error:  # the last two of other arguments: names, revisions, folders
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FormatError(
             text,
             "model",

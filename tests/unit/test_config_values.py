@@ -100,6 +100,13 @@ def test_values_that_no_model_has(key, value):
     assert str(raised.value).isprintable() and len(str(raised.value)) < 500
 
 
+def test_keys_without_end():
+    many = {f"k{number}": {f"l{other}": 1 for other in range(200)} for number in range(100)}
+    with pytest.raises(FormatError, match="keys: expected at most 10000 of them"):
+        check_values("config.json", many)
+    assert find_faults({**GOOD, "id2label": {str(number): "x" for number in range(20_000)}}) == []
+
+
 def test_all_of_them_are_counted():
     with pytest.raises(FormatError, match=r"hidden_size: expected .* found 0 \(and 1 more keys\)"):
         check_values("config.json", {**GOOD, "hidden_size": 0, "vocab_size": -1})

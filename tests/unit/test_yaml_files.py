@@ -127,7 +127,7 @@ def test_json_that_is_refused(tmp_path, bounded, fault):
 def test_json_that_is_too_large(tmp_path, bounded):
     with (tmp_path / "x.json").open("wb") as stream:
         stream.truncate(100 << 20)
-    with pytest.raises(FormatError, match="expected at most 16777216 bytes, found 104857600"):
+    with pytest.raises(FormatError, match="expected at most 4194304 bytes, found 104857600"):
         read_json(tmp_path / "x.json", "settings")
 
 
