@@ -162,6 +162,10 @@ class KTConfig:
     def _rule_faults(self) -> Iterator[str]:
         if not isinstance(self.rule_vars, str | Mapping | None):
             yield f"rule_vars: expected a mapping or name=value,name=value, found {self.rule_vars!r}"
+        elif isinstance(self.rule_vars, Mapping) and (
+            wrong := [name for name, value in self.rule_vars.items() if not isinstance(value, str | int | float)]
+        ):
+            yield f"rule_vars: {wrong[0]}: expected a text or a number, found {self.rule_vars[wrong[0]]!r}"
         elif self.rule_vars and self.optimize_rule is None:
             yield "rule_vars: variables of a rule file, but there is no optimize_rule; set it or remove rule_vars"
 

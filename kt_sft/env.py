@@ -85,14 +85,14 @@ def local_world_size() -> int:
 def local_rank() -> int:
     """Rank of this process on this machine, 0 without a launcher."""
     value = read("LOCAL_RANK")
-    return int(value) if value and value.isdigit() else 0
+    return int(value) if value and value.isdecimal() else 0
 
 
 def _positive(name: str) -> int | None:
     value = read(name)
     if value is None:
         return None
-    if not value.isdigit() or int(value) < 1:
+    if not value.isdecimal() or int(value) < 1:
         raise ConfigError(
             f"environment variable {name}: expected a whole number >= 1, found {value!r}; correct or unset it"
         )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kt_sft.cli.console import errors_in_one_line, progress_bar
+from kt_sft.cli.console import errors_in_one_line, path, progress_bar
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adapters: what they hold, and other forms of them.")
 _BASE = typer.Option("--base-model", help="Directory of the base model; default: the one that the adapter names.")
@@ -22,8 +22,12 @@ _TRUST = typer.Option("--trust-remote-code", help="Let the code beside the model
 
 @app.command("convert")
 def convert_adapter(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Adapter directory of any form, or GGUF adapter.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New directory; for gguf a file or a directory.")],
+    source: Annotated[
+        Path, typer.Argument(parser=path, metavar="IN", help="Adapter directory of any form, or GGUF adapter.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(parser=path, metavar="OUT", help="New directory; for gguf a file or a directory.")
+    ],
     to: Annotated[str, typer.Option(help="peft-0.18, peft-0.19, vllm, sglang or gguf.")],
     base_model: Annotated[str | None, _BASE] = None,
     trust_remote_code: Annotated[bool, _TRUST] = False,
@@ -44,7 +48,9 @@ def convert_adapter(
 
 @app.command("inspect")
 def inspect_adapter(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Adapter directory of any form, or GGUF adapter.")],
+    source: Annotated[
+        Path, typer.Argument(parser=path, metavar="IN", help="Adapter directory of any form, or GGUF adapter.")
+    ],
     base_model: Annotated[str | None, _BASE] = None,
     trust_remote_code: Annotated[bool, _TRUST] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
@@ -65,9 +71,13 @@ def inspect_adapter(
 
 
 def merge(
-    adapter: Annotated[list[Path], typer.Option(help="Adapter of any form; given several times, all are added.")],
-    output: Annotated[Path, typer.Option(help="New directory; for GGUF a file or a directory.")],
-    model: Annotated[Path | None, typer.Option(help="Directory of the base model; default: the adapter's own.")] = None,
+    adapter: Annotated[
+        list[Path], typer.Option(parser=path, help="Adapter of any form; given several times, all are added.")
+    ],
+    output: Annotated[Path, typer.Option(parser=path, help="New directory; for GGUF a file or a directory.")],
+    model: Annotated[
+        Path | None, typer.Option(parser=path, help="Directory of the base model; default: the adapter's own.")
+    ] = None,
     to: Annotated[str, typer.Option(help="hf, gguf-q8_0 or gguf-bf16.")] = "hf",
     trust_remote_code: Annotated[bool, _TRUST] = False,
 ) -> None:

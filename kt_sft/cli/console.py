@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -12,6 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from kt_sft import env
 from kt_sft.errors import KTError
+
+
+def path(text: str) -> Path:
+    """A path of the command line: an empty one, of a variable that is not set, would be the current directory."""
+    if not text.strip():
+        raise typer.BadParameter("expected a path, found an empty string")
+    return Path(text)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kt_sft.cli.console import errors_in_one_line, progress_bar
+from kt_sft.cli.console import errors_in_one_line, path, progress_bar
 from kt_sft.errors import GIB
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ MIB = 1 << 20
 
 
 def convert(
-    input_path: Annotated[Path, typer.Option(help="Checkpoint directory, or GGUF file.")],
-    output: Annotated[Path, typer.Option(help="Directory of the container, new or empty.")],
+    input_path: Annotated[Path, typer.Option(parser=path, help="Checkpoint directory, or GGUF file.")],
+    output: Annotated[Path, typer.Option(parser=path, help="Directory of the container, new or empty.")],
     quant_method: Annotated[str, typer.Option(help="bf16, int8 or int4 (also moe_int8, moe_int4).")] = "int8",
     input_type: Annotated[str, typer.Option(help="bf16, fp16, fp8, gguf, or auto: what it is.")] = "auto",
     int4_group_size: Annotated[int, typer.Option(help="Weights that share a scale in int4: 32, 64 or 128.")] = 32,

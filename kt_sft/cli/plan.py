@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from kt_sft.cli.console import errors_in_one_line
+from kt_sft.cli.console import errors_in_one_line, path
 from kt_sft.errors import GIB
 from kt_sft.placement.plan import groups
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    run: Annotated[Path, typer.Argument(help="Configuration of LLaMA-Factory, YAML or JSON.")],
+    run: Annotated[Path, typer.Argument(parser=path, help="Configuration of LLaMA-Factory, YAML or JSON.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as llamafactory-cli takes them.")] = None,
     device: Annotated[
         str | None, typer.Option(help="Of modules without a rule; default: cuda:0, or cpu with use_cpu.")

@@ -17,6 +17,7 @@ from kt_sft.errors import FormatError
 # Far above what any model has, and low enough that sizes of tensors stay below 2^63 bytes.
 MOST_LAYERS, MOST_EXPERTS, MOST_HEADS, MOST_MODULES = 1 << 10, 1 << 14, 1 << 14, 1 << 17
 MOST_SIZE, MOST_VOCABULARY, MOST_LENGTH = 1 << 20, 1 << 24, 1 << 31
+MOST_KEYS = 10_000
 _MOST_NUMBER = 1 << 53
 # Read elsewhere, or not at all.
 _NOT_READ = ("quantization_config", "compression_config", "id2label", "label2id", "auto_map", "task_specific_params")
@@ -109,7 +110,7 @@ _RULES: tuple[tuple[str, _Whole | _Number | _Kind], ...] = (
     (r"(moe_)?intermediate_size|(expert_)?ffn_hidden_size", _Whole(1, MOST_SIZE, has_lists=True)),
     (r"vocab_size(_per_layer_input)?", _Whole(1, MOST_VOCABULARY)),
     (r"head_dim|v_head_dim|kv_lora_rank", _Whole(1, MOST_SIZE)),
-    (r"(q_lora|mamba_dt)_rank|\w+_head_dim|(shared_expert_|shared_)intermediate_size|sliding_window", _LENGTH),
+    (r"q_lora_rank|\w+_head_dim|(shared_expert_|shared_)intermediate_size|sliding_window", _LENGTH),
     (r"(original_)?max_position_embeddings|max_(sequence_length|seq_len)|index_topk", _LENGTH),
     (r"(\w+_)?(norm_)?(eps|epsilon)", _Number(0, 1, is_open=True)),
     (r"(\w+_)?rope_theta|rope_local_base_freq", _FREQUENCY),
@@ -152,7 +153,19 @@ def find_faults(values: Mapping[str, Any], *, has_defaults: bool = False) -> lis
     Args:
         has_defaults: the values are those of a config class: its special tokens may be those of a larger vocabulary.
     """
+    if (count := _num_keys(values)) > MOST_KEYS:
+        return [Fault("keys", f"at most {MOST_KEYS} of them", str(count))]
     return list(_level(values, "", MOST_VOCABULARY if has_defaults else None, has_defaults))
+
+
+def _num_keys(values: Mapping[str, Any]) -> int:
+    """Keys that are looked at, those of inner mappings included."""
+    count, level = 0, [values]
+    while level and count <= MOST_KEYS:
+        count += sum(map(len, level))
+        pairs = (pair for outer in level for pair in outer.items())
+        level = [value for key, value in pairs if isinstance(value, dict) and key not in _NOT_READ]
+    return count
 
 
 def check_values(

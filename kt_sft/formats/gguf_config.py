@@ -87,8 +87,9 @@ class Metadata:
         if not items or any(type(item) is not int for item in items) or len(set(items)) != 1:
             raise self.fault(key, "one whole number", value)
         layers = self.index.metadata.get(f"{self.architecture}.block_count")
-        if hasattr(value, "tolist") and len(items) != layers:
-            raise self.fault(key, f"one whole number for each of {layers} blocks", f"{len(items)} of them")
+        if hasattr(value, "tolist") and (type(layers) is not int or len(items) != layers):
+            expected = f"one whole number, or one for each of {str(layers)[:20]} blocks"
+            raise self.fault(key, expected, f"{len(items)} of them")
         return items[0]
 
     def count(self, key: str, default: int | None = None, *, least: int = 1) -> int:
@@ -208,7 +209,7 @@ def model_config(index: GgufIndex) -> dict[str, Any]:
         raise meta.unsupported("attention.sliding_window", "attention to all of the context", window)
     meta.expect("attention.causal", True)
     meta.expect_known()
-    names = {config: f"tokenizer.ggml.{name}_token_id" for name, config in _SPECIAL.items()}
+    names = {config: f"tokenizer.ggml.{name}_token_id" for config, name in _SPECIAL.items()}
     names |= {config: f"{architecture}.{key}" for config, key in _GGUF_KEYS.items()}
     check_values(index.source, config, names)
     return config
@@ -226,12 +227,9 @@ def _layers(meta: Metadata) -> int:
 
 
 def _special_ids(index: GgufIndex) -> dict[str, Any]:
-    found = {config: index.metadata.get(f"tokenizer.ggml.{name}_token_id") for name, config in _SPECIAL.items()}
-    return {
-        name: value.tolist() if hasattr(value, "tolist") else value
-        for name, value in found.items()
-        if value is not None
-    }
+    found = {config: index.metadata.get(f"tokenizer.ggml.{name}_token_id") for config, name in _SPECIAL.items()}
+    found = {config: value.tolist() if hasattr(value, "tolist") else value for config, value in found.items()}
+    return {config: value for config, value in found.items() if value is not None}
 
 
 def _rope_scaling(meta: Metadata) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from kt_sft.errors import FormatError
 from kt_sft.formats.regular_file import read_text
 
-# The largest that are known: an adapter_config.json that names each matrix of each expert has 3 MB.
+# An adapter_config.json that names each matrix of each expert, with ranks and alphas, has 10 MB.
 MOST_BYTES = 16 << 20
 MOST_DEPTH = 32
 
@@ -18,6 +18,7 @@ def read_object(
     path: str | os.PathLike[str],
     what: str = "file",
     *,
+    most_bytes: int = MOST_BYTES,
     may_be_infinite: bool = False,
     remedy: str = "download or write it again",
 ) -> dict[str, Any]:
@@ -25,11 +26,12 @@ def read_object(
 
     Args:
         what: names it in messages.
+        most_bytes: of a larger file nothing is read.
         may_be_infinite: `Infinity` is a number, as in ranges of some models' configurations.
     Raises:
         FormatError: no regular file, too large, or something else in it.
     """
-    text = read_text(path, what, MOST_BYTES, remedy=remedy)
+    text = read_text(path, what, most_bytes, remedy=remedy)
     try:
         constant = _not_nan if may_be_infinite else _no_constant
         values = json.loads(text, object_pairs_hook=without_repeats, parse_constant=constant)
@@ -54,19 +56,18 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_deeper(value: Any, most: int) -> bool:
-    """Whether mappings and lists lie in one another more than so many levels deep."""
+    """Whether mappings and lists lie in one another more than so many levels deep.
+
+    Args:
+        value: a mapping or a list.
+    """
     level = [value]
     for _ in range(most):
-        level = [inner for outer in level for inner in _inner(outer)]
+        values = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in values if isinstance(inner, dict | list)]
         if not level:
             return False
     return True
-
-
-def _inner(value: Any) -> list[Any]:
-    if isinstance(value, dict | list):
-        return list(value.values() if isinstance(value, dict) else value)
-    return []
 
 
 def _no_constant(name: str) -> float:

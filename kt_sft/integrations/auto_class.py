@@ -55,11 +55,11 @@ def auto_class(config: PretrainedConfig) -> Any:
 def errors_in_one_line(
     path: str | os.PathLike[str], what: str = "", trust_remote_code: bool | None = True
 ) -> Iterator[None]:
-    """Errors of transformers' checks of a file, or of the model's own code, as one line.
+    """Errors of transformers' checks of a file, of tokenizers, or of the model's own code, as one line.
 
     Args:
         path: directory, file or name of the model.
-        what: the part of it in messages.
+        what: what is read of it; empty: its config.
         trust_remote_code: as `from_pretrained` gets it; where it is what is missing, the message says so.
     Raises:
         UnsupportedModel: with the key that transformers names.
@@ -68,12 +68,15 @@ def errors_in_one_line(
         yield
     except KTError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # That of the tokenizers library, which is written in Rust, is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         needs_trust = not trust_remote_code and "trust_remote_code" in str(error)
         trust = "allow the code beside it with --trust-remote-code, or trust_remote_code: true, if you trust it"
-        where = f"{config_file(path)}: {what}" if what else f"{config_file(path)}"
-        remedy = trust if needs_trust else ""
-        expected = "values that transformers takes" if what else "the config of a known model"
+        where = f"{os.fspath(path)}: {what}" if what else config_file(path)
+        remedy = trust if needs_trust else ("download it again" if what else "")
+        expected = "what transformers takes" if what else "the config of a known model"
         raise UnsupportedModel(where, expected=expected, found=_in_words(error), remedy=remedy) from error
 
 
@@ -82,7 +85,7 @@ def config_file(path: str | os.PathLike[str]) -> str:
     return os.path.join(path, "config.json") if os.path.isdir(path) else os.fspath(path)
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     """What an error of transformers says: its checks name the field in one line and the reason in the next."""
     is_check = type(error).__name__.startswith("StrictDataclass")
     text = " ".join(" ".join(str(error).strip().splitlines()[: 2 if is_check else 1]).split())[:300]

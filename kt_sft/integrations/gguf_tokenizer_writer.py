@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kt_sft.errors import UnsupportedModel
 from kt_sft.integrations import gguf_tokenizer as kinds
+from kt_sft.integrations.auto_class import errors_in_one_line
 
 _REMEDY = "merge into hf and convert that with llama.cpp's own script"
 # What the ways to cut text differ in: digits, contractions, line breaks, other scripts, punctuation before letters.
@@ -26,9 +27,10 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     Args:
         vocab_size: rows of the embedding; tokens are filled up to it.
     Raises:
-        UnsupportedModel: no fast tokenizer, or one that a GGUF file has no name for.
+        UnsupportedModel: no fast tokenizer, a damaged one, or one that a GGUF file has no name for.
     """
-    fast = AutoTokenizer.from_pretrained(folder)
+    with errors_in_one_line(folder, "tokenizer"):
+        fast = AutoTokenizer.from_pretrained(folder)
     if not isinstance(fast, PreTrainedTokenizerFast) or not hasattr(fast, "backend_tokenizer"):
         raise _unsupported("a tokenizer of the tokenizers library", type(fast).__name__)
     backend = json.loads(fast.backend_tokenizer.to_str())

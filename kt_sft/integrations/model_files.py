@@ -19,10 +19,11 @@ from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_qu
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.integrations.auto_class import HUB_ARGS, errors_in_one_line, read_auto_config
 
-_LAYERS_IN_A_SECOND = 128
+_LAYERS_IN_A_SECOND = 96
 _NUMBER = re.compile(r"\.(\d{1,9})\.")
 # In a model directory that was made of GGUF files: which.
 GGUF_SOURCES = "kt_sft_gguf.json"
+_MOST_BYTES = 4 << 20  # the largest that are known have some 600 KB (lists of modules that are not quantised)
 
 
 def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> Path:
@@ -35,11 +36,12 @@ def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -
     """
     text = os.fspath(path)
     directory = Path(text)
+    is_directory, is_there = os.path.isdir(text), os.path.exists(text)  # those of Path raise where a name is too long
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and not text.startswith((".", "~"))
-    if not directory.is_dir() and (directory.exists() or not is_hub_id):
-        found = "a file" if directory.exists() else "nothing"
+    if not is_directory and (is_there or not is_hub_id):
+        found = "a file" if is_there else "nothing"
         raise FormatError(text, "model directory", expected="a directory", found=found, remedy="correct the path")
-    if directory.is_dir():
+    if is_directory:
         local = directory / (hub_kwargs.get("subfolder") or "") / "config.json"
         if local.is_file():
             return local
@@ -50,8 +52,8 @@ def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -
         if found_file is None:
             raise OSError("it has no config.json")
         return Path(found_file)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError) as error:  # the last two of other arguments: names, revisions, folders
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FormatError(
             text,
             "model",
@@ -67,7 +69,9 @@ def read_config_file(config_file: Path) -> dict[str, Any]:
     Raises:
         FormatError: no JSON object, values that no model has, or more layers than the weights beside it.
     """
-    values = read_object(config_file, "config", may_be_infinite=True, remedy="download it again")
+    values = read_object(
+        config_file, "config", most_bytes=_MOST_BYTES, may_be_infinite=True, remedy="download it again"
+    )
     check_values(config_file, values)
     _check_size(config_file, values)
     return values
@@ -99,7 +103,7 @@ def _check_size(config_file: Path, values: dict[str, Any]) -> None:
         return
     try:
         with SafetensorsIndex.from_directory(config_file.parent) as index:
-            numbers = {int(number) for name in index for number in _NUMBER.findall(name)}
+            numbers = {int(found[1]) for name in index if (found := _NUMBER.search(name))}  # experts' come later
     except FormatError:
         return  # of a model on the hub, or without weights, whoever reads them says so
     if asked > (stored := max(numbers, default=-1) + 1):
@@ -117,7 +121,9 @@ def _check_generation_config(file: Path, values: dict[str, Any]) -> None:
     """
     if not file.exists():
         return
-    settings = read_object(file, "generation config", may_be_infinite=True, remedy="correct it or remove it")
+    settings = read_object(
+        file, "generation config", most_bytes=_MOST_BYTES, may_be_infinite=True, remedy="correct it or remove it"
+    )
     text = values.get("text_config")
     size = values.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
     check_values(file, {**({} if size is None else {"vocab_size": size}), **settings})

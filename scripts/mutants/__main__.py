@@ -27,6 +27,7 @@ from rich.table import Table
 
 from scripts.mutants import (
     adapter_faults,
+    config_faults,
     file_faults,
     form_faults,
     life_faults,
@@ -44,6 +45,7 @@ FAULTS: tuple[Fault, ...] = (
     *life_faults.FAULTS,
     *file_faults.FAULTS,
     *write_faults.FAULTS,
+    *config_faults.FAULTS,
     *native_faults.FAULTS,
 )
 TIMEOUT_S = 900  # a fault that makes a test hang is seen

@@ -100,6 +100,13 @@ def test_values_that_no_model_has(key, value):
     assert str(raised.value).isprintable() and len(str(raised.value)) < 500
 
 
+def test_keys_without_end():
+    many = {f"k{number}": {f"l{other}": 1 for other in range(200)} for number in range(100)}
+    with pytest.raises(FormatError, match="keys: expected at most 10000 of them"):
+        check_values("config.json", many)
+    assert find_faults({**GOOD, "id2label": {str(number): "x" for number in range(20_000)}}) == []
+
+
 def test_all_of_them_are_counted():
     with pytest.raises(FormatError, match=r"hidden_size: expected .* found 0 \(and 1 more keys\)"):
         check_values("config.json", {**GOOD, "hidden_size": 0, "vocab_size": -1})
@@ -112,7 +119,13 @@ def test_experts_of_a_token_come_from_the_groups_that_are_used():
 
 def test_what_is_unknown_or_has_its_own_meaning_passes():
     odd = {"time_step_limit": [0.0, math.inf], "vision_feature_layer": -1, "moe_layer_end_index": -1, "x": {"y": [1]}}
-    odd |= {"num_parameters": 10**12, "hidden_size_per_layer_input": 0, "moe_topk": [2] * 4, "id2label": {"0": "A"}}
+    odd |= {
+        "num_parameters": 10**12,
+        "mamba_dt_rank": "auto",
+        "hidden_size_per_layer_input": 0,
+        "moe_topk": [2] * 4,
+        "id2label": {"0": "A"},
+    }
     assert find_faults({**GOOD, **odd, "quantization_config": {"bits": -1}}) == []
 
 

@@ -73,6 +73,30 @@ def test_kinds_of_deepseek(tmp_path):
     assert config_of(tmp_path, **per_layer)["num_attention_heads"] == 16
 
 
+def test_special_tokens_and_blocks(tmp_path):
+    """Tokens stay in the vocabulary; a list has one number for each block; blocks that are told of are in the file."""
+    metadata = {"general.architecture": "deepseek2"} | {f"deepseek2.{key}": value for key, value in V2_LITE.items()}
+    tensors = {name: gguf_files.random_blocks("Q8_0", (64, 32)) for name in ("token_embd.weight", "blk.26.x.weight")}
+
+    def config(**changes):
+        file = gguf_files.write(tmp_path / "m.gguf", {**metadata, **changes}, tensors)
+        return model_config(GgufIndex.from_path(file))
+
+    ids = {f"tokenizer.ggml.{name}_token_id": number for number, name in enumerate(("bos", "eos", "padding"), 61)}
+    found = config(**ids)
+    assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (61, 62, 63)
+    for changes, match in (
+        ({"tokenizer.ggml.eos_token_id": 64}, "m.gguf: tokenizer.ggml.eos_token_id: expected a token from 0 to 63"),
+        ({"tokenizer.ggml.padding_token_id": "x"}, "tokenizer.ggml.padding_token_id: expected a token from 0 to 63"),
+        ({"deepseek2.attention.head_count": [16] * 26}, "or one for each of 27 blocks, found 26 of them"),
+        ({"deepseek2.block_count": 28}, "deepseek2.block_count: expected at most 27, the blocks in the file, found 28"),
+        ({"deepseek2.nextn_predict_layers": 27}, "nextn_predict_layers: expected a whole number below block_count 27"),
+        ({"deepseek2.block_count": [27, 27]}, "block_count: expected"),
+    ):
+        with pytest.raises(FormatError, match=match):
+            config(**changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "match", "error"),
     [

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from kt_sft.integrations.auto_class import has_native_class, read_auto_config
+from kt_sft.integrations.auto_class import errors_in_one_line, has_native_class, read_auto_config
 from kt_sft.integrations.llamafactory import autoload
 
 
@@ -26,15 +26,14 @@ def patch_loader(loader: ModuleType, is_active: Callable[[Any], bool]) -> None:
         return read_auto_config(model_args.model_name_or_path, **kwargs)
 
     def load_tokenizer(model_args: Any) -> Any:
-        if not is_active(model_args) or not model_args.trust_remote_code:
+        if not is_active(model_args):
             return stock_tokenizer(model_args)
-        hub = {
-            name: value for name, value in loader._get_init_kwargs(model_args).items() if name != "trust_remote_code"
-        }
-        if not has_native_class(model_args.model_name_or_path, **hub):
-            return stock_tokenizer(model_args)
-        with _without_code_of_configs(loader.AutoConfig):
-            return stock_tokenizer(model_args)
+        with errors_in_one_line(model_args.model_name_or_path, "tokenizer"), _its_cause():
+            hub = {k: v for k, v in loader._get_init_kwargs(model_args).items() if k != "trust_remote_code"}
+            if not model_args.trust_remote_code or not has_native_class(model_args.model_name_or_path, **hub):
+                return stock_tokenizer(model_args)
+            with _without_code_of_configs(loader.AutoConfig):
+                return stock_tokenizer(model_args)
 
     def register_autoclass(config: Any, model: Any, tokenizer: Any) -> None:
         # It goes by the tokenizer's `auto_map`, also where transformers has left the class of that name aside: saving
@@ -44,6 +43,15 @@ def patch_loader(loader: ModuleType, is_active: Callable[[Any], bool]) -> None:
 
     loader.load_config, loader.load_tokenizer = load_config, load_tokenizer
     loader.register_autoclass = register_autoclass
+
+
+@contextmanager
+def _its_cause() -> Iterator[None]:
+    """LLaMA-Factory puts "Failed to load tokenizer." around the error that says why."""
+    try:
+        yield
+    except OSError as error:
+        raise error.__cause__ or error from None
 
 
 @contextmanager

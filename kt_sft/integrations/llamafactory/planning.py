@@ -186,9 +186,8 @@ def _check_keys(kinds: tuple[type, ...] | None, values: dict[str, Any]) -> None:
 
 def _check_values(values: dict[str, Any]) -> None:
     """What `args.check` refuses, with LLaMA-Factory's defaults for keys that are not set."""
-    given = {key: value for key, value in values.items() if value is not None}
     lists = {"lora_target": _targets(values), "adapter_name_or_path": args.adapter_paths(values)}
-    args.check(SimpleNamespace(**{**_DEFAULTS, **given, **lists}))
+    args.check(SimpleNamespace(**{**_DEFAULTS, **values, **lists}))
 
 
 def _targets(values: dict[str, Any]) -> list[str]:
