@@ -61,6 +61,12 @@ def num_ranks(checkpoint: Path) -> int | None:
     return sum(_RNG.fullmatch(path.name) is not None for path in checkpoint.iterdir()) or None
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """The step at which a whole checkpoint was written; None if its state does not say."""
+    step = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8")).get("global_step")
+    return step if type(step) is int else None
+
+
 def is_deepspeed(checkpoint: Path) -> bool:
     """Whether DeepSpeed keeps its own copy of the trained weights in it."""
     return (checkpoint / "latest").is_file()

@@ -21,7 +21,7 @@ from kt_sft.integrations.base_model import meta_model
 from kt_sft.integrations.expert_sources import ExpertSource, open_experts, open_weight_path
 from kt_sft.integrations.gguf_experts import GgufExperts
 from kt_sft.integrations.model_files import check_config_file, find_config_file
-from kt_sft.integrations.transformers import prepare_native
+from kt_sft.integrations.native_settings import prepare_native
 from kt_sft.models.spec import find_experts
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import logging
 import os
 import re
@@ -27,9 +26,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kt_sft import env
-from kt_sft.config import ISAS, KTConfig
-from kt_sft.errors import ConfigError, UnsupportedHardware, nearest
+from kt_sft.config import KTConfig
+from kt_sft.errors import ConfigError
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.integrations.auto_class import HUB_ARGS, auto_class, has_native_class
 from kt_sft.integrations.expert_sources import (
@@ -48,19 +46,19 @@ from kt_sft.integrations.model_files import (
     find_config_file,
     load_config,
 )
+from kt_sft.integrations.native_settings import prepare_native
 from kt_sft.integrations.placing import given_dtype, meta_model, plan_checkpoint, plan_here, read_config
 from kt_sft.integrations.quantized_weights import UNREAD, Dequantizer
 from kt_sft.integrations.saving import save_full_model
 from kt_sft.integrations.weight_cache import through_cache
 from kt_sft.models.families import adapt_block
 from kt_sft.models.spec import ExpertsSpec, find_experts
-from kt_sft.native import native
 from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts, WeightFormats
 from kt_sft.placement.inject import device_map, expert_settings
 from kt_sft.placement.plan import Plan
 from kt_sft.schedule.deferred import Deferral, LayerChain
 
-__all__ = ["KTExpertsConfig", "check_model", "load_model", "prepare_native", "quantization_config", "save_full_model"]
+__all__ = ["KTExpertsConfig", "check_model", "load_model", "quantization_config", "save_full_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -191,56 +189,6 @@ def check_model(path: str | os.PathLike[str], config: KTConfig, **from_pretraine
     check_memory(specs, bytes_outside_experts(model, specs) if on_cpu else 0, config, formats)
     swap_experts(model, specs, config, formats)
     return model
-
-
-def prepare_native(config: KTConfig) -> None:
-    """Set kernel level and threads of this process from the environment and the configuration.
-
-    Raises:
-        UnsupportedHardware: the CPU lacks AVX2 (unless `isa="scalar"` is asked for) or the level asked for.
-    """
-    library = native()
-    isa = env.isa() or config.isa
-    detected = library.isa_detected()
-    if isa is not None:
-        if isa not in ISAS:
-            raise ConfigError(f"KT_SFT_ISA: expected one of {', '.join(ISAS)}, found {isa!r}; {nearest(isa, ISAS)}")
-        if isa not in detected:
-            reason = f"{library.amx_refusal()}; " if isa.startswith("amx") and library.amx_refusal() else ""
-            raise UnsupportedHardware(
-                "kernel level",
-                needed=isa,
-                found=", ".join(detected),
-                remedy=f"{reason}unset isa to use the widest that the CPU has",
-            )
-        library.set_isa(isa)
-    elif "avx2" not in detected:
-        raise UnsupportedHardware(
-            "CPU",
-            needed="AVX2",
-            found=", ".join(detected),
-            remedy="use another machine; isa='scalar' runs reference kernels that are for tests only",
-        )
-    threads = env.threads() or config.threads or max(1, library.default_threads() // env.local_world_size())
-    info = library.cpu_info()
-    threads = _at_most("threads", threads, info["logical_cpus"], "this process may use {} CPUs")
-    nodes = len(info["numa_nodes"]) or 1
-    pools = config.threadpool_count or nodes
-    pools = _at_most("threadpool_count", pools, nodes, "this process may use {} NUMA nodes")
-    library.set_threads(threads, min(pools, threads))
-
-
-def _at_most(name: str, asked: int, most: int, reason: str) -> int:
-    if asked <= most:
-        return asked
-    _say_once(f"{name}: {asked} asked for, but {reason.format(most)}; using {most}")
-    return most
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    """A process prepares several times: for the checks of a run, and for each model."""
-    logger.warning(message)
 
 
 class KTExpertsConfig(QuantizationConfigMixin):

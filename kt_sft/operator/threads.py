@@ -8,7 +8,7 @@ import weakref
 
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
-from kt_sft.integrations.transformers import prepare_native
+from kt_sft.integrations.native_settings import prepare_native
 from kt_sft.native import native
 
 _lock = threading.Lock()

@@ -167,12 +167,19 @@ FAULTS = (
     ),
     Fault(
         "LLaMA-Factory's runs have no canary",
-        f"{_ROOM}hook.py",
-        '*(config.get("callbacks") or ()), Canary()]',
-        '*(config.get("callbacks") or ())]',
+        f"{_ROOM}trainer.py",
+        "trainer.add_callback(Canary())",
+        "pass",
         ("tests/integration/test_llamafactory_targets.py::test_every_run_says_once_what_trains_and_has_the_canary",),
     ),
     # --- checkpoints
+    Fault(
+        "a state of another kind of optimizer is taken",
+        f"{_ROOM}resuming.py",
+        "        _check_kind(checkpoint, state, training_args)\n",
+        "        pass\n",
+        (f"{_RESUMING}test_another_kind_of_optimizer_is_refused",),
+    ),
     Fault(
         "a half-written checkpoint is resumed",
         "kt_sft/formats/training_checkpoint.py",

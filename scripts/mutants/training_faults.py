@@ -353,10 +353,31 @@ FAULTS = (
     ),
     Fault(
         "an error of ours ends with status 1",
-        _HOOK_FILE,
+        "kt_sft/integrations/llamafactory/reporting.py",
         'leave(f"error: {cause}", 2)',
         'leave(f"error: {cause}", 1)',
         (f"{_ARGS}test_command_ends_with_one_line_and_status_2",),
+    ),
+    Fault(
+        "a flag in quotes is on, whatever it says",
+        "kt_sft/integrations/llamafactory/value_types.py",
+        "isinstance(value, bool) or (type(value) is int and value in (0, 1))",
+        "isinstance(value, bool | int | str)",
+        ("tests/unit/test_value_types.py::test_another_type_is_one_line_with_the_key",),
+    ),
+    Fault(
+        "an empty name of a list means every module",
+        "kt_sft/integrations/llamafactory/value_types.py",
+        "elif key in _LISTS and not all(",
+        "elif False and not all(",
+        ("tests/unit/test_value_types.py::test_another_type_is_one_line_with_the_key",),
+    ),
+    Fault(
+        "a run without our kernels is planned with them",
+        "kt_sft/integrations/llamafactory/planning.py",
+        'elif not args.is_set(values, "use_kt"):',
+        "elif False:",
+        ("tests/unit/test_plan.py::test_a_run_without_our_kernels_is_not_planned",),
     ),
     Fault(
         "several GPUs train by nn.DataParallel",

@@ -31,6 +31,13 @@ def test_without_use_kt_meta_path_is_unchanged(clean, monkeypatch, value):
     assert sys.meta_path == before
 
 
+@pytest.mark.parametrize(("value", "is_said"), [("yes", True), ("on", True), ("2", True), ("0", False), ("No", False)])
+def test_a_word_for_use_kt_that_means_nothing_is_said(clean, monkeypatch, caplog, value, is_said):
+    monkeypatch.setenv("USE_KT", value)
+    autoload.autoload()
+    assert [f"USE_KT={value}: expected 1" in record.getMessage() for record in caplog.records] == [True] * is_said
+
+
 @pytest.mark.parametrize("value", ["1", "true", "True", "y", "Y"])
 def test_with_use_kt_one_finder_is_installed(clean, monkeypatch, value):
     monkeypatch.setenv("USE_KT", value)

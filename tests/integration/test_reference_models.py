@@ -97,6 +97,7 @@ def answers(work):
         "goes_on": run(ref_model=None, adapter_name_or_path=str(work / "adapter")),
         "new_adapter": run(ref_model=None, adapter_name_or_path=str(work / "adapter"), create_new_adapter=True),
         "no_effect": run(stage="sft"),
+        "no_reward": run(stage="sft", ref_model=None, reward_model="nowhere", reward_model_adapters="nowhere"),
         "no_effect_simpo": run(pref_loss="simpo"),
         "missing": run(ref_model=str(work / "nowhere"), dataset="no data is read before this"),
         "container_as_model": run(ref_model=packed),
@@ -150,6 +151,7 @@ def test_reference_has_its_own_adapter(work, answers):
 @pytest.mark.parametrize(("case", "words"), [
     ("rules_of_another", ["ref_model", "kt_optimize_rule", "qwen3_moe"]),
     ("no_effect", ["ref_model", "no effect"]),
+    ("no_reward", ["reward_model, reward_model_adapters: no effect", "no reward model"]),
     ("no_effect_simpo", ["ref_model", "no effect"]),
 ])  # fmt: skip
 def test_what_does_not_apply_is_said(answers, case, words):

@@ -199,6 +199,30 @@ def test_an_optimizer_state_in_another_order_is_refused_while_loading(base, chec
         trainings.trainer(base, tmp_path / "resumed").train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize(("optim", "lacks"), [("sgd", "dampening, momentum"), ("adafactor", "beta1, clip_threshold")])
+def test_another_kind_of_optimizer_is_refused(base, checkpoint, optim, lacks):
+    """Its first step would look for settings that the state, which replaces its own, has not."""
+    with pytest.raises(FormatError, match=f"expected one of optim: {optim}, found one of another .*without {lacks}"):
+        check(base, checkpoint, optim=optim)
+    check(base, checkpoint, optim="adamw_torch_fused")
+
+
+def test_settings_that_the_optimizer_goes_on_with_and_a_finished_run_are_said(base, checkpoint, caplog):
+    check(base, checkpoint)
+    assert "there" not in caplog.text
+    check(base, checkpoint, adam_beta1=0.5, max_steps=4)
+    assert "adam_beta1 and adam_beta2 (0.5, 0.999) here are ignored, (0.9, 0.999)" in caplog.text
+    assert "step 4 there, max_steps 4 here" in caplog.text
+
+
+def test_the_directory_of_a_run_is_no_checkpoint(straight, tmp_path):
+    """It has an adapter and a state, and its checkpoints would be taken for further adapters."""
+    output = shutil.copytree(straight, tmp_path / "out")
+    shutil.copytree(output / "checkpoint-6", output, dirs_exist_ok=True)
+    with pytest.raises(FormatError, match="found the directory of a run; resume from .*checkpoint-6"):
+        resuming.find_checkpoint(arguments(output, resume_from_checkpoint=str(output)))
+
+
 def test_an_optimizer_state_of_fewer_parameters_is_refused(base, checkpoint):
     edit_optimizer(checkpoint, lambda state: state["param_groups"][0]["params"].pop())
     with pytest.raises(FormatError, match="expected 24 parameters, found 23"):

@@ -35,6 +35,7 @@ class Keys:
     label_names: list[str] | None = None
     trackio: str | Literal[False] | None = None
     anything: Any = None
+    resume_from_checkpoint: str | None = None
     kt_method: str | None = None
     derived: int = field(default=0, init=False)
 
@@ -45,6 +46,7 @@ FITTING = {
     "report_to": [None, "none", ["wandb"]], "stage": ["dpo"], "save_strategy": ["no", Strategy.STEPS],
     "deepspeed": [{}, "file.json", None], "label_names": [["a"], None], "trackio": [False, "x"],
     "anything": [object(), "x", 3], "kt_method": [8, ["BF16"]], "unknown": [object()],
+    "resume_from_checkpoint": [True, False, "true", "out/checkpoint-4", None],
 }  # fmt: skip
 OTHERS = {
     "do_train": [("false", "true or false, found 'false'; write the value without quotes"), (2, "found 2"),

@@ -84,6 +84,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "adam_beta1": (0, math.nextafter(1, 0), "0 <= beta < 1"),
     "adam_beta2": (0, math.nextafter(1, 0), "0 <= beta < 1"),
     "adam_epsilon": (0, sys.float_info.max, "a number >= 0"),
+    "pref_beta": (_LEAST, sys.float_info.max, "a number > 0"),
     "temperature": (0, sys.float_info.max, "a number >= 0"),
     "top_p": (0, 1, "0 <= p <= 1"),
     "top_k": (0, _MOST, f"a whole number from 0 to {_MOST}"),

@@ -32,6 +32,8 @@ OPTIONAL = (
     "llamafactory.webui.interface",
 )  # imported by some commands only
 
+_OFF = ("0", "false", "f", "no", "n", "off")  # words for USE_KT that ask for nothing
+
 logger = logging.getLogger(__name__)
 _patched: list[str] = []
 _failed: dict[str, str] = {}  # module (or "autoload") -> reason
@@ -70,8 +72,11 @@ def autoload() -> None:
     try:
         from kt_sft import env
 
+        word = env.read("USE_KT")
         if env.use_kt():
             install()
+        elif word is not None and word.lower() not in _OFF:
+            logger.warning("kt_sft: USE_KT=%s: expected 1, true, y or 0; LLaMA-Factory runs without kt_sft", word)
     except Exception as error:
         _fail("autoload", error)
 
@@ -133,7 +138,7 @@ def _why_inactive(facts: dict[str, Any]) -> tuple[str, str]:
     if version != SUPPORTED:
         return f"LLaMA-Factory {version} is installed, supported is {SUPPORTED}", install
     if not facts["use_kt"]:
-        return "USE_KT is not set", "start LLaMA-Factory as USE_KT=1 llamafactory-cli ..."
+        return "USE_KT is not set to 1", "start LLaMA-Factory as USE_KT=1 llamafactory-cli ..."
     return "", ""
 
 

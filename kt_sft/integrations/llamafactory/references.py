@@ -29,6 +29,7 @@ from kt_sft.nn.routed_experts import WeightFormats
 logger = logging.getLogger(__name__)
 
 FILES_OF_THE_POLICY = ("kt_weight_path", "kt_expert_checkpoint_path")
+OF_THE_REWARD = ("reward_model", "reward_model_adapters", "reward_model_quantization_bit")
 _DEFAULT_REVISION = "main"
 
 
@@ -62,6 +63,8 @@ def check(
         ConfigError: what loading the reference would raise, or keys that do not go together.
         NotEnoughMemory: both models do not fit beside one another.
     """
+    if unread := [key for key in OF_THE_REWARD if getattr(finetuning_args, key, None)]:
+        _warn(f"{', '.join(unread)}: no effect, since this stage has no reward model; remove it")
     name, adapters = finetuning_args.ref_model, finetuning_args.ref_model_adapters
     if not _is_used(finetuning_args):
         if name or adapters:

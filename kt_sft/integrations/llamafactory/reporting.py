@@ -19,22 +19,27 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _MOMENT_SECONDS = 10.0  # torchrun ends the other ranks within a tenth of a second after one has ended
 
 
-class _Lines(logging.Handler):
+class _Lines(logging.StreamHandler):
     """Warnings as lines that say where they come from; silent where the program has handlers of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if message.startswith(_PREFIX) else f"{_PREFIX}: {message}"
 
     def emit(self, record: logging.LogRecord) -> None:
         if logging.getLogger().handlers or (env.local_rank() > 0 and record.levelno < logging.ERROR):
             return
-        message = self.format(record)
-        sys.stderr.write(f"{message if message.startswith(_PREFIX) else f'{_PREFIX}: {message}'}\n")
-        sys.stderr.flush()
+        self.setStream(sys.stderr)  # which may be another one than at the start
+        super().emit(record)
 
 
 def show_lines() -> None:
     """Show our warnings, once in a process; without it Python would write them without a name, by every rank."""
     ours = logging.getLogger(_PREFIX)
     if not any(isinstance(handler, _Lines) for handler in ours.handlers):
-        ours.addHandler(_Lines(logging.WARNING))
+        lines = _Lines()
+        lines.setLevel(logging.WARNING)
+        ours.addHandler(lines)
 
 
 def report_errors_in_one_line() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import Trainer
 
 from kt_sft import env
 from kt_sft.adapters.forms import adapter_file
@@ -171,6 +172,8 @@ def check(checkpoint: Path, bare: nn.Module, run: RunAdapter | None, training_ar
         if run is not None:
             reloading.check_same_tensors(checkpoint, folder, run.shapes, run.config)
     own = any(getattr(finetuning_args, name, False) for name in _OWN_OPTIMIZERS)
+    if state is not None and not own:
+        _check_kind(checkpoint, state, training_args)
     if state is not None and run is not None and not own:
         check_optimizer(checkpoint, state, list(run.shapes.values()), is_ordered=False)
         _check_layout(checkpoint, run) if is_converted else None
@@ -222,6 +225,24 @@ def check_optimizer(
         )  # fmt: skip
 
 
+def _check_kind(checkpoint: Path, state: OptimizerState, training_args: Any) -> None:
+    """Whether a state is one of the run's kind of optimizer; it would take the state and fail in its first step."""
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_args)
+        needed = set(kind([torch.nn.Parameter(torch.zeros(1))], **settings).param_groups[0]) - {"params"}
+    except Exception as error:  # one that is not installed, or needs the model: transformers says so
+        logger.info("kt_sft: the optimizer could not be built before loading (%s)", error)
+        return
+    lacking = sorted(needed.difference(*state.groups))
+    if lacking:
+        optim = getattr(training_args.optim, "value", training_args.optim)
+        raise FormatError(
+            checkpoint / OPTIMIZER_NAME, "optimizer state", expected=f"one of optim: {optim}",
+            found=f"one of another optimizer, without {', '.join(lacking[:3])}",
+            remedy=f"set the optim of the run that wrote it; {_FROM_WEIGHTS}",
+        )  # fmt: skip
+
+
 def _check_layout(checkpoint: Path, run: RunAdapter) -> None:
     """The optimizer's state fits the converted adapter by its shapes; make sure that it would not fit the other one."""
     tensors = TensorFile(checkpoint)
@@ -236,6 +257,12 @@ def _check_layout(checkpoint: Path, run: RunAdapter) -> None:
 def _named(path: Path) -> Path:
     if not path.is_dir():
         raise FormatError(path, KEY, expected="a checkpoint-N directory", found="nothing", remedy="correct the path")
+    if training_checkpoint.checkpoints(path):
+        instead = last_checkpoint(path, says=False)
+        raise FormatError(
+            path, KEY, expected="a checkpoint-N directory", found="the directory of a run",
+            remedy=f"resume from {instead}" if instead else _FROM_WEIGHTS,
+        )  # fmt: skip
     if fault := training_checkpoint.find_fault(path):
         instead, _ = training_checkpoint.newest_whole(path.parent)
         remedy = f"resume from {instead}" if instead else _FROM_WEIGHTS
@@ -266,6 +293,13 @@ def _differences(
     decays = [group.get("weight_decay") or 0.0 for group in state.groups] if state else []
     if decays and not math.isclose(max(decays), training_args.weight_decay, rel_tol=1e-6):
         yield f"weight_decay {training_args.weight_decay:g} here is ignored, {max(decays):g} of its optimizer goes on"
+    betas = [tuple(group["betas"]) for group in state.groups if "betas" in group] if state else []
+    here = (training_args.adam_beta1, training_args.adam_beta2)
+    if betas and here not in betas:
+        yield f"adam_beta1 and adam_beta2 {here} here are ignored, {betas[0]} of its optimizer go on"
+    done, most = training_checkpoint.step_of(checkpoint), training_args.max_steps
+    if 0 < most <= (done or 0):
+        yield f"step {done} there, max_steps {most} here: that run was at its end, and at most one more step is trained"
     ranks = training_checkpoint.num_ranks(checkpoint)
     if ranks is not None and ranks != training_args.world_size:
         processes = f"{ranks} process{'es' if ranks > 1 else ''}"

@@ -24,6 +24,7 @@ _LISTS = frozenset(
     + ("galore_target", "apollo_target")
 )
 _LOOKED_AT = (*KEYS, "infer_backend")  # by `args.check`, which knows more values
+_OR_BOOLEAN = ("resume_from_checkpoint", "fsdp", "hf_hub_token", "hub_token")  # beside the text that they declare
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _NONE = type(None)
 
@@ -60,6 +61,8 @@ def _types(kinds: Iterable[type]) -> dict[str, Any]:
 def _fits(key: str, value: Any, kind: Any) -> bool:
     options = _options(kind)
     if any(_is(value, option) for option in options):
+        return True
+    if key in _OR_BOOLEAN and isinstance(value, bool):
         return True
     if key in _LISTS and isinstance(value, list):
         return all(isinstance(entry, str | float | int) and not isinstance(entry, bool) for entry in value)
