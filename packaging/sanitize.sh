@@ -32,7 +32,7 @@ random_calls() {
   [ "$name" = address ] && preload="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libstdc++.so.6)"
   # Python and torch keep memory until the end, which is no leak of ours, and ask for more than there is, which is tested.
   ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0:allocator_may_return_null=1:halt_on_error=1" LD_PRELOAD="$preload" \
-    OMP_NUM_THREADS=1 PYTHONMALLOC=malloc PYTHONPATH="$PWD" python -m tests.helpers.native_calls \
+    OMP_NUM_THREADS=1 PYTHONPATH="$PWD" python -m tests.helpers.native_calls \
     --library "$folder"/lib/_native*.so --calls "${KTS_SANITIZE_CALLS:-12000}"
 }
 
