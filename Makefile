@@ -58,7 +58,7 @@ mutants: setup  ## plants faults in a copy of the tree, one at a time: do the te
 test-gpu:  ## tests on a CUDA device, and on AMX if it is there, with the machine's own Python; installs nothing
 	packaging/test_gpu.sh $(PYTHON) $(PYTEST_ARGS)
 
-sanitize: $(STAMPS)/packages  ## native tests under the address, undefined behaviour and thread sanitizers
+sanitize: $(STAMPS)/packages  ## native tests under the address, undefined behaviour and thread sanitizers; random calls of the extension
 	packaging/sanitize.sh $(SANITIZERS)
 
 bench: setup  ## quick speed measurement, minutes: expert layer, decoding, single products; results in benchmarks/results/
