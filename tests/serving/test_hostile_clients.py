@@ -1,6 +1,6 @@
 """A server under attack: others' small requests are answered within two seconds or refused at once; no memory is kept.
 
-The short form asks a scripted model in a process of its own; the long one, marked slow, `kt-sft serve` and a tiny model.
+The short form asks a scripted model in a process of its own; the long one, marked slow, `kt-sft serve` with a model.
 """
 
 from __future__ import annotations
