@@ -64,10 +64,13 @@ class Connection(H11Protocol):
             self.data_received(early)
 
     def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        try:
             super().send_400_response(msg)
-        else:  # the answer has begun
+        except h11.LocalProtocolError:  # the answer has begun, or must have no text, as to HEAD
             self.transport.abort()
+        if self._is_answering():  # to the header; its body is none, and nothing more may be said
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def shutdown(self) -> None:
         if self.conn.our_state is h11.ERROR:

@@ -47,8 +47,8 @@ def post(port: int, path: str, body: bytes | dict, *, timeout_s: float = 60.0, *
         connection.close()
 
 
-def raw(port: int, *pieces: bytes, timeout_s: float = 20.0, pause_s: float = 0.0) -> bytes:
-    """All that the server says to these bytes until it closes the connection or says nothing for `timeout_s`."""
+def raw(port: int, *pieces: bytes, timeout_s: float = 10.0, quiet_s: float = 0.2, pause_s: float = 0.0) -> bytes:
+    """All that the server says to these bytes until it closes the connection or says no more for `quiet_s`."""
     said = bytearray()
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as client, contextlib.suppress(OSError):
         for piece in pieces:
@@ -56,6 +56,7 @@ def raw(port: int, *pieces: bytes, timeout_s: float = 20.0, pause_s: float = 0.0
             time.sleep(pause_s)
         while chunk := client.recv(65536):
             said += chunk
+            client.settimeout(quiet_s)
     return bytes(said)
 
 

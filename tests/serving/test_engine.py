@@ -313,9 +313,8 @@ def test_numbers_of_an_answer():
 
 def test_prompts_that_are_made_ready_count_as_waiting():
     engine = Engine(FakeChat(), slots=1, max_waiting=1)
-    with engine.place(), engine.place():
-        with pytest.raises(RequestError, match="try again later"), engine.place():
-            pytest.fail("there was no place")
+    with engine.place(), engine.place(), pytest.raises(RequestError, match="try again later"), engine.place():
+        pytest.fail("there was no place")
     with engine.place():
         pass
     engine.close()
