@@ -24,9 +24,10 @@ class Waits:
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)  # 0: no answer
+    patience_s: float = 2.0
 
-    def within(self, limit_s: float) -> bool:
-        return bool(self.seconds) and max(self.seconds) <= limit_s and not self.statuses[0]
+    def are_short(self) -> bool:
+        return bool(self.seconds) and max(self.seconds) <= self.patience_s and not self.statuses[0]
 
 
 def question(model: str) -> dict[str, object]:
