@@ -6,8 +6,9 @@ few hundred such clients would keep all others out.
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import h11
@@ -64,10 +65,13 @@ class Connection(H11Protocol):
             self.data_received(early)
 
     def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        try:
             super().send_400_response(msg)
-        else:  # the answer has begun
+        except h11.LocalProtocolError:  # the answer has begun, or must have no text, as to HEAD
             self.transport.abort()
+        if self._is_answering():  # to the header; its body is none, and nothing more may be said
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def shutdown(self) -> None:
         if self.conn.our_state is h11.ERROR:
@@ -106,13 +110,19 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
 
-def make_room(connections: Iterable[Any], *, sparing: Connection) -> None:
-    """Close the connection whose client has let the server wait longest; one that sends a body only as the last."""
+def make_room(connections: Collection[Any], *, sparing: Connection) -> None:
+    """Close the connections whose clients have let the server wait longest; those that send a body only as the last.
+
+    One in sixteen, so that looking for them does not become the work of whoever opens many.
+    """
     now = time.monotonic()
-    candidates = [one for one in connections if one is not sparing and not one.transport.is_closing()]
-    waits = [(one.waits_for() == "body", one.waiting_since(now), id(one), one) for one in candidates if one.waits_for()]
-    if waits:
-        min(waits)[-1].transport.abort()
+    waits = [
+        (kind == "body", one.waiting_since(now), id(one), one)
+        for one in connections
+        if one is not sparing and not one.transport.is_closing() and (kind := one.waits_for())
+    ]
+    for *_, one in heapq.nsmallest(max(1, len(connections) // 16), waits):
+        one.transport.abort()
 
 
 def sweep(connections: Iterable[Any]) -> None:

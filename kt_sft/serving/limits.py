@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Connections
-MAX_CONNECTIONS = 512  # open at a time; for one more, that on which the server waits longest for its client is closed
+MAX_CONNECTIONS = 512  # open at a time; for one more, those whose clients are waited for longest are closed
 MAX_HEADER_BYTES = 64 << 10
 MAX_EARLY_BYTES = 64 << 10  # of further requests that come before the answer to the first
 HEADER_S = 10.0  # from the first byte of a request, or the connection, to the end of its header

@@ -24,9 +24,10 @@ class Waits:
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)  # 0: no answer
+    patience_s: float = 2.0
 
-    def within(self, limit_s: float) -> bool:
-        return bool(self.seconds) and max(self.seconds) <= limit_s and not self.statuses[0]
+    def are_short(self) -> bool:
+        return bool(self.seconds) and max(self.seconds) <= self.patience_s and not self.statuses[0]
 
 
 def question(model: str) -> dict[str, object]:
@@ -47,8 +48,8 @@ def post(port: int, path: str, body: bytes | dict, *, timeout_s: float = 60.0, *
         connection.close()
 
 
-def raw(port: int, *pieces: bytes, timeout_s: float = 20.0, pause_s: float = 0.0) -> bytes:
-    """All that the server says to these bytes until it closes the connection or says nothing for `timeout_s`."""
+def raw(port: int, *pieces: bytes, timeout_s: float = 10.0, quiet_s: float = 0.2, pause_s: float = 0.0) -> bytes:
+    """All that the server says to these bytes until it closes the connection or says no more for `quiet_s`."""
     said = bytearray()
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as client, contextlib.suppress(OSError):
         for piece in pieces:
@@ -56,6 +57,7 @@ def raw(port: int, *pieces: bytes, timeout_s: float = 20.0, pause_s: float = 0.0
             time.sleep(pause_s)
         while chunk := client.recv(65536):
             said += chunk
+            client.settimeout(quiet_s)
     return bytes(said)
 
 

@@ -28,7 +28,7 @@ CHAT = {"model": "demo", "messages": HI}
 def no_traceback(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
     yield
-    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+    assert [record.getMessage() for record in caplog.get_records("call") if record.exc_info] == []
 
 
 def refusal(body: bytes) -> str:
@@ -222,16 +222,14 @@ def test_waiting_bodies_have_a_bound_in_all(monkeypatch):
         port = int(url.rsplit(":", 1)[1])
         thread = threading.Thread(target=lambda: found.append(raw(port, head + b" " * 900_000, timeout_s=3)))
         thread.start()
-        time.sleep(0.5)
-        status, answer = post(port, "/v1/completions", b" " * 900_000)
-        assert status == 503 and b"try again later" in answer
+        wait_until(lambda: post(port, "/v1/completions", b" " * 900_000)[0] == 503, 10, every=0.1)
         assert post(port, "/v1/completions", CHAT | {"prompt": "hi"})[0] == 200
         thread.join(60)
-        assert post(port, "/v1/completions", b" " * 900_000)[0] == 400  # the place of who went is free
+        wait_until(lambda: post(port, "/v1/completions", b" " * 900_000)[0] == 400, 10)  # who went holds nothing
 
 
 def test_body_that_does_not_come_is_told_so(monkeypatch):
     monkeypatch.setattr(limits, "BODY_S", 0.3)
     with running(FakeChat()) as (url, _):
         port = int(url.rsplit(":", 1)[1])
-        assert statuses(raw(port, HEAD % (b"/api/chat", 100) + b"{", timeout_s=1)) == [408]
+        assert statuses(raw(port, HEAD % (b"/api/chat", 100) + b"{")) == [408]

@@ -309,3 +309,14 @@ def test_numbers_of_an_answer():
     assert (short.finish_reason, short.completion_tokens) == ("length", 4)
     timing = whole.timing
     assert timing.arrived <= timing.started <= timing.first_token <= timing.ended
+
+
+def test_prompts_that_are_made_ready_count_as_waiting():
+    engine = Engine(FakeChat(), slots=1, max_waiting=1)
+    with engine.place(), engine.place(), pytest.raises(RequestError, match="try again later"), engine.place():
+        pytest.fail("there was no place")
+    with engine.place():
+        pass
+    engine.close()
+    with pytest.raises(RequestError, match="shutting down"), engine.place():
+        pytest.fail("the server stops")
