@@ -21,6 +21,7 @@ from kt_sft.errors import KTError
 from tests.fuzz.case import Case, Subject, damaged
 
 SECONDS = 2.0  # of the processor
+CLOCK_SECONDS = 30.0  # of the clock: who waits takes none of the processor, and other processes take it, too
 EXTRA_BYTES = 256 << 20  # beside the files' own
 MESSAGE_CHARACTERS = 2000
 RIGHT, REFUSED, FAILED = "right", "refused", "FAILED"
@@ -113,19 +114,23 @@ def _limits(file_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split(" ", 1)[0]) * _PAGE
-    before = signal.signal(signal.SIGPROF, _time_is_up)
+    before = {number: signal.signal(number, _time_is_up) for number in (signal.SIGPROF, signal.SIGALRM)}
     resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_BYTES + file_bytes, hard))
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, CLOCK_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGPROF, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _time_is_up(*_: object) -> None:
-    raise Hang(f"more than {SECONDS:g} s of the processor")
+def _time_is_up(number: int, _: object) -> None:
+    is_clock = number == signal.SIGALRM
+    raise Hang(f"more than {CLOCK_SECONDS if is_clock else SECONDS:g} s of the {'clock' if is_clock else 'processor'}")
 
 
 def _place(error: BaseException) -> str:

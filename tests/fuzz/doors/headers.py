@@ -316,7 +316,7 @@ def _journal(folder: Path) -> Subject:
         for name, layer in layers.items():
             assert name in plan.specs and os.path.getsize(place / layer.file) == layer.file_bytes
 
-    return Subject(files, read, check, fixed, odd=False)
+    return Subject(files, read, check, fixed, odd=())
 
 
 def _training_state(_: Path) -> Subject:
