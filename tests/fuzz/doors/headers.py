@@ -289,13 +289,14 @@ def _read_container(folder: Path) -> dict[tuple[str, int], tuple[bytes, ...]]:
 
 
 def _check_container(folder: Path, result: dict[tuple[str, int], tuple[bytes, ...]]) -> None:
-    """Against the files at the places that the manifest names."""
+    """Against the files at the places that the manifest names, and their checksums."""
     layers = json.loads((folder / MANIFEST_NAME).read_bytes())["layers"]
     expected = {}
     for layer in layers:
         raw = (folder / layer["file"]).read_bytes()
         for expert, blobs in enumerate(layer["experts"]):
             expected[layer["name"], expert] = tuple(raw[offset : offset + size] for offset, size, *_ in blobs)
+            assert all(zlib.crc32(raw[offset : offset + size]) == crc for offset, size, crc, _ in blobs)
     assert result == expected
 
 
