@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Protocol
 
 GIB = 1 << 30
 # A wrong, missing or swapped letter in a name of four is above it; other words with the same ending are below.
 _NEAR = 0.72
 _LEAST_BEGINNING = 4  # letters of a name that is only begun
-# Characters of a part of a message, and of all of it: names and values come from files, which may be damaged.
-_PART, _WHOLE = 400, 1800
 
 
 class KTError(Exception):
@@ -28,9 +26,10 @@ class ConfigError(KTError, ValueError):
     def __init__(self, faults: str | Iterable[str]):
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
         if len(self.faults) == 1:
-            message = _one_line(_shortened(self.faults[0], _WHOLE))
+            message = self.faults[0]
         else:
-            message = f"{len(self.faults)} faults in the configuration: {'; '.join(_numbered(self.faults))}"
+            numbered = "; ".join(f"({i}) {fault}" for i, fault in enumerate(self.faults, 1))
+            message = f"{len(self.faults)} faults in the configuration: {numbered}"
         super().__init__(message)
 
 
@@ -157,31 +156,14 @@ def near(name: object, known: Iterable[str]) -> str | None:
     return by_short[close[0]] if close else None
 
 
-def _numbered(faults: tuple[str, ...]) -> Iterator[str]:
-    """As many faults as a line has room for."""
-    room = _WHOLE
-    for number, fault in enumerate(faults, 1):
-        text = f"({number}) {_one_line(_shortened(fault, _PART))}"
-        room -= len(text)
-        if room < 0:
-            yield f"and {len(faults) - number + 1} more"
-            return
-        yield text
-
-
-def _shortened(text: str, limit: int) -> str:
-    """Beginning and end of a text that is too long for a message."""
-    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} ... {text[-limit // 4 :]}"
-
-
 def _sentence(what: str, expected: object, found: object, remedy: str, *, extra: str = "") -> str:
-    parts = [_shortened(what, 2 * _PART)]  # it names the file as well
+    parts = [what]
     if extra:
         parts.append(extra)
     if expected is not None:
-        parts.append(_shortened(f"expected {expected}", _PART))
+        parts.append(f"expected {expected}")
     if found is not None:
-        parts.append(_shortened(f"found {found}", _PART))
+        parts.append(f"found {found}")
     head = f"{parts[0]}: " if len(parts) > 1 else parts[0]
     return _one_line(head + ", ".join(parts[1:]) + _tail(remedy))
 
