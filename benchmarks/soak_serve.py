@@ -90,7 +90,8 @@ class Client:
             return response.status_code
 
     async def malformed(self) -> int:
-        return (await self.http.post("/v1/chat/completions", content=b'{"model": ')).status_code
+        headers = {"content-type": "application/json"}
+        return (await self.http.post("/v1/chat/completions", content=b'{"model": ', headers=headers)).status_code
 
     async def too_long(self) -> int:
         body = {"model": self.model, "prompt": "word " * 2 * self.context}

@@ -6,6 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+MIN_TEMPERATURE = 1e-5  # below it, scores divided by it are beyond float32; the most likely token is what is meant
+
+
+class PromptError(ValueError):
+    """A conversation that a model's template cannot hold, in one sentence."""
+
 
 class ToolCall(NamedTuple):
     """A function that the model wants called; `arguments` is JSON."""
@@ -20,7 +26,7 @@ class Sampling:
 
     Args:
         max_tokens: at most so many, at least one.
-        temperature: 0 takes the most likely token.
+        temperature: below MIN_TEMPERATURE takes the most likely token.
         seed: equal seeds give equal answers; None draws one.
         ignore_eos: go on to max_tokens (for measurements).
         adapter: with the adapter, if there is one to switch.
@@ -80,6 +86,9 @@ class ChatBackend(Protocol):
         Args:
             messages: role (user, assistant, function, observation) and content, user's and model's in alternation.
             tools: JSON list of functions.
+
+        Raises:
+            PromptError: the template cannot hold it.
         """
         ...
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from kt_sft.errors import ConfigError, nearest
+from kt_sft.errors import ConfigError, nearest, unknown_names
 
 # Accepted spellings -> weight format. Only formats whose kernels exist are listed.
 METHODS = {
@@ -29,6 +30,9 @@ CPU_ACTIVATIONS = ("retain", "recompute")
 WEIGHT_LOADS = ("auto", "mmap", "copy")
 ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
+# Of threads, groups of them, tokens of a pass and deferred experts: what fits into the kernels' 32-bit numbers.
+_MOST_COUNT = (1 << 31) - 1
+_MOST_PATH = 4096
 _PATHS = ("weight_path", "weight_cache", "optimize_rule")
 _CHOICES = {
     "expert_activations": EXPERT_ACTIVATIONS,
@@ -136,14 +140,21 @@ class KTConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 yield f"{name}: expected a whole number >= {least}{' or nothing' if optional else ''}, found {value!r}"
+            elif value > _MOST_COUNT:
+                yield f"{name}: expected at most {_MOST_COUNT}, found {value}"
         if self.expert_lora is not None and not isinstance(self.expert_lora, bool):
             yield f"expert_lora: expected true, false or nothing, found {self.expert_lora!r}"
         method = METHODS.get(self.method.upper()) if isinstance(self.method, str) else None
         if method in ("RAWINT4", "GGUF") and self.weight_cache is not None:
             yield f"weight_cache: containers hold bf16, int8 or int4, found method {method}; leave one of them out"
         for name in _PATHS:
-            if getattr(self, name) is not None and not str(getattr(self, name)).strip():
-                yield f"{name}: expected a path or nothing, found an empty string"
+            if (value := getattr(self, name)) is None:
+                continue
+            if not isinstance(value, str | os.PathLike) or not str(value).strip():
+                found = "an empty string" if isinstance(value, str) else repr(value)
+                yield f"{name}: expected a path or nothing, found {found}"
+            elif "\0" in str(value) or len(str(value)) > _MOST_PATH:
+                yield f"{name}: expected a path of at most {_MOST_PATH} characters without a NUL, found {str(value)!r}"
         yield from self._rule_faults()
         if self.isa is not None and self.isa not in ISAS:
             yield _unknown("isa", self.isa, ISAS)
@@ -162,7 +173,8 @@ class KTConfig:
             ConfigError: unknown keys (with the nearest known one) and wrong values.
         """
         known = [field.name for field in fields(cls)]
-        faults = [f"{key}: unknown setting; {nearest(key, known)}" for key in values if key not in known]
+        unknown = (key for key in values if key not in known)
+        faults = unknown_names(unknown, lambda key: nearest(key, known), "unknown setting")
         try:
             config = cls(**{key: value for key, value in values.items() if key in known})
         except ConfigError as error:

@@ -62,8 +62,8 @@ def traceback() -> bool:
 
 
 def api_key() -> str | None:
-    """Key of the server; None: no key."""
-    return read("KT_SFT_API_KEY")
+    """Key of the server as it is written, also where it is empty; None: the variable is not set."""
+    return os.environ.get("KT_SFT_API_KEY")
 
 
 def isa() -> str | None:

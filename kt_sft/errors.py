@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 GIB = 1 << 30
 # A wrong, missing or swapped letter in a name of four is above it; other words with the same ending are below.
 _NEAR = 0.72
 _LEAST_BEGINNING = 4  # letters of a name that is only begun
+# What a damaged or hostile file makes of a message stays readable: numbers of faults and names, and characters.
+_MOST_FAULTS, _MOST_NAMES, _MOST_CHARACTERS, _MOST_OF_ALL, _MOST_NAME = 20, 40, 2000, 8000, 100
+_MOST_KNOWN = 500  # names among which a near one is looked for, 30 us each
 
 
 class KTError(Exception):
@@ -24,12 +27,13 @@ class ConfigError(KTError, ValueError):
     """
 
     def __init__(self, faults: str | Iterable[str]):
-        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
+        self.faults: tuple[str, ...] = tuple(map(_one_line, (faults,) if isinstance(faults, str) else faults))
         if len(self.faults) == 1:
             message = self.faults[0]
         else:
-            numbered = "; ".join(f"({i}) {fault}" for i, fault in enumerate(self.faults, 1))
-            message = f"{len(self.faults)} faults in the configuration: {numbered}"
+            numbered = "; ".join(f"({i}) {fault}" for i, fault in enumerate(self.faults[:_MOST_FAULTS], 1))
+            more = f"; and {len(self.faults) - _MOST_FAULTS} more" if len(self.faults) > _MOST_FAULTS else ""
+            message = _one_line(f"{len(self.faults)} faults in the configuration: {numbered}{more}", _MOST_OF_ALL)
         super().__init__(message)
 
 
@@ -43,6 +47,7 @@ class FormatError(KTError, ValueError):
 
     def __init__(self, path: object, what: str, *, expected: object = None, found: object = None, remedy: str = ""):
         self.path = str(path)
+        self.found = found
         super().__init__(_sentence(f"{path}: {what}", expected, found, remedy))
 
 
@@ -139,7 +144,15 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """Hint for a misspelt name: `did you mean 'x'?`, or the known names when none is close."""
     known = list(known)
     close = near(name, known)
-    return f"did you mean {close!r}?" if close is not None else f"known: {', '.join(known)}"
+    more = ", ..." if len(known) > _MOST_NAMES else ""
+    return f"did you mean {close!r}?" if close is not None else f"known: {', '.join(known[:_MOST_NAMES])}{more}"
+
+
+def unknown_names(names: Iterable[object], hint: Callable[[object], str], what: str = "unknown key") -> list[str]:
+    """A fault for each name, with a hint for as many as a message shows: looking for near ones takes milliseconds."""
+    return [
+        f"{name}: {what}" + (f"; {hint(name)}" if number < _MOST_FAULTS else "") for number, name in enumerate(names)
+    ]
 
 
 def near(name: object, known: Iterable[str]) -> str | None:
@@ -148,7 +161,9 @@ def near(name: object, known: Iterable[str]) -> str | None:
     The prefix of our keys counts for nothing: it would make any two of them alike.
     """
     by_short = {each.lower().removeprefix("kt_"): each for each in known}
-    short = str(name).lower().removeprefix("kt_")
+    short = str(name)[: _MOST_NAME + 1].lower().removeprefix("kt_")
+    if len(short) > _MOST_NAME or len(by_short) > _MOST_KNOWN:
+        return None
     close = difflib.get_close_matches(short, by_short, n=1, cutoff=_NEAR)
     if not close and len(short) >= _LEAST_BEGINNING:
         begun = [each for each in by_short if each.startswith(short)]
@@ -168,8 +183,11 @@ def _sentence(what: str, expected: object, found: object, remedy: str, *, extra:
     return _one_line(head + ", ".join(parts[1:]) + _tail(remedy))
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, most: int = _MOST_CHARACTERS) -> str:
     """Names come from files, which may be damaged: line breaks and control characters are shown as escapes."""
+    if len(text) > most:
+        half = most // 2
+        text = f"{text[:half]} ... {text[-half:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -7,9 +7,7 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,12 @@ from kt_sft.adapters import fused, gguf, ktransformers, layout, peft_config, per
 from kt_sft.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_files, left_out
 from kt_sft.adapters.kinds import FORMS, check_form
 from kt_sft.adapters.model import Adapter, BaseModel
+from kt_sft.adapters.patterns import check_speed
 from kt_sft.adapters.tensor_file import TensorFile, write_tensors
-from kt_sft.errors import ConfigError, FormatError, OutputError, nearest
+from kt_sft.errors import ConfigError, FormatError, nearest
 from kt_sft.formats import gguf_writer
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
+from kt_sft.formats.staging import new_path
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers
             gguf.check_finite(source)
         return adapter
     config = peft_config.read_config(source)
+    check_speed(config, base.target_names(), source / CONFIG_NAME)
     beside = peft_config.read_side_file(source)
     there = beside.get("model_type")
     if there and there != base.model_type:
@@ -178,13 +179,18 @@ def convert(adapter: Adapter, form: str, output: str | os.PathLike[str]) -> Path
     if target.resolve() == adapter.source.resolve():
         raise ConfigError(f"output: {target} is the adapter that is read; choose another path")
     check_form(adapter, form)
-    with staged(target, is_file=form == "gguf") as staging:
+    with new_path(target, is_file=form == "gguf", needed_bytes=_size_of(adapter.source)) as staging:
         if form == "gguf":
             metadata, plan, pieces = gguf.write(adapter)
             gguf_writer.write(staging, metadata, plan, pieces)
         else:
             write_directory(adapter, form, staging)
     return target
+
+
+def _size_of(source: Path) -> int:
+    """About what another form of an adapter takes."""
+    return source.stat().st_size if source.is_file() else sum(p.stat().st_size for p in source.iterdir() if p.is_file())
 
 
 def write_directory(adapter: Adapter, form: str, folder: Path) -> None:
@@ -207,38 +213,3 @@ def write_directory(adapter: Adapter, form: str, folder: Path) -> None:
         beside["lora_dropout"] = peft_config.dropout_of(adapter)
         beside[layout.MARK] = layout.form_of(config["peft_version"])
     (folder / peft_config.SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def staged(target: Path, *, is_file: bool) -> Iterator[Path]:
-    """A place beside the target, which becomes the target when all has gone well; otherwise nothing stays.
-
-    Raises:
-        OutputError: the target is there, or the folder cannot be written.
-    """
-    is_free = not target.exists() or (not is_file and target.is_dir() and not any(target.iterdir()))
-    if not is_free:
-        raise OutputError(target, "output", expected="a new path", found="something there", remedy="choose another")
-    try:
-        made = [folder for folder in target.parents if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        done = False
-        try:
-            staging = holder / target.name
-            if not is_file:
-                staging.mkdir()
-            yield staging
-            staging.replace(target)
-            done = True
-        finally:
-            shutil.rmtree(holder, ignore_errors=True)
-            if not done:
-                for folder in made:
-                    with suppress(OSError):
-                        folder.rmdir()
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        what = error.strerror or str(error)
-        raise OutputError(error.filename or target, "writing", found=what, remedy="correct that, then again") from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import layout, peft_config
 from kt_sft.adapters.model import Adapter, BaseModel, Lora
-from kt_sft.adapters.plain import LinearReader, check_whole, linear_tensors, whole_tensors
+from kt_sft.adapters.plain import LinearReader, linear_tensors, whole_tensors
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError, UnsupportedModel
 
@@ -62,7 +62,7 @@ def read(
                 ranks[f"{module}.{projection}"] = rank
                 scales[f"{module}.{projection}"] = entry.scale
     linear = LinearReader(tensors, config, base, known)
-    whole = check_whole(tensors, linear.rest, base)
+    whole = linear.whole()
     widths = {name: _widths(tensors, entry, name, base) for name, entry in stored.items()}
     name_of_layout, swapped = layout.decide(widths, base.specs, base.model_type, config, beside, tensors.path)
     for name, found in widths.items():

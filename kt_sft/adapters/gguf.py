@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import peft_config
 from kt_sft.adapters.model import Adapter, BaseModel, Lora
+from kt_sft.adapters.schema import MAX_SCALE, is_number
 from kt_sft.adapters.tensor_file import not_finite
 from kt_sft.errors import FormatError, UnsupportedModel
+from kt_sft.formats.finite import is_finite
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_encode import encode
 from kt_sft.formats.gguf_names import ARCHITECTURES, block_name, layer_of, permute, unpermute
@@ -44,8 +46,9 @@ def check_metadata(index: GgufIndex) -> float:
             found = repr(index.metadata.get(key, "a model" if key == "general.type" else None))
             raise FormatError(index.source, f"metadata {key}", expected=expected, found=found)
     alpha = index.metadata.get(ALPHA_KEY)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
-        raise FormatError(index.source, f"metadata {ALPHA_KEY}", expected="a number", found=repr(alpha)[:80])
+    if not is_number(alpha) or not abs(alpha) <= MAX_SCALE:
+        expected = f"a number up to {MAX_SCALE}"
+        raise FormatError(index.source, f"metadata {ALPHA_KEY}", expected=expected, found=repr(alpha)[:80])
     return float(alpha)
 
 
@@ -97,7 +100,7 @@ def check_finite(file: Path) -> None:
         FormatError: names the first tensor with NaN or infinity.
     """
     index = GgufIndex.from_path(file)
-    bad = [name for name in index if not index.read(name).isfinite().all()]
+    bad = [name for name in index if not is_finite(index.read(name))]
     if bad:
         raise not_finite(file, bad[0], len(bad) - 1)
 

@@ -16,9 +16,10 @@ from typing import Any
 from kt_sft.adapters import peft_config
 from kt_sft.adapters.folder import CONFIG_NAME
 from kt_sft.adapters.model import Adapter, BaseModel, Lora
-from kt_sft.adapters.plain import LinearReader, check_whole
+from kt_sft.adapters.plain import LinearReader
 from kt_sft.adapters.tensor_file import TensorFile
 from kt_sft.errors import FormatError
+from kt_sft.formats.json_object import read_object
 from kt_sft.models.expert_keys import PROJECTIONS
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 FORM = "ktransformers"
 MANIFEST_NAME = "kt_adapter_manifest.json"
 _KEY = re.compile(
-    r"(?P<before>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?P<inside>(?:\w+\.)*)experts\."
+    r"(?P<before>(?:.*\.)?)layers\.(?P<layer>[0-9]{1,9})\.(?P<inside>(?:\w+\.)*)experts\."
     r"(?P<projection>gate|up|down)_lora_(?P<role>[ab])(?:\.weight)?"
 )
 _OTHER_MODEL = "the adapter belongs to another model; name its own with --base-model"
@@ -43,7 +44,7 @@ def read(folder: Path, tensors: TensorFile, beside: TensorFile, config: Mapping[
             what contradicts the config or the manifest.
     """
     linear = LinearReader(tensors, config, base, set())
-    whole = check_whole(tensors, linear.rest, base)
+    whole = linear.whole()
     keys = _keys(beside, base)
     alpha = float(config["lora_alpha"])
     ranks, scales = dict(linear.ranks), dict(linear.scales)
@@ -152,16 +153,19 @@ def _check_stated(
         if any(rank != config["r"] for rank in ranks.values()):
             logger.info("%s: experts' LoRA has a rank of its own; its scale is lora_alpha over that rank", beside.path)
         return
-    manifest = peft_config.read_object(folder / MANIFEST_NAME)
+    manifest = read_object(folder / MANIFEST_NAME)
     if manifest.get("status", "ready") != "ready":
-        found, remedy = repr(manifest["status"]), "save or copy the adapter again"
+        found, remedy = repr(manifest["status"])[:80], "save or copy the adapter again"
         raise FormatError(folder / MANIFEST_NAME, "status", expected="ready", found=found, remedy=remedy)
     stated = manifest.get("lora") if isinstance(manifest.get("lora"), dict) else {}
     wrong = [rank for rank in ranks.values() if rank != stated.get("rank", rank)]
     if wrong:
-        raise FormatError(beside.path, "rank", expected=f"{stated['rank']}, as {MANIFEST_NAME} says", found=wrong[0])
+        raise FormatError(
+            beside.path, "rank", expected=f"{stated['rank']!r:.80}, as {MANIFEST_NAME} says", found=wrong[0]
+        )
     if stated.get("alpha", config["lora_alpha"]) != config["lora_alpha"]:
-        expected, found = f"{config['lora_alpha']}, as lora_alpha in adapter_config.json", stated["alpha"]
+        expected = f"{config['lora_alpha']}, as lora_alpha in adapter_config.json"
+        found = f"{stated['alpha']!r:.80}"
         raise FormatError(folder / MANIFEST_NAME, "alpha", expected=expected, found=found)
     _check_sizes(folder, manifest.get("artifacts"))
 

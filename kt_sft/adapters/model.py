@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from kt_sft.models.spec import ExpertsSpec
 
+_FUSED = ("gate_up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -79,6 +81,13 @@ class BaseModel:
     bare: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     routers: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
+
+    def target_names(self) -> set[str]:
+        """What the targets of an adapter are compared with: names of modules and parameters, the experts' as well."""
+        parameters = {*self.parameters, *self.bare, *(f"{m}.{p}" for m in self.specs for p in _FUSED)}
+        keys = {key for layer in self.layers.values() for key in layer.single.values()}
+        modules = {name.rpartition(".")[0] for name in parameters | keys}
+        return parameters | modules | {*self.linears, *self.specs, *self.hub_names.values()}
 
     def expert_shape(self, module: str, projection: str) -> tuple[int, int]:
         """`(out, in)` of gate, up or down of one expert."""

@@ -2,81 +2,66 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kt_sft.adapters import layout
+from kt_sft.adapters import layout, schema
 from kt_sft.adapters.model import Adapter, BaseModel
+from kt_sft.adapters.patterns import Patterns, tails
 from kt_sft.adapters.tensor_file import CONFIG_NAME
 from kt_sft.errors import FormatError
+from kt_sft.formats.json_object import read_object
 
 SIDE_FILE = "kt_sft.json"
 _WITHOUT = "restore the file or delete it (dropout is then 0)"
 PARAMETERS = ("gate_up_proj", "down_proj")
+ALL_LINEAR = "all-linear"
 # PEFT 0.19 takes target_modules that end so for the matrices of experts, dense and shared MLPs included; as
 # target_parameters they are left alone, and their tensors are the same.
 _TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
 # Ways to begin that move a part of the weights into the factors: such an adapter belongs to what was left of them.
-RESIDUAL = ("pissa", "olora", "corda", "loftq")
-_UNSUPPORTED = ("fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens", "arrow_config")
+RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_BESIDE: dict[str, tuple[Callable[[Any], bool], str]] = {  # keys of kt_sft.json
+    "model_type": (lambda value: value is None or (isinstance(value, str) and len(value) <= 200), "a model type"),
+    "lora_dropout": (schema.is_dropout, "a number from 0 to below 1"),
+    layout.MARK: (lambda value: value is None or value in layout.LAYOUTS, f"one of {', '.join(layout.LAYOUTS)}"),
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Values of adapter_config.json.
+    """Values of adapter_config.json, for a form that holds plain LoRA.
 
     Raises:
-        FormatError: missing, no JSON object, not LoRA, or a kind of LoRA that has no other form.
+        FormatError: see `read_values`; or an adapter that belongs to other weights than the base model's.
     """
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FormatError(folder, f"no {CONFIG_NAME} in it", remedy="name the directory that save_pretrained wrote")
-    values = read_object(path)
-    if values.get("peft_type") != "LORA":
-        raise FormatError(path, "peft_type", expected="LORA", found=values.get("peft_type"))
-    for name in _UNSUPPORTED:
-        if values.get(name):
-            raise FormatError(path, name, expected="plain LoRA", found=values[name], remedy="it has no other form")
+    values = read_values(folder)
     begun = values.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower().startswith(RESIDUAL):
         raise FormatError(
-            path,
+            folder / CONFIG_NAME,
             "init_lora_weights",
             expected="LoRA of the base model's own weights",
             found=f"{begun!r}, LoRA of what it left of them",
             remedy="save it with PEFT's path_initial_model_for_weight_conversion",
         )
-    _check_number(path, "r", values.get("r"), is_whole=True)
-    _check_number(path, "lora_alpha", values.get("lora_alpha"))
-    for name in ("rank_pattern", "alpha_pattern"):
-        _check_pattern(path, name, values.get(name) or {})
-    parameters = values.get("target_parameters") or []
-    if not isinstance(parameters, list) or not all(isinstance(entry, str) for entry in parameters):
-        raise FormatError(path, "target_parameters", expected="a list of names", found=repr(parameters)[:80])
     return values
 
 
-def _check_number(path: Path, name: str, value: Any, *, is_whole: bool = False) -> None:
-    """Zero would be an adapter that does nothing, and is something else to llama.cpp: its scale is then 1."""
-    kinds = int if is_whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-        raise FormatError(path, name, expected="a positive number", found=repr(value)[:80])
+def read_values(folder: Path) -> dict[str, Any]:
+    """Values of adapter_config.json that mean something, checked.
 
-
-def _check_pattern(path: Path, name: str, patterns: Any) -> None:
-    if not isinstance(patterns, dict):
-        raise FormatError(path, name, expected="an object", found=type(patterns).__name__)
-    for pattern, value in patterns.items():
-        try:
-            re.compile(_whole_name(pattern))
-        except re.error as error:
-            what = f"{name}, key {pattern[:80]!r}"
-            raise FormatError(path, what, expected="a regular expression", found=str(error)) from None
-        _check_number(path, f"{name}, {pattern[:80]!r}", value, is_whole=name == "rank_pattern")
+    Raises:
+        FormatError: missing, no JSON object, not LoRA, or values that it cannot have.
+    """
+    path = folder / CONFIG_NAME
+    if not os.path.lexists(path):
+        raise FormatError(folder, f"no {CONFIG_NAME} in it", remedy="name the directory that save_pretrained wrote")
+    return schema.checked(read_object(path), path)
 
 
 def read_side_file(folder: Path) -> dict[str, Any]:
@@ -86,34 +71,16 @@ def read_side_file(folder: Path) -> dict[str, Any]:
         FormatError: no JSON object, or values that it cannot have.
     """
     path = folder / SIDE_FILE
+    if not os.path.lexists(path):
+        return {}
     try:
-        values = read_object(path) if path.is_file() else {}
-        if not 0.0 <= float(values.get("lora_dropout", 0.0)) < 1.0:
-            raise ValueError("expected an object with 0 <= lora_dropout < 1")
-        if values.get(layout.MARK) not in (None, *layout.LAYOUTS):
-            raise ValueError(
-                f"{layout.MARK}: expected one of {', '.join(layout.LAYOUTS)}, found {values[layout.MARK]!r}"
-            )
+        values = read_object(path)
     except FormatError as error:
         raise FormatError(path, "content", found=str(error), remedy=_WITHOUT) from None
-    except (ValueError, TypeError) as error:
-        raise FormatError(path, str(error), remedy=_WITHOUT) from None
-    return values
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Values of a JSON file.
-
-    Raises:
-        FormatError: no JSON object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(path, "damaged", expected="JSON", found=str(error)[:120]) from None
-    if not isinstance(values, dict):
-        raise FormatError(path, "content", expected="a JSON object", found=type(values).__name__)
-    return values
+    for key, (accepts, expected) in _BESIDE.items():
+        if key in values and not accepts(values[key]):
+            raise FormatError(path, key, expected=expected, found=repr(values[key])[:80], remedy=_WITHOUT)
+    return {key: values[key] for key in _BESIDE if key in values}
 
 
 def rank_of(config: Mapping[str, Any], target: str) -> int:
@@ -129,7 +96,7 @@ def scale_of(config: Mapping[str, Any], target: str, rank: int) -> float:
 
 def has_pattern(patterns: Mapping[str, Any] | None, target: str) -> bool:
     """Whether a rank_pattern or alpha_pattern has a key for a module or parameter."""
-    return any(re.match(_whole_name(pattern), target) for pattern in patterns or {})
+    return Patterns.of(patterns).key_of(target) is not None
 
 
 def dropout_of(adapter: Adapter) -> float:
@@ -138,15 +105,45 @@ def dropout_of(adapter: Adapter) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, target: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(_whole_name(pattern), target):
-            return value
-    return default
+    found = Patterns.of(patterns)
+    key = found.key_of(target)
+    return default if key is None else found[key]
 
 
-def _whole_name(pattern: str) -> str:
-    """What PEFT makes of a key of a pattern."""
-    return rf"(.*\.)?({pattern})$"
+def target_test(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether PEFT would put LoRA on a module of a name, by `target_modules` and what narrows it down."""
+    wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
+    is_wanted, is_excluded = _name_test(wanted), _name_test(excluded)
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    given = config.get("layers_pattern") or []
+    of_layer = [rf".*\.{pattern}\.(\d+)\." for pattern in ([given] if isinstance(given, str) else given)]
+    exact = set(wanted) if isinstance(wanted, list | set) else set()
+
+    def test(name: str) -> bool:
+        if excluded and is_excluded(name):
+            return False
+        if wanted is None:  # PEFT's own default for the family, which it alone knows
+            return not config.get("target_parameters")
+        if not is_wanted(name):
+            return False
+        if not layers or name in exact or isinstance(wanted, str):
+            return True
+        found = next(filter(None, (re.match(p, name) for p in of_layer or [r".*\.[^.]*\.(\d+)\."])), None)
+        return found is not None and int(found[1]) in layers
+
+    return test
+
+
+def _name_test(entries: Any) -> Callable[[str], bool]:
+    """Whether a name is meant by a regular expression, or by the end of a name in a list."""
+    if isinstance(entries, str):
+        if entries.lower() == ALL_LINEAR:
+            return lambda name: True
+        matches = re.compile(entries).fullmatch
+        return lambda name: matches(name) is not None
+    known = set(entries or ())
+    return lambda name: any(tail in known for tail in tails(name))
 
 
 def named_parameters(config: Mapping[str, Any], module: str) -> list[str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import fused, peft_config
 from kt_sft.adapters.model import Adapter, BaseModel, Lora
-from kt_sft.adapters.plain import LinearReader, check_whole, linear_tensors
+from kt_sft.adapters.plain import LinearReader, linear_tensors
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.models.expert_keys import PROJECTIONS
@@ -34,7 +34,7 @@ _ALIASES = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",
     "gate": "gate", "up": "up", "down": "down",
 }  # fmt: skip
-PER_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)\.(?P<child>\w+)\.lora_(?P<role>[AB])\.weight")
+PER_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>[0-9]{1,9})\.(?P<child>\w+)\.lora_(?P<role>[AB])\.weight")
 
 
 def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: BaseModel) -> Adapter:
@@ -67,7 +67,7 @@ def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: Bas
                 found[projection] = _stacked(tensors, mine, config, ranks[target], scales[target])
         return found
 
-    whole = check_whole(tensors, linear.rest, base)
+    whole = linear.whole()
     return Adapter(
         folder, "per-expert", base, config, ranks, scales, linear, experts, whole=whole, extras=linear.extras
     )
@@ -93,7 +93,9 @@ def _stems(tensors: TensorFile, base: BaseModel) -> dict[tuple[str, str, int], s
                 expected = f"{base.specs[place[0]].num_experts} experts"
                 raise FormatError(tensors.path, f"tensor {name}", expected=expected, found=f"expert {place[2]}")
         if place is not None:
-            found[place] = stem
+            if found.setdefault(place, stem) != stem:
+                what, found_too = f"tensor {name}", f"one of {found[place]}, too, which is the same matrix"
+                raise FormatError(tensors.path, what, expected="one pair of a matrix", found=found_too)
     return found
 
 

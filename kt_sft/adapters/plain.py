@@ -43,16 +43,17 @@ class LinearReader:
         self.scales: dict[str, float] = {}
         self.rest: list[str] = []
         self._hub = {hub: name for name, hub in base.hub_names.items()}
+        self._is_target = peft_config.target_test(config)
         others: dict[str, dict[str, str]] = {}  # kind -> module -> key
         for key in tensors:
             if key in known:
                 continue
             if found := _FACTOR.fullmatch(key):
-                self._stems[self._target(key, found["module"])] = found["module"]
+                self._add(key, found["module"])
                 continue
             for kind, pattern in _OTHERS.items():
                 if found := pattern.fullmatch(key):
-                    others.setdefault(kind, {})[self._module(found["module"])] = key
+                    self._add_other(others.setdefault(kind, {}), key, found["module"])
                     break
             else:
                 self.rest.append(key)
@@ -60,6 +61,26 @@ class LinearReader:
             self._check(name, stem)
         self.extras = tuple(self._extra(kind, name, key) for kind in others for name, key in others[kind].items())
         self._check_complete(others)
+
+    def _add(self, key: str, stem: str) -> None:
+        """A factor of a pair."""
+        target = self._target(key, stem)
+        if self._stems.setdefault(target, stem) != stem:
+            raise _twice(self._tensors, key, self._stems[target])
+
+    def _add_other(self, keys: dict[str, str], key: str, stem: str) -> None:
+        """A tensor of another kind; the two factors of an embedding have one name."""
+        module = self._module(stem)
+        if not keys.setdefault(module, key).startswith(key[:-1]):
+            raise _twice(self._tensors, key, keys[module])
+
+    def _expect_target(self, key: str, *names: str) -> None:
+        """Raise where the config does not name a module, by its own name or by that of checkpoints: PEFT would leave
+        its tensors alone."""
+        if not any(map(self._is_target, names)):
+            what, expected = f"tensor {key}", f"one of a module that {peft_config.CONFIG_NAME} names as a target"
+            remedy = "take it out of the file, or name its module in target_modules"
+            raise FormatError(self._tensors.path, what, expected=expected, found="none", remedy=remedy)
 
     def _check_complete(self, others: Mapping[str, Mapping[str, str]]) -> None:
         """What the config names is there: without it the adapter would compute something else."""
@@ -98,6 +119,8 @@ class LinearReader:
         entries = self._config.get("target_parameters") or []
         is_parameter = any(parameter == entry or parameter.endswith(f".{entry}") for entry in entries)
         named = parameter if is_parameter else parameter.removesuffix(".weight")
+        if not is_parameter:
+            self._expect_target(f"{stem}.lora_A.weight", named, stem)
         rank = peft_config.rank_of(self._config, named)
         out, into = (self._base.bare if name in self._base.bare else self._base.linears)[name]
         for role, shape in (("A", (rank, into)), ("B", (out, rank))):
@@ -126,6 +149,9 @@ class LinearReader:
             )
         if kind == "embedding":
             return self._embedding(name, key, shape)
+        if (switch := _SWITCHES.get(kind)) is not None and not self._config.get(switch):
+            expected = f"none without {switch} in {peft_config.CONFIG_NAME}"
+            raise self._fault(key, expected, "one", "set it, or take the tensor out of the file")
         read = partial(self._tensors.read, key)
         tensors = {f"{name}.{_SUFFIXES[kind]}": read}
         if kind == "tokens":
@@ -134,6 +160,9 @@ class LinearReader:
             return Extra(kind, parameter, tensors, partial(_put_rows, indices, read))
         if kind == "dora":
             is_embedding = name not in self._base.linears
+            self._expect_target(key, name, key.rpartition(".lora_")[0])
+            if not is_embedding and name not in self.scales:
+                raise self._fault(key, "one beside lora_A and lora_B of the module", "it alone")
             self._expect(key, (shape[1] if is_embedding else shape[0],))
             return Extra(kind, parameter, tensors, partial(_rescaled, read, 0 if is_embedding else 1))
         self._expect(key, (shape[0],))
@@ -150,6 +179,7 @@ class LinearReader:
     def _embedding(self, name: str, key: str, shape: tuple[int, ...]) -> Extra:
         """W `[tokens, hidden]` + scale * (B A)^T with A `[rank, tokens]` and B `[hidden, rank]`."""
         stem = key[:-1]
+        self._expect_target(key, name)
         rank = peft_config.rank_of(self._config, name)
         self._expect(f"{stem}A", (rank, shape[0]))
         self._expect(f"{stem}B", (shape[1], rank))
@@ -173,12 +203,57 @@ class LinearReader:
             raise FormatError(self._tensors.path, what, expected=expected, found=repr(found)[:80])
         return found
 
+    def whole(self) -> dict[str, Callable[[], Tensor]]:
+        """Modules trained as a whole: what is left over, which must be parameters or buffers of the model.
+
+        Raises:
+            FormatError: something else; no parameter of the model, one of another shape, or one that the config does
+                not name.
+        """
+        found: dict[str, Callable[[], Tensor]] = {}
+        by_hub_name = {f"{hub}.weight": f"{name}.weight" for hub, name in self._hub.items()}
+        for key in self.rest:
+            if ".lora_" in key or ".token_adapter." in key:
+                raise self._fault(key, "lora_A and lora_B of plain LoRA", "something else")
+            if ".original_module." in key:
+                continue  # the frozen one, which PEFT stores beside its trained copy once the vocabulary has grown
+            name = _SAVED.sub("", key).replace(".base_layer.", ".")
+            name = name if name in self._base.parameters else by_hub_name.get(name, name)
+            self._check_whole(key, name)
+            found[name] = partial(self._tensors.read, key)
+        return found
+
+    def _check_whole(self, key: str, name: str) -> None:
+        module, _, parameter = name.rpartition(".")
+        if module in self._base.specs and parameter in peft_config.PARAMETERS:
+            raise self._fault(
+                key, "LoRA on the routed experts", "routed experts that were trained as a whole (modules_to_save)",
+                "merge it with stock PEFT and use the result as the model",
+            )  # fmt: skip
+        shape = self._base.parameters.get(name)
+        if shape is None:
+            raise self._fault(key, "a parameter of the model", "none", _OTHER_MODEL)
+        if self._tensors.shape(key) != shape:
+            remedy = "name the model that it was trained on, with the vocabulary of that time"
+            raise self._fault(key, list(shape), list(self._tensors.shape(key)), remedy)
+        # PEFT stores the whole weight of an embedding or head that has LoRA, or whose vocabulary has grown.
+        is_vocabulary = len(shape) == 2 and shape[0] == self._base.config.get("vocab_size")
+        is_bias = "bias" in key and self._config.get("bias", "none") != "none"
+        if not (is_vocabulary or is_bias or is_saved(self._config, name) or is_saved(self._config, key)):
+            expected = f"one that {peft_config.CONFIG_NAME} names (modules_to_save, bias)"
+            remedy = "take it out of the file, or name its module"
+            raise self._fault(key, expected, "a weight of the base model", remedy)
+
+    def _fault(self, key: str, expected: object, found: object, remedy: str = "") -> FormatError:
+        return FormatError(self._tensors.path, f"tensor {key}", expected=expected, found=found, remedy=remedy)
+
 
 _SUFFIXES = {
     "dora": "lora_magnitude_vector",
     "lora_bias": "lora_B.bias",
     "tokens": "token_adapter.trainable_tokens_delta",
 }
+_SWITCHES = {"dora": "use_dora", "lora_bias": "lora_bias"}
 _OTHERS = {"embedding": _EMBEDDING, "dora": _MAGNITUDE, "lora_bias": _LORA_BIAS, "tokens": _TOKENS}
 
 
@@ -204,40 +279,10 @@ def is_saved(config: Mapping[str, Any], parameter: str) -> bool:
     return any(parent.endswith(entry) for parent in parents for entry in config.get("modules_to_save") or [])
 
 
-def check_whole(tensors: TensorFile, rest: list[str], base: BaseModel) -> dict[str, Callable[[], Tensor]]:
-    """Modules trained as a whole: what is left over, which must be parameters or buffers of the model.
-
-    Raises:
-        FormatError: something else; no parameter of the model, or one of another shape.
-    """
-    found: dict[str, Callable[[], Tensor]] = {}
-    by_hub_name = {f"{hub}.weight": f"{name}.weight" for name, hub in base.hub_names.items()}
-    experts = {f"{module}.{parameter}" for module in base.specs for parameter in peft_config.PARAMETERS}
-    for key in rest:
-        if ".lora_" in key or ".token_adapter." in key:
-            what = f"tensor {key}"
-            raise FormatError(tensors.path, what, expected="lora_A and lora_B of plain LoRA", found="something else")
-        if ".original_module." in key:
-            continue  # the frozen one, which PEFT stores beside its trained copy once the vocabulary has grown
-        name = _SAVED.sub("", key).replace(".base_layer.", ".")
-        name = name if name in base.parameters else by_hub_name.get(name, name)
-        if name in experts:
-            raise FormatError(
-                tensors.path, f"tensor {key}", expected="LoRA on the routed experts",
-                found="routed experts that were trained as a whole (modules_to_save)",
-                remedy="merge it with stock PEFT and use the result as the model",
-            )  # fmt: skip
-        expected, shape = base.parameters.get(name), tensors.shape(key)
-        if expected is None:
-            what = f"tensor {key}"
-            raise FormatError(
-                tensors.path, what, expected="a parameter of the model", found="none", remedy=_OTHER_MODEL
-            )
-        if shape != expected:
-            what, remedy = f"tensor {key}", "name the model that it was trained on, with the vocabulary of that time"
-            raise FormatError(tensors.path, what, expected=list(expected), found=list(shape), remedy=remedy)
-        found[name] = partial(tensors.read, key)
-    return found
+def _twice(tensors: TensorFile, key: str, other: str) -> FormatError:
+    return FormatError(
+        tensors.path, f"tensor {key}", expected="one of a module", found=f"{other}, too, which means the same"
+    )
 
 
 def linear_tensors(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import gguf, peft_config
 from kt_sft.adapters.folder import left_out
-from kt_sft.adapters.forms import is_per_expert
+from kt_sft.adapters.forms import base_name, is_per_expert
 from kt_sft.adapters.model import Adapter, Lora
 from kt_sft.adapters.tensor_file import TensorFile
+from kt_sft.formats.finite import is_finite
 from kt_sft.formats.gguf import GgufIndex
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def begin_report(source: Path) -> Report:
         index = GgufIndex.from_path(source)
         gguf.check_metadata(index)
         kinds = sorted({index.info(name).type.name for name in index})
-        name = index.metadata.get(gguf.BASE_KEY)
-        report = Report(str(source), "gguf", name, tensors=len(index), size_bytes=source.stat().st_size, dtypes=kinds)
+        report = Report(str(source), "gguf", base_name(source), tensors=len(index), dtypes=kinds)
+        report.size_bytes = source.stat().st_size
         report.problems += _not_finite((name, index.read(name)) for name in index)
         return report
     config = peft_config.read_config(source)
@@ -82,7 +83,9 @@ def begin_report(source: Path) -> Report:
 
 
 def _not_finite(tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
-    found = [name for name, tensor in tensors if not tensor.isfinite().all()]
+    import torch
+
+    found = [name for name, tensor in tensors if not is_finite(tensor, torch.float32)]
     return [f"{len(found)} tensors with NaN or infinity, first {found[0]}"] if found else []
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from kt_sft.adapters.folder import CONFIG_NAME, EXPERTS_NAME, PICKLE_NAME, WEIGHTS_NAME, weights_file
 from kt_sft.errors import FormatError
+from kt_sft.formats.finite import is_finite
 from kt_sft.formats.safetensors_index import SafetensorsIndex
-from kt_sft.formats.safetensors_writer import PlannedTensor, write
+from kt_sft.formats.safetensors_writer import DTYPE_NAMES, PlannedTensor, write
+from kt_sft.formats.torch_file import read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["CONFIG_NAME", "EXPERTS_NAME", "PICKLE_NAME", "PREFIX", "WEIGHTS_NAME", "TensorFile", "write_tensors"]
 
 PREFIX = "base_model.model."
+_MAX_NAME = 1024  # characters; searching in longer ones takes its time
+_DTYPES = ("F32", "BF16", "F16", "F64", "F8_E4M3", "F8_E5M2")
 _DEFAULT = re.compile(r"\.lora_([AB])\.default\.")
 
 
@@ -40,13 +44,27 @@ class TensorFile:
         if self.path.suffix == ".safetensors":
             self._index = SafetensorsIndex.from_files([file]) if file else SafetensorsIndex({}, folder)
         else:
-            self._tensors = _unpickle(self.path)
+            self._tensors = read_tensors(self.path)
         for key in self._index if self._index is not None else self._tensors:
+            self._check_entry(key)
             plain = _DEFAULT.sub(r".lora_\1.", key.removeprefix(PREFIX))
             if plain in self._keys:
                 what, found = f"tensor {key}", f"{self._keys[plain]}, too, which means the same"
                 raise FormatError(self.path, what, expected="one of a name", found=found)
             self._keys[plain] = key
+
+    def _check_entry(self, key: str) -> None:
+        """A name that could be one, and numbers with a point."""
+        if len(key) > _MAX_NAME:
+            raise FormatError(self.path, f"tensor {key[:80]}", expected="a name", found=f"{len(key)} characters")
+        if (dtype := self._dtype(key)) not in _DTYPES:
+            expected, found = f"one of {', '.join(_DTYPES)}", dtype
+            raise FormatError(self.path, f"tensor {key}: element type", expected=expected, found=found)
+
+    def _dtype(self, key: str) -> str:
+        if self._index is not None:
+            return self._index.info(key).dtype
+        return DTYPE_NAMES.get(str(self._tensors[key].dtype), str(self._tensors[key].dtype))
 
     @classmethod
     def of_experts(cls, folder: Path) -> TensorFile | None:
@@ -79,15 +97,15 @@ class TensorFile:
         Raises:
             FormatError: names the first tensor with NaN or infinity.
         """
-        bad = [name for name in self if not self.read(name).isfinite().all()]
+        import torch
+
+        bad = [name for name in self if not is_finite(self.read(name), torch.float32)]
         if bad:
             raise not_finite(self.path, self._keys[bad[0]], len(bad) - 1)
 
     def dtypes(self) -> set[str]:
-        """Names of the element types."""
-        if self._index is not None:
-            return {self._index.info(key).dtype for key in self._index}
-        return {str(tensor.dtype).removeprefix("torch.") for tensor in self._tensors.values()}
+        """Element types by their names in safetensors files."""
+        return {self._dtype(key) for key in self._keys.values()}
 
 
 def not_finite(path: Path, name: str, others: int = 0) -> FormatError:
@@ -95,21 +113,6 @@ def not_finite(path: Path, name: str, others: int = 0) -> FormatError:
     more = f" (and in {others} more tensors)" if others else ""
     remedy = "take an earlier checkpoint of the training"
     return FormatError(path, f"tensor {name}", expected="finite numbers", found=f"NaN or infinity{more}", remedy=remedy)
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    import pickle
-
-    import torch
-
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise FormatError(path, f"damaged ({reason})", remedy="save or copy the adapter again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise FormatError(path, "adapter weights", expected="tensors by name", found=type(tensors).__name__)
-    return tensors
 
 
 def write_tensors(path: Path, tensors: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:

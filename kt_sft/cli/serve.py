@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import ipaddress
 import json
 import logging
 import os
@@ -18,12 +19,12 @@ from rich.markup import escape
 from kt_sft import env
 from kt_sft.cli.console import errors_in_one_line
 from kt_sft.errors import ConfigError
+from kt_sft.formats.staging import write_text
 
 if TYPE_CHECKING:
     from kt_sft.serving.bench_client import Settings
 
 bench_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure a running system.")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @bench_app.callback()
@@ -36,6 +37,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[str | None, typer.Option(help="Key that requests must bring; or KT_SFT_API_KEY.")] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Name by which clients address it without a key; may be repeated.")
+    ] = None,
     model_name: Annotated[str | None, typer.Option(help="Name in requests; default: the directory's.")] = None,
     slots: Annotated[int, typer.Option(min=1, max=256, help="Answers that are written at the same time.")] = 4,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 64,
@@ -47,9 +51,10 @@ def serve(
     with errors_in_one_line("serve"):
         _require("serve", "fastapi", "uvicorn", "llamafactory")
         is_stopped = _serve(
-            config, (host, port), api_key or env.api_key(), log_level,
+            config, (host, port), log_level,
             {"model_name": model_name, "prefill_chunk": prefill_chunk},
             {"slots": slots, "max_waiting": max_waiting, "timeout_s": timeout},
+            {"api_key": _key(api_key), "allowed_hosts": allowed_host or ()},
         )  # fmt: skip
     if not is_stopped:  # a thread is inside a long computation; Python would wait for it, and a second signal crash it
         sys.stdout.flush()
@@ -57,14 +62,33 @@ def serve(
         os._exit(0)
 
 
+def _key(given: str | None) -> str | None:
+    """The key of the option or else of the variable; none only where neither is there."""
+    from kt_sft.serving.access import key_bytes
+
+    key, origin = (env.api_key(), "KT_SFT_API_KEY") if given is None else (given, "--api-key")
+    if key is not None:
+        key_bytes(key, origin)
+    return key
+
+
 def _serve(
-    path: Path, address: tuple[str, int], api_key: str | None, log_level: str, model: dict[str, Any], limits: dict
+    path: Path,
+    address: tuple[str, int],
+    log_level: str,
+    model: dict[str, Any],
+    limits: dict[str, Any],
+    access: dict[str, Any],
 ) -> bool:
     levels = ("critical", "error", "warning", "info", "debug")
     if log_level not in levels:
         raise ConfigError(f"--log-level: expected one of {', '.join(levels)}, found {log_level!r}")
+    from kt_sft.serving.access import Hosts
+    from kt_sft.serving.allocator import use_one_arena
     from kt_sft.serving.server import Server, bind
 
+    use_one_arena()
+    Hosts.of("127.0.0.1", access["allowed_hosts"])  # the names are checked before a model is loaded
     console = Console(stderr=True)
     with bind(*address) as sock:
         from kt_sft.integrations.llamafactory import chat
@@ -74,11 +98,11 @@ def _serve(
 
         logging.getLogger("kt_sft").setLevel(log_level.upper())
         host, port = sock.getsockname()[:2]
-        if host not in LOOPBACK and api_key is None:
+        if access["api_key"] is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
             console.print(f"listening on {host} without a key: everybody who reaches it may use it; see --api-key")
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         console.print(f"kt-sft serve: {escape(', '.join(backend.facts.names))} on {url}", soft_wrap=True)
-        return Server(Engine(backend, **limits), sock, api_key=api_key, log_level=log_level).serve_until_stopped()
+        return Server(Engine(backend, **limits), sock, **access, log_level=log_level).serve_until_stopped()
 
 
 @bench_app.command("serve")
@@ -106,11 +130,11 @@ def bench_serve(
         common = {
             "url": api_url, "model": model, "max_tokens": max_tokens, "concurrent": concurrent,
             "num_requests": num_requests or concurrent, "ignores_eos": ignore_eos,
-            "api_key": api_key or env.api_key(), "timeout_s": timeout, "seed": seed,
+            "api_key": api_key or (env.api_key() or "").strip() or None, "timeout_s": timeout, "seed": seed,
         }  # fmt: skip
         reports = [_measure(Settings(prompt_tokens=tokens, **common)) for tokens in _lengths(prompt_lens)]
         if json_file is not None:
-            _write(json_file, json.dumps({"measurements": reports}, indent=1) + "\n")
+            write_text(json_file, json.dumps({"measurements": reports}, indent=1) + "\n")
     if all(report["num_errors"] == report["num_requests"] for report in reports):
         raise typer.Exit(1)
 
@@ -141,17 +165,6 @@ def _lengths(text: str) -> list[int]:
     if not words or not all(word.isdigit() and int(word) for word in words):
         raise ConfigError(f"--prompt-lens: expected numbers of tokens, as 128,1024; found {text!r}")
     return [int(word) for word in words]
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise ConfigError(f"--json {path}: cannot be written ({error.strerror})") from None
 
 
 def _require(command: str, *packages: str) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kt_sft.convert.plan import LOCK_NAME
-from kt_sft.errors import OutputError, Unpackable
-from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME
+from kt_sft.errors import FormatError, OutputError, Unpackable
+from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, read_manifest
+from kt_sft.formats.staging import make_folder, remove_empty
 
 _MAX_TRIES = 100
 
@@ -29,14 +30,14 @@ def output_folder(folder: Path, wait: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for attempt in range(_MAX_TRIES):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 stack.enter_context(locked(folder, wait))
                 break
             except FileNotFoundError:  # a process that failed has taken it away
                 if attempt == _MAX_TRIES - 1:
                     raise
             except BaseException:
-                _remove_empty(missing)
+                remove_empty(*missing)
                 raise
         before = set(os.listdir(folder)) - {JOURNAL_NAME, LOCK_NAME}
         try:
@@ -44,7 +45,7 @@ def output_folder(folder: Path, wait: bool) -> Iterator[None]:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 _take_back(folder, before, is_useless=isinstance(error, Unpackable))
-            _remove_empty(missing)
+            remove_empty(*missing)
             raise
 
 
@@ -54,19 +55,25 @@ def _take_back(folder: Path, before: set[str], *, is_useless: bool) -> None:
     Args:
         is_useless: the next one is of another source, so new layers are none of its.
     """
-    names = set(os.listdir(folder))
-    kept = before if is_useless else names
-    if MANIFEST_NAME in names or any(name.startswith("layer-") and name.endswith(".bin") for name in kept):
-        names = {name for name in names if name.endswith(".part")}
-    for name in names - before:
+    names, held = set(os.listdir(folder)), files_of(folder) | {MANIFEST_NAME}
+    goes_on = (before if is_useless else names) - held
+    doomed = names - held - before
+    if any(name.startswith("layer-") and name.endswith(".bin") for name in goes_on):
+        doomed = {name for name in doomed if name.endswith(".part")}
+    for name in doomed:
         (folder / name).unlink()
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    """Those that were not there before, the inner ones first."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+def files_of(folder: Path) -> set[str]:
+    """Names of the layers' files of the container that is in a folder; all of them if its manifest cannot be read, as
+    one of a later release.
+    """
+    if not os.path.lexists(folder / MANIFEST_NAME):
+        return set()
+    try:
+        return {layer.file for layer in read_manifest(folder).layers.values()}
+    except (OSError, FormatError):
+        return {path.name for path in folder.glob("layer-*.bin")}
 
 
 @contextlib.contextmanager
@@ -78,7 +85,8 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         OutputError: another process has it.
     """
     path = folder / LOCK_NAME
-    with path.open("ab") as stream:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with os.fdopen(handle, "rb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -88,12 +96,3 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         if not os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         yield
-
-
-def sync_folder(folder: Path) -> None:
-    """Have names in the folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from kt_sft.errors import GIB, ConfigError, FormatError, OutputError
+from kt_sft.formats.disk import free_bytes
 from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, read_manifest
 from kt_sft.formats.packed_manifest import HEADER_BYTES, LAYOUT_ID, SOURCE_HASH, Manifest, SourceFile, blob_sizes
 from kt_sft.formats.source_hash import hash_source, is_known
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LOCK_NAME = "convert.lock"
 # Left free on the disk for the manifest, the journal and everybody else.
 _SPARE_BYTES = 64 << 20
-_OWN_FILES = re.compile(r"layer-\d{5,}\.bin(\.part)?")
+_OWN_FILES = re.compile(r"layer-\d{5,}\.bin(\.part)?|(manifest\.json|convert-journal\.jsonl)\.part")
 
 
 class Experts(Protocol):
@@ -61,9 +61,6 @@ class LayerPlan(Protocol):
 
     @property
     def identity(self) -> str: ...
-
-    @property
-    def file_names(self) -> Mapping[str, str]: ...
 
     def layer_bytes(self, name: str) -> int: ...
 
@@ -100,11 +97,6 @@ class ConvertPlan:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     @property
-    def file_names(self) -> dict[str, str]:
-        """Blob file of each layer."""
-        return {name: f"layer-{index:05d}.bin" for index, name in enumerate(self.specs)}
-
-    @property
     def num_experts(self) -> int:
         """Of all layers."""
         return sum(spec.num_experts for spec in self.specs.values())
@@ -134,11 +126,6 @@ class AppendPlan:
     def identity(self) -> str:
         """That of all such containers of one format."""
         return hashlib.sha256(json.dumps([LAYOUT_ID, self.weight_format, self.group, "tensors"]).encode()).hexdigest()
-
-    @property
-    def file_names(self) -> dict[str, str]:
-        """Blob file of the layer."""
-        return {self.name: f"layer-{self.number:05d}.bin"}
 
     def layer_bytes(self, name: str) -> int:
         """Length of the blob file."""
@@ -234,22 +221,16 @@ def check_space(plan: ConvertPlan, finished: Iterable[str]) -> None:
     """
     done = set(finished)
     needed = _SPARE_BYTES + sum(plan.layer_bytes(name) for name in plan.specs if name not in done)
-    folder = next(folder for folder in _upwards(plan.output) if folder.is_dir())
-    free = shutil.disk_usage(folder).free
+    free, is_there = free_bytes(plan.output), (plan.output / MANIFEST_NAME).exists()
     if needed > free:
         raise OutputError(
             plan.output,
             "disk space for the container",
             expected=f"{needed / GIB:.2f} GiB",
             found=f"{free / GIB:.2f} GiB free",
-            remedy="free space, choose an output on another disk, or a smaller format",
+            remedy="free space, choose an output on another disk, or a smaller format"
+            + ("; the old container is kept until the new one is whole" if is_there else ""),
         )
-
-
-def _upwards(path: Path) -> Iterator[Path]:
-    path = path.absolute()
-    yield path
-    yield from path.parents
 
 
 def check_shapes(manifest: Manifest, specs: Mapping[str, ExpertsSpec], path: Path) -> None:

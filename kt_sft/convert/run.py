@@ -1,25 +1,26 @@
 """Writing a container: one expert at a time, layer by layer, so that a stop at any moment loses one layer's work.
 
-Order of events per layer: blobs into `layer-N.bin.part`, fsync, rename, then one line in the journal, fsync. The
-manifest comes last, written aside and renamed; only a folder that has one is a container.
+Order of events per layer: its blobs, then the journal with one more line. The manifest comes last; only a folder that
+has one is a container. Each is written aside, flushed and renamed. An overwrite writes its layers under names that the
+old container has not taken: until the new manifest is there it is the old container, and whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
+import itertools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from kt_sft.convert.folder import locked, output_folder, sync_folder
+from kt_sft.convert.folder import files_of, locked, output_folder
 from kt_sft.convert.plan import (
     LOCK_NAME,
     AppendPlan,
@@ -35,12 +36,13 @@ from kt_sft.convert.slot import ExpertSlot
 from kt_sft.errors import ConfigError, FormatError, OutputError, unpackable
 from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, layer_header, read_manifest
 from kt_sft.formats.packed_manifest import Blob, Manifest, PackedLayer, parse_layer
+from kt_sft.formats.staging import part_of, read_own
 
 if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
 
 JOURNAL_VERSION = 1
-_MANIFEST_PART = f"{MANIFEST_NAME}.part"
+_PARTS = (f"{MANIFEST_NAME}.part", f"{JOURNAL_NAME}.part")
 # done experts, all experts, name of the layer
 Progress = Callable[[int, int, str], None]
 
@@ -58,7 +60,8 @@ def convert(
     Memory: one expert of the source, packed and unpacked; nothing grows with the model.
 
     Args:
-        overwrite: replace a container or an unfinished conversion of other settings or another source.
+        overwrite: replace a container or an unfinished conversion of other settings or another source; the old
+            container is kept until the new one is whole.
         wait: for another process that is converting to the same folder; otherwise that is an error.
     Returns:
         The manifest, which is also in the folder.
@@ -72,14 +75,15 @@ def convert(
     try:
         if not overwrite and (manifest := finished_manifest(plan)) is not None:  # before anything is written
             with contextlib.suppress(OSError), locked(folder, wait=False):  # it may be on a read-only disk
-                _tidy(folder, manifest)
+                _tidy(folder)
             return manifest
         with output_folder(folder, wait):
             if not overwrite and (manifest := finished_manifest(plan)) is not None:
-                _tidy(folder, manifest)
+                _tidy(folder)
                 return manifest
-            with _clear(plan) if overwrite else contextlib.nullcontext():
-                return _write(source, plan, progress)
+            if overwrite:
+                _begin_anew(plan)
+            return _write(source, plan, progress)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -101,8 +105,8 @@ def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
         with output_folder(folder, wait=True):
             layers = _appendable_layers(plan)
             # A layer that is replaced keeps its file until the manifest names the new one.
-            plan = dataclasses.replace(plan, number=_free_number(plan.number, layers))
-            layers[plan.name] = _write_layer(source, plan, plan.name, plan.spec, lambda done: None)
+            file = _free_file(plan.number, {layer.file for layer in layers.values()})
+            layers[plan.name] = _write_layer(source, plan, (plan.name, plan.spec), file, lambda done: None)
             ordered = {name: layers[name] for name in sorted(layers, key=_by_number)}
             manifest = Manifest(plan.identity, plan.weight_format, plan.group, "", ("tensors",), (), ordered)
             _publish(folder, manifest)
@@ -117,7 +121,7 @@ def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
     names = set(os.listdir(plan.output)) - {LOCK_NAME}
     if MANIFEST_NAME not in names:
         # The others are of a first layer that was cut off.
-        strangers = sorted(name for name in names if not name.startswith("layer-") and name != _MANIFEST_PART)
+        strangers = sorted(name for name in names if not name.startswith("layer-") and name not in _PARTS)
         if strangers:
             raise OutputError(
                 plan.output,
@@ -138,10 +142,9 @@ def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
     return dict(manifest.layers)
 
 
-def _free_number(number: int, layers: Mapping[str, PackedLayer]) -> int:
-    """The number, or the highest one, that names no file of these layers."""
-    held = {layer.file for layer in layers.values()}
-    return next(n for n in (number, *range(99_999, -1, -1)) if f"layer-{n:05d}.bin" not in held)
+def _free_file(number: int, held: Collection[str]) -> str:
+    """The file of a layer: that of its number, or the next one that is free."""
+    return next(file for n in itertools.count(number) if (file := f"layer-{n:05d}.bin") not in held)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
@@ -153,16 +156,18 @@ def _write(source: Experts, plan: ConvertPlan, progress: Progress) -> Manifest:
     folder = plan.output
     layers = _finished_layers(plan)
     check_space(plan, layers)
-    with _journal(plan, has_content=bool(layers)) as journal:
-        done = sum(layer.num_experts for layer in layers.values())
-        for name, spec in plan.specs.items():
-            if name in layers:
-                continue
-            count = functools.partial(_count, progress, done, plan.num_experts, name)
-            layers[name] = _write_layer(source, plan, name, spec, count)
-            done += spec.num_experts
-            source.close()
-            _append(journal, layers[name].to_json())
+    _write_journal(plan, layers)
+    held = files_of(folder)
+    done = sum(layer.num_experts for layer in layers.values())
+    for number, (name, spec) in enumerate(plan.specs.items()):
+        if name in layers:
+            continue
+        count = functools.partial(_count, progress, done, plan.num_experts, name)
+        file = _free_file(number, held | {layer.file for layer in layers.values()})
+        layers[name] = _write_layer(source, plan, (name, spec), file, count)
+        done += spec.num_experts
+        source.close()
+        _write_journal(plan, layers)
     manifest = Manifest(
         plan.identity,
         plan.weight_format,
@@ -181,14 +186,13 @@ def _count(progress: Progress, before: int, total: int, layer: str, more: int) -
 
 
 def _write_layer(
-    source: Experts, plan: LayerPlan, name: str, spec: ExpertsSpec, progress: Callable[[int], None]
+    source: Experts, plan: LayerPlan, layer: tuple[str, ExpertsSpec], file: str, progress: Callable[[int], None]
 ) -> PackedLayer:
-    path = plan.output / plan.file_names[name]
-    part = path.with_suffix(".bin.part")
+    name, spec = layer
     file_bytes = plan.layer_bytes(name)
     slot = ExpertSlot(spec, plan.weight_format, plan.group)
     experts = []
-    with part.open("wb") as stream:
+    with part_of(plan.output / file) as stream:
         stream.write(layer_header(plan.identity, name, file_bytes))
         for expert in range(spec.num_experts):
             matrices = source.read(name, expert)
@@ -198,12 +202,8 @@ def _write_layer(
                 raise unpackable(source, name, expert, error, instead="convert to bf16") from None
             experts.append(_write_expert(stream, slot.export(), slot.errors(matrices)))
             progress(expert + 1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
-    sync_folder(plan.output)
     sizes = (spec.num_experts, spec.hidden, spec.inter, spec.activation)
-    return PackedLayer(name, *sizes, path.name, file_bytes, tuple(experts))
+    return PackedLayer(name, *sizes, file, file_bytes, tuple(experts))
 
 
 def _write_expert(
@@ -226,7 +226,7 @@ def _finished_layers(plan: ConvertPlan) -> dict[str, PackedLayer]:
     """
     path = plan.output / JOURNAL_NAME
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_own(path).split(b"\n")
     except FileNotFoundError:
         return {}
     start = _parsed(lines[0])
@@ -260,99 +260,50 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-@contextlib.contextmanager
-def _journal(plan: ConvertPlan, *, has_content: bool) -> Iterator[IO[bytes]]:
-    """Open for appending; started over unless it has finished layers."""
-    path = plan.output / JOURNAL_NAME
-    if not has_content:
-        path.unlink(missing_ok=True)
-    with path.open("ab") as stream:
-        if stream.tell() == 0:
-            weights = name_of(plan.weight_format, plan.group)
-            _append(stream, {"version": JOURNAL_VERSION, "id": plan.identity, "weights": weights})
-            sync_folder(plan.output)
-        else:
-            stream.write(b"\n")  # ends a torn line; an empty one means nothing
-        yield stream
-
-
-def _append(stream: IO[bytes], values: dict[str, Any]) -> None:
-    stream.write(json.dumps(values).encode() + b"\n")
-    stream.flush()
-    os.fsync(stream.fileno())
+def _write_journal(plan: ConvertPlan, layers: Mapping[str, PackedLayer]) -> None:
+    weights = name_of(plan.weight_format, plan.group)
+    start = {"version": JOURNAL_VERSION, "id": plan.identity, "weights": weights}
+    with part_of(plan.output / JOURNAL_NAME) as stream:
+        for values in (start, *(layer.to_json() for layer in layers.values())):
+            stream.write(json.dumps(values).encode() + b"\n")
 
 
 def _publish(folder: Path, manifest: Manifest) -> None:
-    part = folder / _MANIFEST_PART
-    with part.open("wb") as stream:
+    with part_of(folder / MANIFEST_NAME) as stream:
         stream.write(manifest.dumps())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, folder / MANIFEST_NAME)
-    sync_folder(folder)
-    _tidy(folder, manifest)
+    _tidy(folder)
 
 
-def _tidy(folder: Path, manifest: Manifest) -> None:
-    """Remove what a finished container does not need, of this conversion or an earlier one."""
-    (folder / JOURNAL_NAME).unlink(missing_ok=True)
-    held = {layer.file for layer in manifest.layers.values()}
+def _tidy(folder: Path) -> None:
+    """Remove what the container in the folder does not need, of its conversion or another one."""
+    for name in (JOURNAL_NAME, *_PARTS):
+        (folder / name).unlink(missing_ok=True)
+    held = files_of(folder)
     for stray in [*folder.glob("layer-*.bin"), *folder.glob("layer-*.bin.part")]:
         if stray.name not in held:
             stray.unlink()
 
 
-@contextlib.contextmanager
-def _clear(plan: ConvertPlan) -> Iterator[None]:
-    """Make the folder no container, so that nobody takes old and new files for one; what was begun by the same command
-    is kept.
+def _begin_anew(plan: ConvertPlan) -> None:
+    """Keep of the folder a container, and what was begun by the same command.
 
-    Processes that have mapped the old files keep them: files are replaced by new ones, never written over. A failure
-    before the first of them is replaced gives the old container back.
+    Processes that have mapped files keep them: files are replaced by new ones, never written over.
 
     Raises:
         OutputError: it holds files of others.
     """
     folder = plan.output
-    names = set(os.listdir(folder)) - {LOCK_NAME}
-    check_own_files(folder, names, "a container to overwrite")
-    if MANIFEST_NAME not in names and _is_begun(plan):
-        yield
-        return
-    old, stamps = _old_container(folder) if MANIFEST_NAME in names else (None, {})
-    for name in (JOURNAL_NAME, MANIFEST_NAME):  # the manifest last: until then it is the old container, and whole
-        (folder / name).unlink(missing_ok=True)
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            if old is not None and stamps == {name: _stamp(folder / name) for name in stamps}:
-                (folder / JOURNAL_NAME).unlink(missing_ok=True)
-                (folder / _MANIFEST_PART).write_bytes(old)
-                os.replace(folder / _MANIFEST_PART, folder / MANIFEST_NAME)
-        raise
+    check_own_files(folder, set(os.listdir(folder)) - {LOCK_NAME}, "a container to overwrite")
+    if not _is_begun(plan):
+        _tidy(folder)
 
 
 def _is_begun(plan: ConvertPlan) -> bool:
-    """Whether the journal in the folder, if there is one, is of this conversion."""
+    """Whether there is a journal in the folder, of this conversion."""
     try:
-        _finished_layers(plan)
-    except ConfigError:
+        return bool(_finished_layers(plan))
+    except (ConfigError, OSError):
         return False
-    return True
-
-
-def _old_container(folder: Path) -> tuple[bytes | None, dict[str, tuple[int, int]]]:
-    """The manifest of a container, and what tells its files from others of the same names; None: it is damaged."""
-    with contextlib.suppress(OSError, FormatError):
-        stamps = {layer.file: _stamp(folder / layer.file) for layer in read_manifest(folder).layers.values()}
-        return (folder / MANIFEST_NAME).read_bytes(), stamps
-    return None, {}
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns
 
 
 def _not_written(folder: Path, error: OSError) -> OutputError:

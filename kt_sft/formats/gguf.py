@@ -35,10 +35,11 @@ _MAGIC = b"GGUF"
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 # Far above what any model needs; they keep a damaged file from being read as millions of entries.
 _MAX_HEADER_BYTES = 1 << 30
-_MAX_TENSORS = 1 << 20
-_MAX_KEYS = 1 << 16
-_MAX_STRINGS = 1 << 22
+_MAX_TENSORS = 1 << 17
+_MAX_KEYS = 1 << 14
+_MAX_STRINGS = 1 << 21
 _MAX_STRING_BYTES = 1 << 24
+_MAX_PARTS = 4096
 _MAX_DIMS = 4
 _MAX_DEPTH = 3
 _MAX_ALIGNMENT = 1 << 20
@@ -102,10 +103,23 @@ class GgufIndex(TensorIndex[GgufTensor]):
                     raise repeated_tensor(file, name, tensors[name].file)
                 tensors[name] = tensor
             metadata = {**part.metadata, **metadata}
-        total = metadata.get("split.tensors.count")
-        if len(files) > 1 and total is not None and total != len(tensors):
-            raise FormatError(files[0], "tensors of all parts", expected=total, found=len(tensors), remedy=_AGAIN)
+        total = metadata.get("split.tensors.count", len(tensors))
+        if len(files) > 1 and (type(total) is not int or total != len(tensors)):
+            expected = str(total)[:80]
+            raise FormatError(files[0], "tensors of all parts", expected=expected, found=len(tensors), remedy=_AGAIN)
         return cls(path, files, metadata, tensors)
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """A text of the metadata.
+
+        Raises:
+            FormatError: the file has something else under that key.
+        """
+        value = self.metadata.get(key, default)
+        if not isinstance(value, str | None):
+            found = f"{type(value).__name__} {str(value)[:60]}"
+            raise FormatError(self.source, f"metadata {key}", expected="a text", found=found, remedy=_AGAIN)
+        return value
 
     def expect(self, name: str, shape: Sequence[int]) -> GgufTensor:
         """Check a tensor against the shape that the model needs.
@@ -238,6 +252,21 @@ class _Header:
         # Vocabularies of byte tokens are not always UTF-8; names that matter are compared, and then differ.
         return self._take(length, what).tobytes().decode("utf-8", errors="replace")
 
+    def _strings(self, count: int, what: str) -> list[str]:
+        """Many of them: vocabularies have hundreds of thousands."""
+        unpack, data, at, end = struct.Struct("<Q").unpack_from, self._data, self._at, self._end
+        found: list[str] = []
+        for _ in range(count):
+            begin = at + 8
+            stop = begin + unpack(data, at)[0] if begin <= end else end + 1
+            if stop > end or stop - begin > _MAX_STRING_BYTES:
+                self._at = at
+                self._string(what)  # says what is wrong
+            found.append(str(data[begin:stop], "utf-8", "replace"))
+            at = stop
+        self._at, self._strings_left = at, self._strings_left - count
+        return found
+
     def _check_version(self, version: int) -> None:
         if version in (2, 3):
             return
@@ -263,6 +292,8 @@ class _Header:
             size = np.dtype(_SCALARS[inner]).itemsize
             return self._scalars(inner, self._count(f"elements of {what}", _MAX_HEADER_BYTES, size), what).copy()
         count = self._count(f"elements of {what}", self._strings_left, 8)
+        if inner == _STRING:
+            return self._strings(count, what)
         return [self._value(inner, what, depth + 1) for _ in range(count)]
 
     def _scalars(self, kind: int, count: int, what: str) -> np.ndarray:
@@ -295,7 +326,7 @@ class _Header:
         alignment = self.metadata.get("general.alignment", 32)
         is_power = type(alignment) is int and 8 <= alignment <= _MAX_ALIGNMENT and alignment & (alignment - 1) == 0
         if not is_power:
-            self._fail("general.alignment", f"a power of two from 8 to {_MAX_ALIGNMENT}", alignment)
+            self._fail("general.alignment", f"a power of two from 8 to {_MAX_ALIGNMENT}", str(alignment)[:80])
         start = -(-self._at // alignment) * alignment
         end = 0
         tensors: dict[str, GgufTensor] = {}
@@ -334,6 +365,8 @@ def _set_of(path: Path) -> list[Path]:
     if split is None:
         return [path]
     count = int(split["count"])
+    if count > _MAX_PARTS:
+        raise FormatError(path, "split GGUF file", expected=f"at most {_MAX_PARTS} parts", found=count)
     files = [path.with_name(f"{split['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
     missing = [file.name for file in files if not file.is_file()]
     if missing or path not in files:
@@ -360,11 +393,11 @@ def _only_model(directory: Path) -> Path:
 
 def _check_split(file: Path, metadata: dict[str, Any], number: int, count: int) -> None:
     found = (metadata.get("split.no"), metadata.get("split.count"))
-    if found != (number, count):
+    if any(type(value) is not int for value in found) or found != (number, count):
         raise FormatError(
             file,
             "split.no and split.count",
             expected=f"{number} and {count}, as its name says",
-            found=f"{found[0]} and {found[1]}",
+            found=f"{found[0]} and {found[1]}"[:80],
             remedy="download the parts again, under their own names",
         )

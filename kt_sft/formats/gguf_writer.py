@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.formats.ggml_types import GGML_TYPES
+from kt_sft.formats.staging import open_new
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,10 +43,11 @@ class PlannedGguf:
 def write(
     path: Path, metadata: Mapping[str, Any], plan: Sequence[PlannedGguf], pieces: Iterable[Iterable[Tensor]]
 ) -> None:
-    """Write a file from its plan and, for each tensor of it, the consecutive parts of its blocks, uint8.
+    """Write a new file from its plan and, for each tensor of it, the consecutive parts of its blocks, uint8.
 
     Raises:
         ValueError: the pieces do not add up to the plan, or a metadata value of another type.
+        FileExistsError: something is there.
     """
     header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(plan), len(metadata)))
     for key, value in metadata.items():
@@ -57,7 +59,7 @@ def write(
         header += struct.pack("<IQ", GGML_TYPES[tensor.type].number, offset)
         offset += _padded(tensor.num_bytes)
     header += b"\0" * (_padded(len(header)) - len(header))
-    with path.open("wb") as stream:
+    with open_new(path) as stream:
         stream.write(header)
         for tensor, parts in zip(plan, pieces, strict=True):
             written = sum(stream.write(part.contiguous().view(-1).numpy().data) for part in parts)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from kt_sft.formats.packed_manifest import (
     PackedLayer,
     parse_manifest,
 )
+from kt_sft.formats.regular_file import open_regular
 
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "convert-journal.jsonl"  # of a conversion under way
@@ -109,7 +109,7 @@ class PackedContainer:
     def _open(self, layer: PackedLayer) -> int:
         """A handle of the layer's file after a look at its length and header."""
         path = self.path / layer.file
-        handle = _open_regular(path, "blob file")
+        handle = open_regular(path, "blob file", remedy=CONVERT_AGAIN)
         try:
             size = os.fstat(handle).st_size
             if size != layer.file_bytes:
@@ -151,27 +151,10 @@ def read_manifest(directory: Path) -> Manifest:
             found="an unfinished one",
             remedy="run the same kt-sft convert command again, which goes on where it stopped",
         )
-    handle = _open_regular(path, "manifest")
+    handle = open_regular(path, "manifest", remedy=CONVERT_AGAIN)
     with os.fdopen(handle, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > _MAX_MANIFEST_BYTES:
             raise FormatError(path, "manifest", expected=f"at most {_MAX_MANIFEST_BYTES} bytes", found=f"{size} bytes")
         text = stream.read(size)
     return parse_manifest(text, path)
-
-
-def _open_regular(path: Path, what: str) -> int:
-    """A handle of a regular file (symbolic links are followed); devices and pipes are not even opened."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FormatError(path, what, expected="a regular file", found="something else", remedy=CONVERT_AGAIN)
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        if isinstance(error, FormatError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FormatError(path, what, expected="a readable file", found=reason, remedy=CONVERT_AGAIN) from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise FormatError(path, what, expected="a regular file", found="something else", remedy=CONVERT_AGAIN)
-    return handle

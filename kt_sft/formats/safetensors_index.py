@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.errors import FormatError
+from kt_sft.formats.json_object import without_repeats
 from kt_sft.formats.tensor_errors import check_shape, repeated_tensor
 from kt_sft.formats.tensor_index import TensorIndex
 
@@ -235,7 +235,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     if 8 + header_bytes > file_bytes:
         raise _wrong_length(file, 8 + header_bytes, file_bytes)
     try:
-        header = json.loads(text, object_pairs_hook=_without_repeats)
+        header = json.loads(text, object_pairs_hook=without_repeats)
         entries = [(name, *_entry(name, entry)) for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
@@ -257,14 +257,6 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         _map(file).__exit__(None, None, None)
     for name, dtype, shape, _, _ in entries:
         yield name, TensorInfo(file, dtype, shape)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{name[:80]!r} is there twice")
-    return values
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:

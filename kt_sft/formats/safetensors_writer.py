@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kt_sft.formats.safetensors_index import DTYPE_BITS
+from kt_sft.formats.staging import open_new
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,7 @@ TORCH_NAMES |= {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32",
 TORCH_NAMES |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 TORCH_NAMES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
-_NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
+DTYPE_NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,20 @@ class PlannedTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes of the data."""
-        size = DTYPE_BITS[_NAMES[self.dtype]] // 8
+        size = DTYPE_BITS[DTYPE_NAMES[self.dtype]] // 8
         for extent in self.shape:
             size *= extent
         return size
 
 
 def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -> None:
-    """Write a file from its plan and the data of all tensors, in the plan's order.
+    """Write a new file from its plan and the data of all tensors, in the plan's order.
 
     Args:
         pieces: contiguous CPU tensors; a tensor of the plan may come as several consecutive pieces.
     Raises:
         ValueError: the pieces do not add up to the plan.
+        FileExistsError: something is there.
     """
     import torch
 
@@ -55,7 +57,7 @@ def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -
     for tensor in plan:
         begin, end = end, end + tensor.num_bytes
         header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -65,7 +67,7 @@ def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -
         )
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
+    with open_new(path) as stream:
         stream.write(struct.pack("<Q", len(text)))
         stream.write(text)
         rest = iter(pieces)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import (
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from kt_sft import env
+from kt_sft.errors import KTError, UnsupportedModel
 from kt_sft.models import kimi_k2
 
 kimi_k2.register()
@@ -48,6 +51,45 @@ def auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
+@contextmanager
+def errors_in_one_line(
+    path: str | os.PathLike[str], what: str = "", trust_remote_code: bool | None = True
+) -> Iterator[None]:
+    """Errors of transformers' checks of a file, or of the model's own code, as one line.
+
+    Args:
+        path: directory, file or name of the model.
+        what: the part of it in messages.
+        trust_remote_code: as `from_pretrained` gets it; where it is what is missing, the message says so.
+    Raises:
+        UnsupportedModel: with the key that transformers names.
+    """
+    try:
+        yield
+    except KTError:
+        raise
+    except Exception as error:
+        needs_trust = not trust_remote_code and "trust_remote_code" in str(error)
+        trust = "allow the code beside it with --trust-remote-code, or trust_remote_code: true, if you trust it"
+        where = f"{config_file(path)}: {what}" if what else f"{config_file(path)}"
+        remedy = trust if needs_trust else ""
+        expected = "values that transformers takes" if what else "the config of a known model"
+        raise UnsupportedModel(where, expected=expected, found=_in_words(error), remedy=remedy) from error
+
+
+def config_file(path: str | os.PathLike[str]) -> str:
+    """What messages call the config of a directory, a file or a name."""
+    return os.path.join(path, "config.json") if os.path.isdir(path) else os.fspath(path)
+
+
+def _in_words(error: Exception) -> str:
+    """What an error of transformers says: its checks name the field in one line and the reason in the next."""
+    is_check = type(error).__name__.startswith("StrictDataclass")
+    text = " ".join(" ".join(str(error).strip().splitlines()[: 2 if is_check else 1]).split())[:300]
+    says_little = isinstance(error, LookupError | AttributeError | AssertionError | ArithmeticError) or not text
+    return f"{type(error).__name__}{': ' if text else ''}{text}" if says_little else text
+
+
 def read_auto_config(path: str | os.PathLike[str], *, trust_remote_code: bool | None = None, **kwargs: Any) -> Any:
     """`AutoConfig.from_pretrained`, with transformers' own class for every `model_type` that it has a model for.
 
@@ -55,20 +97,24 @@ def read_auto_config(path: str | os.PathLike[str], *, trust_remote_code: bool | 
 
     Args:
         kwargs: as there; `return_unused_kwargs` gives a pair.
+    Raises:
+        UnsupportedModel: a model that transformers does not know, or values that it does not take.
     """
     is_native = has_native_class(path, **{name: kwargs[name] for name in HUB_ARGS if name in kwargs})
     trusts = False if is_native else trust_remote_code
-    found = AutoConfig.from_pretrained(path, trust_remote_code=trusts, **kwargs)
-    config = found[0] if isinstance(found, tuple) else found
-    if is_native and _forget_code(config) and trust_remote_code:
-        _say_once(os.fspath(path), config.model_type)
+    with errors_in_one_line(path, trust_remote_code=trust_remote_code):
+        found = AutoConfig.from_pretrained(path, trust_remote_code=trusts, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        if is_native and _forget_code(config) and trust_remote_code:
+            _say_once(os.fspath(path), config.model_type)
     return found
 
 
 def has_native_class(path: str | os.PathLike[str], **hub_kwargs: Any) -> bool:
     """Whether transformers has a model class of its own, or we registered one, for a checkpoint."""
-    model_type = PretrainedConfig.get_config_dict(path, **hub_kwargs)[0].get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    with errors_in_one_line(path):
+        model_type = PretrainedConfig.get_config_dict(path, **hub_kwargs)[0].get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return False
     return any(CONFIG_MAPPING[model_type] in kind._model_mapping for kind in _KINDS)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
-from transformers.utils import logging as hf_logging
 
 from kt_sft import env
 from kt_sft.errors import GIB, ConfigError, FormatError, unpackable
+from kt_sft.formats.finite import is_finite
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.quantized_index import QuantizedIndex
@@ -22,6 +22,7 @@ from kt_sft.integrations.expert_files import SafetensorsExperts
 from kt_sft.integrations.gguf_experts import GgufExperts
 from kt_sft.integrations.model_files import gguf_sources, open_checkpoint
 from kt_sft.integrations.packed_experts import PackedExperts
+from kt_sft.integrations.progress import progress_bar
 from kt_sft.models.expert_keys import KeyMap
 
 if TYPE_CHECKING:
@@ -215,6 +216,23 @@ def open_weight_path(path: str | Path) -> QuantizedIndex | GgufIndex | PackedCon
     return open_checkpoint(str(path))
 
 
+def check_biases(model: nn.Module, source: ExpertSource) -> None:
+    """Look at the experts' biases, which are loaded before their weights and by transformers.
+
+    Raises:
+        FormatError: NaN or infinity in one.
+    """
+    for name in source.formats:
+        experts = model.get_submodule(name)
+        for bias in experts.spec.bias_shapes:
+            parameter = experts.get_parameter(bias).detach()
+            if parameter.device.type != "meta" and not is_finite(parameter):
+                raise FormatError(
+                    source.path, f"tensor {name}.{bias}", expected="finite numbers", found="NaN or infinity",
+                    remedy="download the checkpoint again, or make it again: with these biases the model computes NaN",
+                )  # fmt: skip
+
+
 def stream_experts(model: nn.Module, source: ExpertSource) -> None:
     """Load every expert, one at a time; nothing but the packed copy stays in anonymous memory.
 
@@ -223,7 +241,8 @@ def stream_experts(model: nn.Module, source: ExpertSource) -> None:
     """
     counts = {name: model.get_submodule(name).num_experts for name in source.formats}
     total = sum(counts.values())
-    with hf_logging.tqdm(total=total, desc="Packing experts", unit="expert", disable=env.local_rank() > 0) as bar:
+    done = 0
+    with progress_bar("Packing experts", total, unit="expert", is_shown=env.local_rank() <= 0) as move:
         for name, count in counts.items():
             experts = model.get_submodule(name)
             for expert in range(count):
@@ -233,7 +252,8 @@ def stream_experts(model: nn.Module, source: ExpertSource) -> None:
                     raise
                 except ValueError as error:
                     raise unpackable(source, name, expert, error, instead="use method BF16") from None
-                bar.update()
+                done += 1
+                move(done, total, name)
     source.close()
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in counts)
     logger.info("loaded %d experts of %d layers in %.2f GiB", total, len(counts), packed_bytes / GIB)

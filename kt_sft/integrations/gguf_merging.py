@@ -46,6 +46,11 @@ class GgufModelFile:
     metadata: dict[str, Any]
     entries: list[_Entry]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(entry.planned.num_bytes for entry in self.entries)
+
     def write(self, path: Path, bar: Bar) -> None:
         """Write it; memory is that of one expert, or of one other tensor."""
         with bar("Merging", len(self.entries)) as move:

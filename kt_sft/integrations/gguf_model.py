@@ -10,8 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from kt_sft.errors import FormatError
+from kt_sft.errors import FormatError, OutputError
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.gguf_config import model_config
 from kt_sft.formats.gguf_expert_tensors import INPUT_SCALE, is_expert_tensor
@@ -28,6 +26,8 @@ from kt_sft.formats.gguf_names import PlainTensor, plain_tensors, scale_of
 from kt_sft.formats.safetensors_index import SINGLE_NAME
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
 from kt_sft.formats.source_hash import hash_source
+from kt_sft.formats.staging import new_path
+from kt_sft.integrations.auto_class import errors_in_one_line
 from kt_sft.integrations.gguf_experts import GgufExperts
 from kt_sft.integrations.gguf_tokenizer import read_tokenizer
 from kt_sft.integrations.model_files import GGUF_SOURCES
@@ -76,7 +76,8 @@ def read_config(index: GgufIndex) -> PreTrainedConfig:
         UnsupportedModel: an architecture that is not known, or a dense model.
     """
     values = model_config(index)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    with errors_in_one_line(index.source):
+        return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def write_model_directory(index: GgufIndex, target: Path) -> None:
@@ -91,23 +92,18 @@ def write_model_directory(index: GgufIndex, target: Path) -> None:
     if inputs := [name for name in index if name.endswith(INPUT_SCALE) and not is_expert_tensor(name)]:
         text = "%s: %d tensors such as %s are for activations in fp4 and not used: these stay as the model has them"
         logger.warning(text, index.source, len(inputs), inputs[0])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    plan = [PlannedTensor(tensor.name, _dtype(tensor.name), tensor.shape) for tensor in tensors]
     try:
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        sources = {"files": [str(file.resolve()) for file in index.files]}
-        (staging / GGUF_SOURCES).write_text(json.dumps(sources) + "\n", encoding="utf-8")
-        _check(staging, tensors, index)
-        read_tokenizer(index).save_pretrained(staging)
-        plan = [PlannedTensor(tensor.name, _dtype(tensor.name), tensor.shape) for tensor in tensors]
-        write(staging / SINGLE_NAME, plan, _pieces(index, tensors))
-        try:
-            staging.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with new_path(target, is_file=False, needed_bytes=sum(tensor.num_bytes for tensor in plan)) as staging:
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            sources = {"files": [str(file.resolve()) for file in index.files]}
+            (staging / GGUF_SOURCES).write_text(json.dumps(sources) + "\n", encoding="utf-8")
+            _check(staging, tensors, index)
+            read_tokenizer(index).save_pretrained(staging)
+            write(staging / SINGLE_NAME, plan, _pieces(index, tensors))
+    except OutputError:
+        if not (target / SINGLE_NAME).is_file():
+            raise
 
 
 def _dtype(name: str) -> str:
@@ -130,7 +126,7 @@ def _read(index: GgufIndex, source: str, dtype: torch.dtype) -> Tensor:
 
 def _check(directory: Path, tensors: list[PlainTensor], index: GgufIndex) -> None:
     """Every weight of the model is there, once and of the right shape, before anything long is done."""
-    with torch.device("meta"):
+    with torch.device("meta"), errors_in_one_line(index.source):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     specs = find_experts(model)
     GgufExperts(index, specs)

@@ -6,6 +6,8 @@ Keys `tokenizer.ggml.*`: docs/gguf.md of the ggml project. The file only names h
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -48,6 +50,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 # These take a token that is a whole word without merging, and begin a text with its first token unless told otherwise.
 _LLAMA3_NAMES = ("llama-bpe", "llama3")
+_MOST_TOKEN = 1024  # all ways to cut a token in two are tried
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 
 
@@ -60,7 +63,12 @@ def read_tokenizer(index: GgufIndex) -> PreTrainedTokenizerFast:
     """
     values = _Keys(index)
     tokens = values.strings("tokens")
-    kind = values.get("model")
+    if len(set(tokens)) != len(tokens):
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise values.fault("tokens", "every token once", f"{twice[:80]!r} twice")
+    if len(longest := max(tokens, key=len)) > _MOST_TOKEN:
+        raise values.fault("tokens", f"tokens of at most {_MOST_TOKEN} characters", f"one of {len(longest)}")
+    kind = values.text("model")
     if kind == "gpt2":
         tokenizer = _byte_level(values, tokens)
     elif kind == "llama":
@@ -74,9 +82,9 @@ def read_tokenizer(index: GgufIndex) -> PreTrainedTokenizerFast:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
     special = {name: tokens[number] for name, number in values.special(len(tokens)).items()}
     _add_edges(tokenizer, values, special)
-    template = index.metadata.get("tokenizer.chat_template")
+    template = index.text("tokenizer.chat_template")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
-    if isinstance(template, str):
+    if template is not None:
         fast.chat_template = template
     return fast
 
@@ -89,6 +97,15 @@ class _Keys:
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._index.metadata.get(f"tokenizer.ggml.{key}", default)
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        return self._index.text(f"tokenizer.ggml.{key}", default)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.fault(key, "true or false", str(value)[:80])
+        return value
 
     def strings(self, key: str) -> list[str]:
         value = self.get(key)
@@ -103,10 +120,13 @@ class _Keys:
         if not isinstance(items, list) or len(items) not in (0, count) or any(isinstance(i, str | list) for i in items):
             found = f"{len(items)} values" if isinstance(items, list) else type(items).__name__
             raise self.fault(key, f"{count} numbers, one per token", found)
+        if any(not math.isfinite(item) for item in items):
+            raise self.fault(key, "finite numbers", "a NaN or an infinity")
         return items
 
     def fault(self, key: str, expected: str, found: object) -> FormatError:
-        return FormatError(self._index.source, f"metadata tokenizer.ggml.{key}", expected=expected, found=found)
+        what, remedy = f"metadata tokenizer.ggml.{key}", "download the file again"
+        return FormatError(self._index.source, what, expected=expected, found=found, remedy=remedy)
 
     def special(self, num_tokens: int) -> dict[str, int]:
         names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -130,7 +150,7 @@ class _Keys:
 
 
 def _byte_level(values: _Keys, tokens: list[str]) -> Tokenizer:
-    pre = values.get("pre", "gpt-2")
+    pre = values.text("pre", "gpt-2")
     if pre not in SPLITS:
         raise values.unsupported("pre", " or ".join(SPLITS), pre)
     vocab = {token: number for number, token in enumerate(tokens)}
@@ -169,7 +189,7 @@ def _sentence_piece(values: _Keys, tokens: list[str]) -> Tokenizer:
     unk_token = tokens[unknown] if unknown is not None else None
     pairs = [pair for _, pair in merges]
     tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
-    prefix = [normalizers.Prepend("▁")] if values.get("add_space_prefix", True) else []
+    prefix = [normalizers.Prepend("▁")] if values.flag("add_space_prefix", True) else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(
@@ -180,9 +200,9 @@ def _sentence_piece(values: _Keys, tokens: list[str]) -> Tokenizer:
 
 def _add_edges(tokenizer: Tokenizer, values: _Keys, special: dict[str, str]) -> None:
     """Begin and end tokens around every text, where the file asks for them, or llama.cpp adds them unasked."""
-    adds_first = values.get("model") == "llama" or values.get("pre") in _LLAMA3_NAMES
-    first = special.get("bos_token") if values.get("add_bos_token", adds_first) else None
-    last = special.get("eos_token") if values.get("add_eos_token", False) else None
+    adds_first = values.text("model") == "llama" or values.text("pre") in _LLAMA3_NAMES
+    first = special.get("bos_token") if values.flag("add_bos_token", adds_first) else None
+    last = special.get("eos_token") if values.flag("add_eos_token", False) else None
     if first is None and last is None:
         return
     single = [*([first] if first else []), "$A", *([last] if last else [])]

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from kt_sft.adapters.changes import Changes, same
-from kt_sft.adapters.forms import base_name, open_adapter, staged
+from kt_sft.adapters.forms import base_name, open_adapter
 from kt_sft.adapters.model import BaseModel, Lora
 from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
 from kt_sft.formats.finite import is_finite
 from kt_sft.formats.quantized_index import FLOAT_DTYPES, QuantizedIndex
 from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME
 from kt_sft.formats.safetensors_writer import TORCH_NAMES, PlannedTensor, write
+from kt_sft.formats.staging import new_path
 from kt_sft.integrations.base_model import default_name, describe, meta_model
 from kt_sft.integrations.expert_files import READABLE
 from kt_sft.integrations.model_files import open_checkpoint, untie
@@ -276,6 +277,10 @@ class MergedCheckpoint:
         """Name, type and shape of a tensor as it is written."""
         return PlannedTensor(key, str(self.dtype(key, dtype)), self.shape(key))
 
+    def num_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes of all tensors as they are written."""
+        return sum(self.planned(key, dtype).num_bytes for key in self.keys)
+
 
 def _wide(weight: Tensor) -> Tensor:
     """What deltas are added to: f32, or f64 of a weight in f64."""
@@ -358,7 +363,7 @@ def merge(
         to: `hf`, `gguf-q8_0` or `gguf-bf16`.
         trust_remote_code: whether code beside the model's config.json may run.
     Raises:
-        KTError: see `MergedCheckpoint`, `staged` and `gguf_merging.write_gguf`.
+        KTError: see `MergedCheckpoint`, `new_path` and `gguf_merging.write_gguf`.
     """
     from kt_sft.integrations.gguf_merging import KINDS, gguf_plan
 
@@ -375,11 +380,11 @@ def merge(
             )
     merged = MergedCheckpoint(model, adapters, trust_remote_code=trust_remote_code)
     if to == "hf":
-        with staged(output, is_file=False) as staging:
+        with new_path(output, is_file=False, needed_bytes=merged.num_bytes()) as staging:
             write_merged(merged, staging, bar)
         return output
     target = output if output.suffix == ".gguf" else output / f"{Path(model).name}-{to.removeprefix('gguf-')}.gguf"
     file = gguf_plan(merged, KINDS[to])
-    with staged(target, is_file=True) as staging:
+    with new_path(target, is_file=True, needed_bytes=file.num_bytes) as staging:
         file.write(staging, bar)
     return target

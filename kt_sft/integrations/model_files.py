@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -10,14 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.utils import cached_file
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from kt_sft.errors import FormatError
+from kt_sft.formats.config_values import check_values
 from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
 from kt_sft.formats.safetensors_index import SafetensorsIndex
-from kt_sft.integrations.auto_class import HUB_ARGS, read_auto_config
+from kt_sft.formats.text_files import read_json
+from kt_sft.integrations.auto_class import HUB_ARGS, errors_in_one_line, read_auto_config
 
+_LAYERS_IN_A_SECOND = 128
+_NUMBER = re.compile(r"\.(\d{1,9})\.")
 # In a model directory that was made of GGUF files: which.
 GGUF_SOURCES = "kt_sft_gguf.json"
 
@@ -59,30 +62,67 @@ def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -
 
 
 def read_config_file(config_file: Path) -> dict[str, Any]:
-    """Values of a config.json.
+    """Values of a config.json that a model can be built of.
 
     Raises:
-        FormatError: no JSON object.
+        FormatError: no JSON object, values that no model has, or more layers than the weights beside it.
     """
-    try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"a JSON {type(values).__name__}")
-        return values
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(
-            config_file, "config", expected="a JSON object", found=str(error), remedy="download it again"
-        ) from None
+    values = read_json(config_file, "config", remedy="download it again")
+    check_values(config_file, values)
+    _check_size(config_file, values)
+    return values
 
 
 def check_config_file(config_file: Path) -> Quantization | None:
-    """How the weights beside a config.json are quantised; None: they are not.
+    """How the weights beside a config.json are quantised; None: they are not. Checks the settings of both files there.
 
     Raises:
-        FormatError: no JSON object.
-        UnsupportedModel: weights quantised in a way that is not read.
+        FormatError: see `read_config_file`; the same of generation_config.json.
+        UnsupportedModel: weights quantised in a way that is not read, or settings that transformers does not take.
     """
-    return read_quantization(read_config_file(config_file).get("quantization_config"), config_file)
+    values = read_config_file(config_file)
+    _check_generation_config(config_file.with_name(GENERATION_CONFIG_NAME), values)
+    return read_quantization(values.get("quantization_config"), config_file)
+
+
+def _check_size(config_file: Path, values: dict[str, Any]) -> None:
+    """Raise where a config.json has more layers than the weights beside it: only building them would show that.
+
+    Those that are built in a second are left to the comparison of every tensor, which follows anyway.
+
+    Raises:
+        FormatError: with the numbers of both.
+    """
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    asked = max((part.get("num_hidden_layers") or 0 for part in parts), default=0)
+    if asked <= _LAYERS_IN_A_SECOND:
+        return
+    try:
+        with SafetensorsIndex.from_directory(config_file.parent) as index:
+            numbers = {int(number) for name in index for number in _NUMBER.findall(name)}
+    except FormatError:
+        return  # of a model on the hub, or without weights, whoever reads them says so
+    if asked > (stored := max(numbers, default=-1) + 1):
+        expected = f"at most {stored}, the layers of the weights beside it"
+        raise FormatError(config_file, "num_hidden_layers", expected=expected, found=asked, remedy="download it again")
+
+
+def _check_generation_config(file: Path, values: dict[str, Any]) -> None:
+    """Raise where transformers would refuse a generation_config.json, which it reads after all weights.
+
+    Args:
+        values: of the config.json beside it.
+    Raises:
+        FormatError: names what is wrong.
+    """
+    if not file.exists():
+        return
+    settings = read_json(file, "generation config", remedy="correct it or remove it")
+    text = values.get("text_config")
+    size = values.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    check_values(file, {**({} if size is None else {"vocab_size": size}), **settings})
+    with errors_in_one_line(file, "generation config"):
+        GenerationConfig.from_dict(settings)
 
 
 def open_checkpoint(files: Iterable[str | Path] | str) -> QuantizedIndex:
@@ -101,8 +141,8 @@ def open_checkpoint(files: Iterable[str | Path] | str) -> QuantizedIndex:
 
 def gguf_sources(folder: Path | None) -> list[Path]:
     """The GGUF files that a model directory was made of; none for others, and for files that are gone."""
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        files = [Path(name) for name in json.loads((folder / GGUF_SOURCES).read_text(encoding="utf-8"))["files"]]
+    with suppress(FormatError, KeyError, TypeError):
+        files = [Path(name) for name in read_json(folder / GGUF_SOURCES, "GGUF sources")["files"]]
         return [file for file in files if file.is_file()]
     return []
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +10,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kt_sft import env
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, KTError, UnsupportedModel
-from kt_sft.integrations.auto_class import HUB_ARGS, auto_class, read_auto_config
+from kt_sft.errors import ConfigError
+from kt_sft.formats.config_values import check_values
+from kt_sft.integrations.auto_class import HUB_ARGS, auto_class, config_file, errors_in_one_line, read_auto_config
 from kt_sft.integrations.model_files import check_config_file, drop_quantization, find_config_file
 from kt_sft.placement.inject import check_devices
 from kt_sft.placement.plan import Plan
@@ -33,35 +31,21 @@ def read_config(path: str | os.PathLike[str], from_pretrained_kwargs: dict[str, 
         return given
     hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
     trust = from_pretrained_kwargs.get("trust_remote_code")
-    with _known_model(path, trust):
-        return read_auto_config(path if given is None else given, **hub_kwargs, trust_remote_code=trust)
+    return read_auto_config(path if given is None else given, **hub_kwargs, trust_remote_code=trust)
 
 
 def meta_model(model_config: PretrainedConfig, trust_remote_code: bool | None = None) -> PreTrainedModel:
     """The model of a config without weights; takes the config's own quantization off.
 
     Raises:
+        FormatError: a value that no model has.
         UnsupportedModel: a config that no model can be built of, or whose own code does not run.
     """
     drop_quantization(model_config)
-    with torch.device("meta"), _known_model(model_config.name_or_path or "model", trust_remote_code):
+    path = model_config.name_or_path or "model"
+    check_values(config_file(path), model_config.to_dict(), has_defaults=True)
+    with torch.device("meta"), errors_in_one_line(path, trust_remote_code=trust_remote_code):
         return auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
-
-
-@contextmanager
-def _known_model(path: str | os.PathLike[str], trust_remote_code: bool | None) -> Iterator[None]:
-    """Errors of transformers' checks of a config, or of the model's own code, as one line."""
-    try:
-        yield
-    except KTError:
-        raise
-    except Exception as error:
-        found = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        needs_trust = not trust_remote_code and "trust_remote_code" in str(error)
-        trust = "allow the code beside it with --trust-remote-code, or trust_remote_code: true, if you trust it"
-        file = Path(path) / "config.json" if os.path.isdir(path) else path
-        remedy = trust if needs_trust else ""
-        raise UnsupportedModel(f"{file}", expected="the config of a known model", found=found, remedy=remedy) from error
 
 
 def plan_model(model: PreTrainedModel, config: KTConfig, default_device: object = "cpu") -> Plan:

@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.finite import is_finite
+from kt_sft.formats.overwriting import saved_into
 from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
 from kt_sft.integrations.base_model import expert_shapes
@@ -59,10 +58,10 @@ def save_full_model(
 ) -> None:
     """Write config, weights and experts so that stock `from_pretrained` reads them; also `model.save_pretrained`.
 
-    Files are written aside and renamed when all are complete. Experts have the keys of the checkpoint that the model
-    came from and the model's dtype. Memory: one expert and the weights of packed linear layers beside the model. INT8
-    and INT4 experts are read from the checkpoint again, merged adapters included; if it is gone, what is packed is
-    written and a warning says so, as it does for linear layers in int8.
+    Files are written aside and take their places when all are complete, in one step. Experts have the keys of the
+    checkpoint that the model came from and the model's dtype. Memory: one expert and the weights of packed linear
+    layers beside the model. INT8 and INT4 experts are read from the checkpoint again, merged adapters included; if it
+    is gone, what is packed is written and a warning says so, as it does for linear layers in int8.
 
     Args:
         save_kwargs: further arguments of transformers' `save_pretrained`.
@@ -87,9 +86,8 @@ def save_full_model(
         )
     target = Path(save_directory)
     _check_finite(model, target)
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
+    plan = _plan(model, save_original_format)
+    with saved_into(target, needed_bytes=_num_bytes(model, plan)) as staging:
         with saving_packed_weights(model):
             type(model).save_pretrained(
                 model, staging, max_shard_size=max_shard_size, save_original_format=save_original_format, **save_kwargs
@@ -99,12 +97,16 @@ def save_full_model(
             values = json.loads(config.read_text(encoding="utf-8"))
             untie(values)
             config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        plan = _plan(model, save_original_format)
-        _write_experts(staging, plan, _Unpacker(), limit_bytes)
+        _write_experts(staging, target, plan, limit_bytes)
         _write_index(staging)
-        publish(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _num_bytes(model: nn.Module, plan: list[tuple[PlannedTensor, list[_Part]]]) -> int:
+    """About what a checkpoint takes; linear layers in int8 are written wider, tied weights once."""
+    held = {p.data_ptr(): p.nbytes for p in model.parameters() if not p.is_meta}
+    shown = [p for p in model.parameters() if p.is_meta or p.untyped_storage().nbytes() < p.nbytes]
+    plain_bytes = sum(held.values()) - sum(p.nbytes for p in shown if not p.is_meta and p.data_ptr() in held)
+    return max(0, plain_bytes) + sum(tensor.num_bytes for tensor, _ in plan)
 
 
 def parse_size(size: int | str) -> int:
@@ -192,9 +194,7 @@ class _Unpacker:
         return experts.unpack_expert(index)
 
 
-def _write_experts(
-    folder: Path, plan: list[tuple[PlannedTensor, list[_Part]]], unpack: _Unpacker, limit_bytes: int
-) -> None:
+def _write_experts(folder: Path, target: Path, plan: list[tuple[PlannedTensor, list[_Part]]], limit_bytes: int) -> None:
     """Fill shards in layer order, each up to the limit (a larger single tensor has a shard of its own)."""
     shards: list[list[tuple[PlannedTensor, list[_Part]]]] = []
     used_bytes = 0
@@ -204,15 +204,16 @@ def _write_experts(
             used_bytes = 0
         shards[-1].append(entry)
         used_bytes += entry[0].num_bytes
+    unpack = _Unpacker()
     for number, shard in enumerate(hf_logging.tqdm(shards, desc="Writing expert shards"), 1):
         tensors = [tensor for tensor, _ in shard]
         parts = ((tensor.name, *part) for tensor, parts in shard for part in parts)
-        pieces = _pieces(folder, tensors[0].dtype, parts, unpack)
+        pieces = _pieces(target, tensors[0].dtype, parts, unpack)
         write(folder / f"experts-{number:05d}.safetensors", tensors, pieces)
 
 
 def _pieces(
-    folder: Path, dtype: str, parts: Iterable[tuple[str, nn.Module, ExpertPart]], unpack: _Unpacker
+    target: Path, dtype: str, parts: Iterable[tuple[str, nn.Module, ExpertPart]], unpack: _Unpacker
 ) -> Iterator[Tensor]:
     unpacked: tuple[nn.Module, int] | None = None
     matrices: dict[str, Tensor] = {}
@@ -227,7 +228,7 @@ def _pieces(
         matrix = matrix.mT.contiguous() if part.is_transposed else matrix
         matrix = matrix.to(getattr(torch, dtype.removeprefix("torch.")))
         if not is_finite(matrix):
-            raise _not_finite(folder.parent, name)
+            raise _not_finite(target, name)
         yield matrix
 
 
@@ -248,14 +249,3 @@ def _write_index(folder: Path) -> None:
         file.rename(file.with_suffix(""))
     content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def publish(staging: Path, target: Path) -> None:
-    """Move the complete files into place, index last, and drop the weight files of an earlier save."""
-    fresh = {path.name for path in staging.iterdir()}
-    (target / INDEX_NAME).unlink(missing_ok=True)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == INDEX_NAME):
-        path.replace(target / path.name)
-    for path in target.glob("model*.safetensors"):
-        if path.name not in fresh and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", path.name):
-            path.unlink()

@@ -7,7 +7,9 @@ expert tensor; after, it streams the experts from the checkpoint into packed for
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -32,6 +34,7 @@ from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.integrations.auto_class import HUB_ARGS, auto_class, has_native_class
 from kt_sft.integrations.expert_sources import (
     ExpertSource,
+    check_biases,
     open_experts,
     open_weight_path,
     stream_experts,
@@ -104,6 +107,9 @@ def load_model(
     hook = quantization_config(config, path, plan=plan, **hub_kwargs)
     if not Path(path).is_dir():
         check_model(path, config, **from_pretrained_kwargs)
+    else:  # transformers says what it cannot build by whatever Python raises
+        model_config = copy.deepcopy(read_config(path, from_pretrained_kwargs))
+        meta_model(model_config, from_pretrained_kwargs.get("trust_remote_code"))
     leaves_code = from_pretrained_kwargs.get("trust_remote_code") and has_native_class(path, **hub_kwargs)
     if hook.replaces_quantization or leaves_code:
         from_pretrained_kwargs = load_config(path, from_pretrained_kwargs)
@@ -227,8 +233,14 @@ def prepare_native(config: KTConfig) -> None:
 def _at_most(name: str, asked: int, most: int, reason: str) -> int:
     if asked <= most:
         return asked
-    logger.warning("%s: %d asked for, but %s; using %d", name, asked, reason.format(most), most)
+    _say_once(f"{name}: {asked} asked for, but {reason.format(most)}; using {most}")
     return most
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    """A process prepares several times: for the checks of a run, and for each model."""
+    logger.warning(message)
 
 
 class KTExpertsConfig(QuantizationConfigMixin):
@@ -318,6 +330,7 @@ class KTExpertsQuantizer(HfQuantizer):
             self._dequantizer.close(model)
         try:
             specs = {name: model.get_submodule(name).spec for name in self._source.formats}
+            check_biases(model, self._source)
             self._source = through_cache(self._source, specs, self.kt_config, model.config.model_type)
             stream_experts(model, self._source)
         finally:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.utils import logging as hf_logging
-
 from kt_sft import env
 from kt_sft.convert.plan import name_of, plan_conversion
-from kt_sft.convert.run import Progress, convert
+from kt_sft.convert.run import convert
 from kt_sft.errors import OutputError
 from kt_sft.formats.packed_manifest import WEIGHT_FORMATS
 from kt_sft.integrations.packed_experts import PackedExperts
+from kt_sft.integrations.progress import progress_bar
 
 if TYPE_CHECKING:
     from kt_sft.config import KTConfig
@@ -49,7 +47,9 @@ def through_cache(
     folder = Path(config.weight_cache).expanduser() / f"{model_type}-{kind}-{plan.identity[:16]}"
     plan = dataclasses.replace(plan, output=folder)
     try:
-        with progress_bar(plan.num_experts) as progress:
+        with progress_bar(
+            "Packing experts", plan.num_experts, unit="expert", is_shown=env.local_rank() <= 0
+        ) as progress:
             convert(source, plan, wait=True, progress=progress)
     except OutputError as error:
         logger.warning("weight_cache: experts are packed in memory instead: %s", error)
@@ -60,10 +60,3 @@ def through_cache(
 def uses_cache(config: KTConfig) -> bool:
     """Whether a checkpoint is loaded through a container in the cache."""
     return config.weight_cache is not None and config.weight_format in WEIGHT_FORMATS
-
-
-@contextmanager
-def progress_bar(total: int) -> Iterator[Progress]:
-    """transformers' bar over the experts, shown by the first process of the machine."""
-    with hf_logging.tqdm(total=total, desc="Packing experts", unit="expert", disable=env.local_rank() > 0) as bar:
-        yield lambda done, _total, _layer: bar.update(done - bar.n)

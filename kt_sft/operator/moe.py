@@ -20,11 +20,13 @@ from kt_sft.operator.saving import save_layer
 from kt_sft.operator.staging import Inputs, Key, Staging
 from kt_sft.operator.threads import join_pool
 from kt_sft.operator.weights import LayerSizes, TensorExperts, load_from_path, load_from_tensors
-from kt_sft.ops.moe import MoeCall, moe_into
+from kt_sft.ops.moe import INTEGERS, MoeCall, moe_into
 from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
 
 _staging = Staging()
+# What the kernels take; larger numbers would fill memory before these could refuse them.
+_MOST, _WIDEST = 1 << 20, 32768
 
 
 @dataclass
@@ -81,12 +83,12 @@ class KTMoEWrapper:
         max_deferred_experts_per_token: int | None = 0,
     ):
         numbers = {
-            "layer_idx": (layer_idx, 0),
-            "num_experts": (num_experts, 1),
-            "num_experts_per_tok": (num_experts_per_tok, 1),
-            "hidden_size": (hidden_size, 1),
-            "moe_intermediate_size": (moe_intermediate_size, 1),
-            "max_deferred_experts_per_token": (max_deferred_experts_per_token or 0, 0),
+            "layer_idx": (layer_idx, 0, _MOST),
+            "num_experts": (num_experts, 1, _MOST),
+            "num_experts_per_tok": (num_experts_per_tok, 1, _MOST),
+            "hidden_size": (hidden_size, 1, _WIDEST),
+            "moe_intermediate_size": (moe_intermediate_size, 1, _WIDEST),
+            "max_deferred_experts_per_token": (max_deferred_experts_per_token or 0, 0, _MOST),
         }
         faults = list(_wrong_numbers(numbers))
         config = None
@@ -279,7 +281,8 @@ class KTMoEWrapper:
         tokens = math.prod(hidden_states.shape[:-1])
         expected = (tokens, self.num_experts_per_tok)
         for name, tensor, is_float in (("topk_ids", topk_ids, False), ("topk_weights", topk_weights, True)):
-            if tuple(tensor.shape) != expected or tensor.is_floating_point() != is_float:
+            is_kind = tensor.is_floating_point() if is_float else tensor.dtype in INTEGERS
+            if tuple(tensor.shape) != expected or not is_kind:
                 kind = "floating point" if is_float else "integers"
                 raise ValueError(f"{name}: expected {kind} {list(expected)}, found {tensor.dtype} {list(tensor.shape)}")
             if tensor.device != hidden_states.device:
@@ -307,10 +310,12 @@ class KTMoEWrapper:
         _staging.clear()
 
 
-def _wrong_numbers(numbers: dict[str, tuple[object, int]]) -> Iterator[str]:
-    for name, (value, least) in numbers.items():
+def _wrong_numbers(numbers: dict[str, tuple[object, int, int]]) -> Iterator[str]:
+    for name, (value, least, most) in numbers.items():
         if type(value) is not int or value < least:
             yield f"{name}: expected a whole number >= {least}, found {value!r}"
+        elif value > most:
+            yield f"{name}: expected a whole number <= {most}, found one of {value.bit_length()} bits"
 
 
 def _in_our_words(fault: str) -> str:

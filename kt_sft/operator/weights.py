@@ -222,7 +222,7 @@ def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
 def _gguf_spec(index: GgufIndex, sizes: LayerSizes) -> ExpertsSpec:
     """As the caller says, with the number of experts that the file has."""
     count = count_experts(index, sizes.layer_idx, sizes.num_experts)
-    has_router_scale = index.metadata.get("general.architecture") in ROUTER_SCALE_ARCHITECTURES
+    has_router_scale = index.text("general.architecture") in ROUTER_SCALE_ARCHITECTURES
     return ExpertsSpec(count, sizes.hidden, sizes.inter, has_router_scale=has_router_scale)
 
 

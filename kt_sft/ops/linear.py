@@ -25,9 +25,11 @@ def packed_linear(x: Tensor, layer: object, bias: Tensor | None = None, *, rows:
     return _forward(x, layer, bias, rows)
 
 
-def _operand(x: Tensor) -> Tensor:
-    """`[rows, last]` bf16 on the CPU, the very memory where nothing has to change."""
-    flat = x.detach().to("cpu", torch.bfloat16).reshape(-1, x.shape[-1])
+def _operand(x: Tensor, width: int, name: str) -> Tensor:
+    """`[rows, width]` bf16 on the CPU, the very memory where nothing has to change."""
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(f"{name}: expected floating point [..., {width}], got {x.dtype} {list(x.shape)}")
+    flat = x.detach().to("cpu", torch.bfloat16).reshape(-1, width)
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
@@ -39,7 +41,7 @@ def _result(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, str]:
 
 
 def _forward(x: Tensor, layer: object, bias: Tensor | None, rows: str) -> Tensor:
-    a = _operand(x)
+    a = _operand(x, layer.k, "x")
     out, dtype = _result(a.shape[0], layer.n, x.dtype)
     layer.forward(a, out, dtype, rows, bias)
     return out.to(x.device, x.dtype).reshape(*x.shape[:-1], layer.n)
@@ -58,7 +60,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         device, dtype = ctx.like
-        a = _operand(dy)
+        a = _operand(dy, ctx.layer.n, "dy")
         dx, name = _result(a.shape[0], ctx.layer.k, dtype)
         ctx.layer.input_grad(a, dx, name)
         return dx.to(device, dtype).reshape(*dy.shape[:-1], ctx.layer.k), None, None, None

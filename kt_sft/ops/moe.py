@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from kt_sft.native import native
 
 _NO_TAPE = (None, None, None, None)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _HUGE_BYTES = 4 << 20  # two huge pages, of which one is whole wherever it begins
 
 # Order of the LoRA tensors in this file: a [num_experts, rank, in] and b [num_experts, rank, out] of gate, up, down.
@@ -113,15 +114,19 @@ def moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, lora: LoraTensors, ca
 def _inputs(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """CPU copies in the extension's dtypes, the very tensors where nothing has to change."""
     return (
-        _input(x, torch.bfloat16),  # [tokens, hidden]
-        _input(topk_ids, torch.int64),  # [tokens, k]
-        _input(topk_weights, torch.float32),  # [tokens, k]
+        _input(x, torch.bfloat16, "x"),  # [tokens, hidden]
+        _input(topk_ids, torch.int64, "topk_ids"),  # [tokens, k]
+        _input(topk_weights, torch.float32, "topk_weights"),  # [tokens, k]
     )
 
 
-def _input(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _input(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if tensor.dtype is dtype and tensor.is_cpu and not tensor.requires_grad and tensor.is_contiguous():
         return tensor  # each step below costs a microsecond even where it does nothing
+    is_number = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype in INTEGERS
+    if not is_number:
+        kind = "floating point numbers" if dtype.is_floating_point else "integers"
+        raise ValueError(f"{name}: expected {kind}, got {tensor.dtype}")
     return tensor.detach().to("cpu", dtype).contiguous()
 
 
@@ -136,7 +141,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """On the CPU whatever the default device is; large ones in huge pages, which cost less to touch and to find."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.nbytes >= _HUGE_BYTES:
-        native().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        native().advise_huge_pages(tensor)
     return tensor
 
 

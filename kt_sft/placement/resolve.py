@@ -23,6 +23,7 @@ from kt_sft.placement.plan import EXPERTS, LINEAR, MODULE, Placement, Plan, laye
 from kt_sft.placement.rules import Rule, RuleFile
 
 NO_RULES = RuleFile("no rules", ())
+_MOST_HINTS = 20  # each looks at all names of the model
 
 
 def resolve(model: nn.Module, rules: RuleFile = NO_RULES, *, default_device: str = "cpu", method: str = "BF16") -> Plan:
@@ -156,6 +157,7 @@ class _Walk:
 
     def dead_rules(self, model: nn.Module) -> Iterator[str]:
         """Rules that decide nothing, and why."""
+        hints = 0
         for rule in self.rules.rules:
             is_empty_part = rule.layers is not None and rule.layers.parts and not rule.layers.range(self.num_layers)
             if self.used[rule.number] or is_empty_part:  # a model of three layers has no first quarter
@@ -167,7 +169,9 @@ class _Walk:
                 why = f"the {count} modules that it picks are decided by rule {numbers} before it"
                 yield f"{self.rules.where(rule)}: has no effect: {why}; move it up or remove it"
             else:
-                yield f"{self.rules.where(rule)}: matches no module; {self._hint(rule, model)}"
+                hints += 1
+                hint = f"; {self._hint(rule, model)}" if hints <= _MOST_HINTS else ""
+                yield f"{self.rules.where(rule)}: matches no module{hint}"
 
     def _hint(self, rule: Rule, model: nn.Module) -> str:
         """The nearest known name of the part that fails."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kt_sft.config import METHODS
-from kt_sft.errors import ConfigError, FormatError, nearest
+from kt_sft.errors import ConfigError, nearest, unknown_names
+from kt_sft.formats.patterns import Allowance, Pattern
+from kt_sft.formats.yaml_files import read_yaml
 from kt_sft.placement.classes import (
     EXPERTS,
     GPU_EXPERTS,
@@ -27,6 +27,10 @@ from kt_sft.placement.classes import (
 
 logger = logging.getLogger(__name__)
 
+MOST_RULES = 500
+# Characters of a value in which the variables are filled in: one that names another twice doubles.
+MOST_VALUE = 4000
+_MOST_HINTS = 40
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "npu")
 LINEAR_FORMATS = ("bf16", "int8")
 _DEVICES = ("generate_device", "prefill_device", "out_device")
@@ -68,7 +72,7 @@ class Rule:
     """
 
     number: int
-    name: re.Pattern[str] | None
+    name: Pattern | None
     class_name: str | None
     layers: Layers | None
     target: str
@@ -99,17 +103,10 @@ def load_rules(path: str | Path, variables: Mapping[str, object] | None = None, 
         variables: replace those of the file.
         local_rank: of this process; `cuda` without a number is this GPU.
     Raises:
-        FormatError: no such file, or no YAML.
+        FormatError: no such file, or no YAML; see `read_yaml`.
         ConfigError: lists every fault with its rule.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(
-            path, "kt_optimize_rule", expected="a rule file", found=error.strerror, remedy="correct the path"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(path, "kt_optimize_rule", expected="YAML", found=" ".join(str(error).split())) from None
+    content = read_yaml(path, "kt_optimize_rule", kind="a rule file", is_ours=True)
     rules = parse_rules(content, str(path), variables, local_rank=local_rank)
     if local_rank == 0 and (asking := [rule for rule in rules.rules if rule.on_gpu]):
         numbers = ", ".join(str(rule.number) for rule in asking)
@@ -136,16 +133,19 @@ def parse_rules(
     entries = content.get("rules") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path}: expected a list of rules, or a mapping with `rules`, found {_kind(content)}")
-    faults += [
-        f"{path}: {key}: unknown key; {nearest(key, ('vars', 'rules'))}" for key in content.keys() - {"vars", "rules"}
-    ]
+    if len(entries) > MOST_RULES:
+        raise ConfigError(f"{path}: expected at most {MOST_RULES} rules, found {len(entries)}; join those that agree")
+    unknown = (key for key in content if key not in ("vars", "rules"))
+    faults += [f"{path}: {fault}" for fault in unknown_names(unknown, lambda key: nearest(key, ("vars", "rules")))]
     known = _variables(content.get("vars"), variables or {}, path, faults)
-    rules = []
+    rules, allowance = [], Allowance()
     for number, entry in enumerate(entries, 1):
         try:
-            rules.append(_rule(number, _fill(entry, known), local_rank))
+            rules.append(_rule(number, _fill(entry, known), local_rank, allowance))
         except ConfigError as error:
             faults += [f"{path}, rule {number}: {fault}" for fault in error.faults]
+        if len(faults) > _MOST_HINTS:
+            break  # more than anybody reads, and each takes milliseconds
     if faults:
         raise ConfigError(faults)
     return RuleFile(path, tuple(rules), known)
@@ -171,8 +171,12 @@ def _variables(defaults: Any, given: Mapping[str, object], path: str, faults: li
     if not isinstance(defaults, dict | None):
         faults.append(f"{path}: vars: expected a mapping of names to values, found {_kind(defaults)}")
         defaults = {}
-    raw = {str(name): str(value) for name, value in (defaults or {}).items()}
-    for name in given.keys() - raw.keys():
+    texts = {name: value for name, value in (defaults or {}).items() if isinstance(value, str | int | float)}
+    raw = {str(name): str(value) for name, value in texts.items() if not isinstance(value, bool)}
+    for name in (defaults or {}).keys() - {name for name in texts if str(name) in raw}:
+        expected = "a text or a number, in quotes if it is a word such as `on`"
+        faults.append(f"{path}: variable {name}: expected {expected}, found {_kind(defaults[name])}")
+    for name in given.keys() - {str(name) for name in defaults or {}}:
         hint = nearest(name, raw) if raw else "the file has no variables"
         faults.append(f"{path}: variable {name}: unknown; {hint}")
     raw.update({name: str(value) for name, value in given.items() if name in raw})
@@ -185,15 +189,35 @@ def _variables(defaults: Any, given: Mapping[str, object], path: str, faults: li
             known = found.group(1)
             if known in raw and known not in within:
                 return value_of(known, (*within, known))
+            if len(faults) > _MOST_HINTS:
+                return "cpu"
             unknown = f"variable {name}: ${{{known}}} is unknown; {nearest(known, raw)}"
             faults.append(f"{path}: {f'variable {known}: refers to itself' if known in raw else unknown}")
             return "cpu"
 
         if name not in values:
-            values[name] = _VARIABLE.sub(other, raw[name])
+            values[name] = _filled(raw[name], other, f"{path}: variable {name}")
         return values[name]
 
-    return {name: value_of(name, (name,)) for name in raw}
+    try:
+        return {name: value_of(name, (name,)) for name in raw}
+    except RecursionError:
+        raise ConfigError(f"{path}: vars: expected values that name others a few times, found hundreds") from None
+
+
+def _filled(text: str, value_of: Callable[[re.Match[str]], str], what: str) -> str:
+    """A text with the values of its variables.
+
+    Raises:
+        ConfigError: it becomes too long.
+    """
+    parts, at, length = [], 0, len(text)
+    for found in _VARIABLE.finditer(text):
+        parts += [text[at : found.start()], value_of(found)]
+        at, length = found.end(), length + len(parts[-1])
+        if length > MOST_VALUE:
+            raise ConfigError(f"{what}: expected at most {MOST_VALUE} characters with its variables, found more")
+    return "".join([*parts, text[at:]])
 
 
 def _fill(value: Any, variables: Mapping[str, str]) -> Any:
@@ -208,10 +232,10 @@ def _fill(value: Any, variables: Mapping[str, str]) -> Any:
         if name not in variables:
             hint = nearest(name, variables) if variables else "the file has no `vars`"
             raise ConfigError(f"${{{name}}}: unknown variable; {hint}")
-    return _VARIABLE.sub(lambda found: variables[found.group(1)], value)
+    return _filled(value, lambda found: variables[found.group(1)], repr(value[:80]))
 
 
-def _rule(number: int, entry: Any, local_rank: int) -> Rule:
+def _rule(number: int, entry: Any, local_rank: int, allowance: Allowance) -> Rule:
     """One rule of a file.
 
     Raises:
@@ -234,7 +258,7 @@ def _rule(number: int, entry: Any, local_rank: int) -> Rule:
         faults.append(f"recursive: expected true or false, found {recursive!r}")
     if not isinstance(match.get("class", ""), str):
         faults.append(f"match class: expected a class name, found {match['class']!r}")
-    name, layers = _pattern(match.get("name"), faults), _layers(match.get("layers"), faults)
+    name, layers = _pattern(match.get("name"), allowance, faults), _layers(match.get("layers"), faults)
     devices = {key: _device(key, kwargs.get(key), local_rank, faults) for key in _DEVICES}
     faults += _kwarg_faults(kwargs, devices, target)
     method = _method(kwargs, target, faults)
@@ -252,20 +276,21 @@ def _mapping(value: Any, what: str, known: tuple[str, ...], faults: list[str]) -
     if not isinstance(value, dict):
         faults.append(f"{what}: expected a mapping of {', '.join(known[:3])}, found {_kind(value)}")
         return {}
-    faults += [f"{what}: {key}: unknown key; {nearest(key, known)}" for key in value if key not in known]
+    unknown = unknown_names((key for key in value if key not in known), lambda key: nearest(key, known))
+    faults += [f"{what}: {fault}" for fault in unknown]
     return {key: inner for key, inner in value.items() if key in known}
 
 
-def _pattern(value: Any, faults: list[str]) -> re.Pattern[str] | None:
+def _pattern(value: Any, allowance: Allowance, faults: list[str]) -> Pattern | None:
     if value is None:
         return None
     if not isinstance(value, str):
         faults.append(f"match name: expected a regular expression, found {_kind(value)}")
         return None
     try:
-        return re.compile(value)
-    except re.error as error:
-        faults.append(f"match name {value!r}: expected a regular expression, found {error}")
+        return Pattern(value, "match name", allowance)
+    except ConfigError as error:
+        faults += error.faults
         return None
 
 
@@ -273,7 +298,7 @@ def _layers(value: Any, faults: list[str]) -> Layers | None:
     """`3`, `0-2`, or `2/4`: the second of four equal parts."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+)(?:([-/])(\d+))?", str(value).replace(" ", ""))
+    found = re.fullmatch(r"([0-9]{1,6})(?:([-/])([0-9]{1,6}))?", str(value).replace(" ", ""))
     if found:
         first, sign, second = int(found[1]), found[2], int(found[3] or found[1])
         if sign != "/" and first <= second:
@@ -288,7 +313,7 @@ def _device(key: str, value: Any, local_rank: int, faults: list[str]) -> str | N
     """A device as `cpu` or with its number; None if there is none."""
     if value is None:
         return None
-    found = re.fullmatch(r"([a-z]+)(?::(\d+))?", str(value).strip().lower())
+    found = re.fullmatch(r"([a-z]+)(?::([0-9]{1,4}))?", str(value).strip().lower())
     if not found or found[1] not in DEVICE_TYPES or (found[1] == "cpu" and found[2] not in (None, "0")):
         hint = nearest(value, DEVICE_TYPES)
         faults.append(f"{key}: expected cpu, cuda, cuda:1, xpu or npu, found {value!r}; {hint}")

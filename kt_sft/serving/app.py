@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import hmac
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from kt_sft import __version__
 from kt_sft.serving import ollama_routes, openai_routes
+from kt_sft.serving.access import Gate, Hosts, key_bytes
 from kt_sft.serving.engine import Cancelled, Engine
 from kt_sft.serving.errors import RequestError
+from kt_sft.serving.intake import Intake
 
 
-def create_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
+def create_app(engine: Engine, *, api_key: str | None = None, hosts: Hosts | None = None) -> FastAPI:
     """The server of one engine.
 
     Args:
         api_key: that requests have to bring as `Authorization: Bearer KEY`; None: nobody is asked.
+        hosts: names in `Host` that are answered where there is no key; default: those of a loopback server.
+
+    Raises:
+        ConfigError: a key that clients cannot send.
     """
-
-    key = None if api_key is None else api_key.encode("utf-8", "surrogateescape")  # headers are bytes, read as latin-1
-
-    async def check_key(request: Request) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if key is None or (scheme.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1"), key)):
-            return
-        raise RequestError(401, "expected `Authorization: Bearer KEY` with this server's key", code="invalid_api_key")
-
+    key = None if api_key is None else key_bytes(api_key, "the key")
     app = FastAPI(title="kt_sft", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/health")
@@ -37,8 +34,10 @@ def create_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
         active, waiting = engine.counts()
         return {"status": "ok", "model": engine.backend.facts.name, "active": active, "waiting": waiting}
 
-    app.include_router(openai_routes.router(engine), dependencies=[Depends(check_key)])
-    app.include_router(ollama_routes.router(engine), dependencies=[Depends(check_key)])
+    intake = Intake(engine)
+    app.include_router(openai_routes.router(engine, intake))
+    app.include_router(ollama_routes.router(engine, intake))
+    app.add_middleware(Gate, key=key, hosts=hosts or Hosts.of("127.0.0.1"), answer=_error_response)
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Cancelled, _answer_cancelled)
@@ -46,15 +45,21 @@ def create_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
     return app
 
 
-async def _answer_error(request: Request, error: RequestError) -> JSONResponse:
-    shape = ollama_routes if request.url.path.startswith("/api/") else openai_routes
+def _error_response(path: str, error: RequestError) -> JSONResponse:
+    shape = ollama_routes if path.startswith("/api/") else openai_routes
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(error.status)
     return JSONResponse(shape.error_body(error), status_code=error.status, headers=headers)
 
 
+async def _answer_error(request: Request, error: RequestError) -> JSONResponse:
+    return _error_response(request.scope["path"], error)
+
+
 async def _answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return await _answer_error(request, RequestError(error.status_code, message))
+    path = request.scope["path"]
+    response = _error_response(path, RequestError(error.status_code, f"{request.method} {path}: {error.detail}"))
+    response.headers.update(error.headers or {})  # the methods that there are
+    return response
 
 
 async def _answer_cancelled(request: Request, _error: Exception) -> JSONResponse:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from kt_sft.chat import ChatBackend, Sampling
@@ -114,11 +114,17 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._active: set[Generation] = set()
+        self._num_preparing = 0
         self._is_closing = False
         # Threads that stay: torch keeps an OpenMP team for every thread that ever computed.
         self._threads = [threading.Thread(target=self._work, name=f"slot-{i}", daemon=True) for i in range(slots)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closing
 
     @property
     def capacity(self) -> int:
@@ -135,15 +141,34 @@ class Engine:
             RequestError: too many wait, or the server stops.
         """
         with self._changed:
-            if self._is_closing:
-                raise RequestError(503, "the server is shutting down", code="shutting_down")
-            if len(self._active) + len(self._waiting) >= self.capacity:
-                message = f"{self.slots} requests are being answered and {self.max_waiting} wait; try again later"
-                raise RequestError(503, message, code="overloaded")
+            self._check_room(0)
             generation = Generation(self, prompt_ids, sampling, continues_text=continues_text)
             self._waiting.append(generation)
             self._changed.notify()
         return generation
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Within it a prompt is made ready that is going to be submitted; not for nothing, if there is no place.
+
+        Raises:
+            RequestError: as `submit`.
+        """
+        with self._changed:
+            self._check_room(self._num_preparing)
+            self._num_preparing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_preparing -= 1
+
+    def _check_room(self, num_preparing: int) -> None:
+        if self._is_closing:
+            raise RequestError(503, "the server is shutting down", code="shutting_down")
+        if len(self._active) + len(self._waiting) + num_preparing >= self.capacity:
+            message = f"{self.slots} requests are being answered and {self.max_waiting} wait; try again later"
+            raise RequestError(503, message, code="overloaded")
 
     def withdraw(self, generation: Generation) -> None:
         """Take a generation out of the queue, if it is still there."""

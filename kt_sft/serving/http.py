@@ -1,63 +1,17 @@
-"""Requests read with limits, answers that end when the client goes."""
+"""Answers that end when the client goes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
-from kt_sft.serving.errors import RequestError
-
-MAX_BODY_BYTES = 16 << 20
 SILENCE_S = 15.0  # after which a stream says that it is alive; proxies cut connections that say nothing for a minute
 CLIENT_GONE = 499  # nobody reads it but the log
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-async def parse(request: Request, model: type[Model]) -> Model:
-    """The body as `model`, whatever its content type says.
-
-    Raises:
-        RequestError: too long or cut off, no JSON object, or a field that is not what it should be.
-    """
-    body = bytearray()
-    try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MAX_BODY_BYTES:
-                raise RequestError(413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB, the limit of this server")
-    except ClientDisconnect:
-        raise RequestError(CLIENT_GONE, "the client went before the end of its request") from None
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    if b"\\u" in body and not _is_text(value):
-        raise RequestError(400, "the body is not JSON: half of a surrogate pair is no character", code="invalid_json")
-    if not isinstance(value, dict):
-        raise RequestError(400, f"the body: expected a JSON object, found {type(value).__name__}")
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-")) or "the body"
-        raise RequestError(400, f"{where}: {first['msg']}", param=where.partition(".")[0]) from None
-
-
-def _is_text(value: Any) -> bool:
-    """Whether every string in it can be written as UTF-8."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 async def or_disconnect(request: Request, work: Awaitable[Any], *, close: Callable[[], None]) -> Any:

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+from functools import partial
 from typing import Any
 
-from pydantic import BaseModel
+from starlette.requests import Request
 
-from kt_sft.chat import ChatBackend
+from kt_sft.chat import ChatBackend, PromptError
 from kt_sft.serving.errors import RequestError
+from kt_sft.serving.fields import Items, Strict
+from kt_sft.serving.intake import Intake
 
 ROLES = {"user": "user", "assistant": "assistant", "tool": "observation", "function": "observation"}
 
 
-class Function(BaseModel):
+class Function(Strict):
     """Of a call: OpenAI sends the arguments as JSON text, Ollama as an object."""
 
     name: str
     arguments: str | dict[str, Any] = "{}"
 
 
-class Call(BaseModel):
+class Call(Strict):
     function: Function
 
 
-class Part(BaseModel):
+class Part(Strict):
     type: str
     text: str | None = None
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Strict):
     role: str
-    content: str | list[Part] | None = None
-    images: list[Any] | None = None
-    tool_calls: list[Call] | None = None
+    content: str | Items[Part] | None = None
+    images: Items[Any] | None = None
+    tool_calls: Items[Call] | None = None
 
 
 def conversation(messages: list[ChatMessage]) -> tuple[list[dict[str, str]], str | None]:
@@ -44,7 +46,7 @@ def conversation(messages: list[ChatMessage]) -> tuple[list[dict[str, str]], str
         RequestError: an order of roles that templates do not know, or more than text.
     """
     system: list[str] = []
-    turns: list[dict[str, str]] = []
+    turns: list[tuple[str, list[str]]] = []  # role, and texts of which tools gave several
     for at, message in enumerate(messages):
         where = f"messages.{at}"
         text = _text(message, where)
@@ -54,41 +56,56 @@ def conversation(messages: list[ChatMessage]) -> tuple[list[dict[str, str]], str
             system.append(text)
             continue
         if message.role not in ROLES:
-            raise RequestError(400, f"{where}.role: expected {_known()}, found {message.role!r}", param="messages")
+            found = message.role[:100]
+            raise RequestError(400, f"{where}.role: expected {_known()}, found {found!r}", param="messages")
         role = ROLES[message.role]
         if message.tool_calls:
             if text.strip():
                 reason = "templates take either content or tool_calls; leave one of them out"
                 raise RequestError(400, f"{where}: {reason}", param="messages")
             role, text = "function", json.dumps([_call(call) for call in message.tool_calls], ensure_ascii=False)
-        if role == "observation" and turns and turns[-1]["role"] == role:  # results of calls made at once
-            turns[-1]["content"] += f"\n{text}"
+        if role == "observation" and turns and turns[-1][0] == role:  # results of calls made at once
+            turns[-1][1].append(text)
             continue
         is_answer = role in ("assistant", "function")
         if is_answer != bool(len(turns) % 2):
             expected = "assistant" if len(turns) % 2 else "user or tool"
             raise RequestError(400, f"{where}.role: expected {expected}, found {message.role!r}", param="messages")
-        turns.append({"role": role, "content": text})
+        turns.append((role, [text]))
     if len(turns) % 2 == 0:
         raise RequestError(400, "messages: expected a last one from user or tool", param="messages")
-    return turns, "\n\n".join(system) if system else None
+    joined = [{"role": role, "content": "\n".join(texts)} for role, texts in turns]
+    return joined, "\n\n".join(system) if system else None
 
 
-async def encode(backend: ChatBackend, messages: list[ChatMessage], tools: list[dict[str, Any]]) -> list[int]:
+async def encode(
+    intake: Intake, request: Request, backend: ChatBackend, messages: list[ChatMessage], tools: list[dict[str, Any]]
+) -> list[int]:
     """Prompt of a conversation in which the model may call these functions.
 
     Raises:
-        RequestError: see `conversation`; or the template wants more of a function than is there.
+        RequestError: see `conversation` and `Intake.tokens`; or the template wants more of a function than is there.
     """
     turns, system = conversation(messages)
     text = json.dumps(tools, ensure_ascii=False) if tools else None
+    texts = [turn["content"] for turn in turns] + [one for one in (system, text) if one]
+    has_calls = tools or any(turn["role"] == "function" for turn in turns)
+    encode_chat = partial(_encode_calls, backend) if has_calls else backend.encode_chat
+    return await intake.tokens(request, texts, partial(encode_chat, turns, system, text), param="messages")
+
+
+def _encode_calls(
+    backend: ChatBackend, turns: list[dict[str, str]], system: str | None, tools: str | None
+) -> list[int]:
+    """`encode_chat` where functions are described or were called: templates read those, and fall over some."""
     try:
-        return await asyncio.to_thread(backend.encode_chat, turns, system, text)
-    except (KeyError, TypeError, AttributeError) as error:
-        if not tools:
-            raise
-        message = f"tools: expected name, description and parameters of each function, found a fault: {error}"
-        raise RequestError(400, message, param="tools") from None
+        return backend.encode_chat(turns, system, tools)
+    except PromptError:
+        raise
+    except Exception as error:
+        expected = "name, description and parameters of each function, and calls with arguments in JSON"
+        message = f"expected {expected}; found a fault: {type(error).__name__}: {error}"
+        raise RequestError(400, f"tools: {message}", param="tools") from None
 
 
 def _text(message: ChatMessage, where: str) -> str:

@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from kt_sft import __version__
 from kt_sft.chat import ModelFacts, Sampling, ToolCall
 from kt_sft.serving.engine import Engine, Generation
 from kt_sft.serving.errors import RequestError, unknown_model
-from kt_sft.serving.http import EventStream, or_disconnect, parse
+from kt_sft.serving.fields import Items, Penalty, Repetition, Seed, Share, Strict, Whole
+from kt_sft.serving.http import EventStream, or_disconnect
+from kt_sft.serving.intake import Intake
 from kt_sft.serving.messages import ChatMessage, encode
-from kt_sft.serving.openai_schema import Seed
 from kt_sft.serving.sampling import room_for_answer, stop_strings, top_k, uses_adapter
 
 NDJSON = "application/x-ndjson"
 Shape = Callable[[str, list[ToolCall]], dict[str, Any]]  # text and calls -> the fields that carry them
 
 
-class Options(BaseModel):
+class Options(Strict):
     """Those of Ollama's options that this server follows; like Ollama it passes over names that it does not know."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[Whole, Field(ge=-1)] | None = None
+    repeat_penalty: Repetition | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     seed: Seed | None = None  # negative: a random one
-    stop: str | list[str] | None = None
-    num_predict: Annotated[int, Field(ge=-2)] | None = None  # negative: as much as fits
+    stop: str | Items[str] | None = None
+    num_predict: Annotated[Whole, Field(ge=-2)] | None = None  # negative: as much as fits
 
 
-class Body(BaseModel):
+class Body(Strict):
     model: str
     stream: bool | None = True
     options: Options | None = None
@@ -50,17 +51,17 @@ class GenerateBody(Body):
     prompt: str = ""
     system: str | None = None
     raw: bool | None = False
-    images: list[Any] | None = None
+    images: Items[Any] | None = None
     suffix: str | None = None
     template: str | None = None
 
 
 class ChatBody(Body):
-    messages: list[ChatMessage] = []
-    tools: list[dict[str, Any]] | None = None
+    messages: Items[ChatMessage] = []
+    tools: Items[dict[str, Any]] | None = None
 
 
-class ShowBody(BaseModel):
+class ShowBody(Strict):
     model: str | None = None
     name: str | None = None  # of older clients
 
@@ -70,7 +71,7 @@ def error_body(error: RequestError) -> dict[str, Any]:
     return {"error": error.message}
 
 
-def router(engine: Engine) -> APIRouter:
+def router(engine: Engine, intake: Intake) -> APIRouter:
     """The routes, answered by this engine."""
     routes = APIRouter()
     facts = engine.backend.facts
@@ -94,48 +95,47 @@ def router(engine: Engine) -> APIRouter:
 
     @routes.post("/api/show")
     async def show(request: Request) -> dict[str, Any]:
-        body = await parse(request, ShowBody)
-        _local_name(facts, body.model or body.name or "")
+        async with intake.body(request, ShowBody) as body:
+            _local_name(facts, body.model or body.name or "")
         return _description(facts)
 
     @routes.post("/api/generate")
     async def generate(request: Request) -> Response:
-        body = await parse(request, GenerateBody)
-        _refuse(body, "format", "images", "suffix", "template")
-        if not body.prompt:
-            return _loaded(facts, body, {"response": ""})
-        if body.raw:
-            prompt = await asyncio.to_thread(engine.backend.encode_text, body.prompt)
-        else:
-            turns = [{"role": "user", "content": body.prompt}]
-            prompt = await asyncio.to_thread(engine.backend.encode_chat, turns, body.system or None, None)
-        return await _answer(engine, request, body, prompt, _response, continues_text=bool(body.raw))
+        async with intake.body(request, GenerateBody) as body:
+            _refuse(body, "format", "images", "suffix", "template")
+            if not body.prompt:
+                return _loaded(facts, body, {"response": ""})
+            if body.raw:
+                texts, encode_prompt = [body.prompt], partial(engine.backend.encode_text, body.prompt)
+            else:
+                texts = [body.prompt, body.system or ""]
+                turns = [{"role": "user", "content": body.prompt}]
+                encode_prompt = partial(engine.backend.encode_chat, turns, body.system or None, None)
+            prompt = await intake.tokens(request, texts, encode_prompt, param="prompt")
+            generation = _submit(engine, body, prompt, continues_text=bool(body.raw))
+        return await _answer(engine, request, body, generation, _response)
 
     @routes.post("/api/chat")
     async def chat(request: Request) -> Response:
-        body = await parse(request, ChatBody)
-        _refuse(body, "format")
-        if not body.messages:
-            return _loaded(facts, body, _message("", []))
-        tools = [tool.get("function", tool) for tool in body.tools or []]
-        prompt = await encode(engine.backend, body.messages, tools)
-        return await _answer(engine, request, body, prompt, _message, has_tools=bool(tools))
+        async with intake.body(request, ChatBody) as body:
+            _refuse(body, "format")
+            if not body.messages:
+                return _loaded(facts, body, _message("", []))
+            tools = [tool.get("function", tool) for tool in body.tools or []]
+            prompt = await encode(intake, request, engine.backend, body.messages, tools)
+            generation = _submit(engine, body, prompt)
+        return await _answer(engine, request, body, generation, _message, has_tools=bool(tools))
 
     return routes
 
 
+def _submit(engine: Engine, body: Body, prompt: list[int], *, continues_text: bool = False) -> Generation:
+    return engine.submit(prompt, _sampling(engine.backend.facts, body, prompt), continues_text=continues_text)
+
+
 async def _answer(
-    engine: Engine,
-    request: Request,
-    body: Body,
-    prompt: list[int],
-    shape: Shape,
-    *,
-    has_tools: bool = False,
-    continues_text: bool = False,
+    engine: Engine, request: Request, body: Body, generation: Generation, shape: Shape, *, has_tools: bool = False
 ) -> Response:
-    sampling = _sampling(engine.backend.facts, body, prompt)
-    generation = engine.submit(prompt, sampling, continues_text=continues_text)
     lines = _lines(engine, generation, body.model, shape, has_tools=has_tools)
     if body.stream is not False:
         alive = json.dumps({"model": body.model, "created_at": _now(), **shape("", []), "done": False}) + "\n"

@@ -17,7 +17,8 @@ from starlette.responses import JSONResponse, Response
 from kt_sft.chat import Sampling, ToolCall
 from kt_sft.serving.engine import Cancelled, Engine, Generation
 from kt_sft.serving.errors import RequestError, unknown_model
-from kt_sft.serving.http import EventStream, or_disconnect, parse
+from kt_sft.serving.http import EventStream, or_disconnect
+from kt_sft.serving.intake import Intake
 from kt_sft.serving.messages import encode
 from kt_sft.serving.openai_schema import ChatRequest, CompletionRequest
 from kt_sft.serving.openai_schema import Request as Body
@@ -58,7 +59,7 @@ class Reply:
         return f"data: {json.dumps(self.envelope(choices, **usage, **more))}\n\n"
 
 
-def router(engine: Engine) -> APIRouter:
+def router(engine: Engine, intake: Intake) -> APIRouter:
     """The routes, answered by this engine."""
     routes = APIRouter(prefix="/v1")
 
@@ -75,13 +76,13 @@ def router(engine: Engine) -> APIRouter:
 
     @routes.post("/chat/completions")
     async def chat(request: Request) -> Response:
-        body = await parse(request, ChatRequest)
-        body.refuse_unsupported()
-        adapter = uses_adapter(engine.backend.facts, body.model)
-        tools = [tool.function for tool in body.tools or []] if body.tool_choice != "none" else []
-        wants_tools = bool(tools)
-        prompt = await encode(engine.backend, body.messages, tools)
-        generations = _submit(engine, body, [prompt], adapter)
+        async with intake.body(request, ChatRequest) as body:
+            body.refuse_unsupported()
+            adapter = uses_adapter(engine.backend.facts, body.model)
+            tools = [tool.function for tool in body.tools or []] if body.tool_choice != "none" else []
+            wants_tools = bool(tools)
+            prompt = await encode(intake, request, engine.backend, body.messages, tools)
+            generations = _submit(engine, body, [prompt], adapter)
         close = partial(_cancel, generations)
         if body.stream:
             reply = Reply.to(body, "chatcmpl", "chat.completion.chunk")
@@ -92,11 +93,11 @@ def router(engine: Engine) -> APIRouter:
 
     @routes.post("/completions")
     async def complete(request: Request) -> Response:
-        body = await parse(request, CompletionRequest)
-        body.refuse_unsupported()
-        adapter = uses_adapter(engine.backend.facts, body.model)
-        prompts = await asyncio.to_thread(_prompts, engine, body.prompt)
-        generations = _submit(engine, body, prompts, adapter, continues_text=True)
+        async with intake.body(request, CompletionRequest) as body:
+            body.refuse_unsupported()
+            adapter = uses_adapter(engine.backend.facts, body.model)
+            prompts = await _prompts(engine, intake, request, body.prompt)
+            generations = _submit(engine, body, prompts, adapter, continues_text=True)
         close = partial(_cancel, generations)
         reply = Reply.to(body, "cmpl", "text_completion")
         if body.stream:
@@ -114,15 +115,19 @@ def _card(engine: Engine, name: str) -> dict[str, Any]:
     return {**card, "parent": parent, "max_model_len": facts.context_length}
 
 
-def _prompts(engine: Engine, prompt: str | list[Any]) -> list[list[int]]:
+async def _prompts(engine: Engine, intake: Intake, request: Request, prompt: str | list[Any]) -> list[list[int]]:
     """Token ids of each prompt."""
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
     if not 1 <= len(prompt) <= MAX_PROMPTS:
         raise RequestError(400, f"prompt: expected 1 to {MAX_PROMPTS} prompts, found {len(prompt)}", param="prompt")
-    found = [engine.backend.encode_text(one) if isinstance(one, str) else one for one in prompt]
+    encode_text = engine.backend.encode_text
+    found = [
+        await intake.tokens(request, [one], partial(encode_text, one), param="prompt") if isinstance(one, str) else one
+        for one in prompt
+    ]
     vocab = engine.backend.facts.vocab_size
-    if not all(found) or any(not 0 <= token < vocab for ids in found for token in ids):
+    if not all(found) or any(not 0 <= min(ids) <= max(ids) < vocab for ids in found):
         raise RequestError(
             400, f"prompt: expected at least one token, and tokens from 0 to {vocab - 1}", param="prompt"
         )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from kt_sft.serving.errors import RequestError
+from kt_sft.serving.fields import Count, Items, Penalty, Repetition, Seed, Share, Strict, Whole
 from kt_sft.serving.messages import ChatMessage
 
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 # Field -> values that mean nothing is asked; any other is refused rather than ignored. Names of other servers as well.
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None, []),
@@ -42,16 +41,16 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Tool(BaseModel):
+class Tool(Strict):
     type: Literal["function"] = "function"
     function: dict[str, Any]
 
 
-class Request(BaseModel):
+class Request(Strict):
     """What chat and completions share. `top_k`, `repetition_penalty` and `ignore_eos` are names of other servers."""
 
     model_config = ConfigDict(extra="allow")
@@ -59,14 +58,14 @@ class Request(BaseModel):
     model: str
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[Whole, Field(ge=-1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    n: Annotated[Whole, Field(ge=1, le=16)] | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -84,9 +83,9 @@ class Request(BaseModel):
 
 
 class ChatRequest(Request):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
 
     @property
@@ -95,7 +94,7 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Items[int] | Items[str] | Items[Items[int]]
 
     @property
     def limit(self) -> int:

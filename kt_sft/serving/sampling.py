@@ -8,6 +8,7 @@ from kt_sft.chat import ModelFacts
 from kt_sft.serving.errors import RequestError, unknown_model
 
 MAX_STOPS = 16
+MAX_STOP_CHARS = 1024  # of each; every token looks for them in all text that is held back
 
 
 def uses_adapter(facts: ModelFacts, name: str) -> bool:
@@ -24,8 +25,9 @@ def uses_adapter(facts: ModelFacts, name: str) -> bool:
 def stop_strings(value: str | list[str] | None) -> tuple[str, ...]:
     """One, several or none."""
     words = [value] if isinstance(value, str) else value or []
-    if len(words) > MAX_STOPS or not all(words):
-        raise RequestError(400, f"stop: expected up to {MAX_STOPS} strings, none of them empty", param="stop")
+    if len(words) > MAX_STOPS or not all(0 < len(word) <= MAX_STOP_CHARS for word in words):
+        expected = f"up to {MAX_STOPS} strings of up to {MAX_STOP_CHARS} characters, none of them empty"
+        raise RequestError(400, f"stop: expected {expected}", param="stop")
     return tuple(words)
 
 
@@ -48,9 +50,16 @@ def room_for_answer(facts: ModelFacts, prompt_ids: Sequence[int], max_tokens: in
     room = limit - used
     if room < 1 or (max_tokens is not None and max_tokens > room and not cuts):
         asked = f" and {max_tokens} for the answer" if max_tokens is not None and room >= 1 else ""
-        message = (
-            f"this model's context length is {limit} tokens, and the request has {used} in the prompt{asked}; "
-            "shorten it"
-        )
-        raise RequestError(400, message, param="messages", code="context_length_exceeded")
+        raise over_context(limit, f"{used} in the prompt{asked}", "messages")
     return min(room, facts.default_max_tokens if max_tokens is None else max_tokens)
+
+
+def over_context(limit: int, found: str, param: str) -> RequestError:
+    """For a prompt that does not fit.
+
+    Args:
+        limit: tokens of the context.
+        found: what the request has.
+    """
+    message = f"this model's context length is {limit} tokens, and the request has {found}; shorten it"
+    return RequestError(400, message, param=param, code="context_length_exceeded")

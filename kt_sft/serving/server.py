@@ -7,18 +7,19 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 import uvicorn
 
 from kt_sft.errors import ConfigError
+from kt_sft.serving import connection, limits
+from kt_sft.serving.access import Hosts
 from kt_sft.serving.app import create_app
 from kt_sft.serving.engine import Engine
 
 logger = logging.getLogger(__name__)
 GRACE_S = 5.0  # for answers that are being written, and then for the token that is being computed
-MAX_CONNECTIONS = 512  # open at a time; further ones get 503
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -27,8 +28,11 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: it cannot be had.
     """
+    if not host:
+        raise ConfigError("--host: expected an address, found an empty one; write 0.0.0.0 for every address")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's delay of 40 ms off where the protocol is named, not where it is 0.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
@@ -49,16 +53,31 @@ class Server(uvicorn.Server):
 
     Args:
         sock: of `bind`.
+        api_key: that requests have to bring; None: nobody is asked.
+        allowed_hosts: names by which clients address it, beside those that are known.
 
     Raises:
         ConfigError: another server that was loading, too, listens there by now.
     """
 
-    def __init__(self, engine: Engine, sock: socket.socket, *, api_key: str | None = None, log_level: str = "info"):
+    def __init__(
+        self,
+        engine: Engine,
+        sock: socket.socket,
+        *,
+        api_key: str | None = None,
+        allowed_hosts: Iterable[str] = (),
+        log_level: str = "info",
+    ):
+        hosts = Hosts.of(sock.getsockname()[0], allowed_hosts)
         config = uvicorn.Config(
-            create_app(engine, api_key=api_key),
+            create_app(engine, api_key=api_key, hosts=hosts),
+            http=connection.Connection,
+            ws="none",
             log_level=log_level,
-            limit_concurrency=MAX_CONNECTIONS,
+            limit_concurrency=limits.MAX_CONNECTIONS + 1,  # where no connection could be closed for a new one
+            h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
+            timeout_keep_alive=limits.KEEP_ALIVE_S,
             timeout_graceful_shutdown=round(GRACE_S),
             server_header=False,
         )
@@ -81,6 +100,11 @@ class Server(uvicorn.Server):
             self._sock.close()
             self._engine.close()
         return self._engine.join(GRACE_S)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # of 0.1 s
+            connection.sweep(self.server_state.connections)
+        return await super().on_tick(counter)
 
     def stop(self) -> None:
         """End it, from any thread."""

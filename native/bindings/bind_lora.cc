@@ -1,9 +1,8 @@
 // Layout changes of LoRA factors, and what tells that a factor has been written.
-#include <cstring>
-
 #include "bindings.h"
 #include "gil.h"
 #include "kts/lora_layout.h"
+#include "plain_arg.h"
 #include "tensor_arg.h"
 
 namespace py = pybind11;
@@ -12,16 +11,13 @@ namespace kts {
 
 namespace {
 
-LoraLayout layout_of(const TensorArg& canonical, const TensorArg& stored) {
-  const LoraLayout layout{canonical.size(0), canonical.size(1), canonical.size(2)};
-  canonical.expect_contiguous();
-  stored.expect_shape({layout.dim, layout.rank * layout.num_experts}).expect_contiguous();
-  return layout;
-}
-
 void to_operand(const py::object& stored_, const py::object& operand_) {
-  const TensorArg stored(stored_, "stored", "f32", 2), operand(operand_, "operand", "f32", 3);
-  const LoraLayout layout = layout_of(operand, stored);
+  CallMemory call;
+  const TensorOut operand(call, operand_, "operand", kF32, {kAnySize, kAnySize, kAnySize}, Layout::kContiguous);
+  const LoraLayout layout{operand.size(0), operand.size(1), operand.size(2)};
+  if (operand.numel() == 0) operand.refuse("a factor with numbers in it");
+  const TensorIn stored(call, stored_, "stored", kF32, {layout.dim, layout.rank * layout.num_experts},
+                        Layout::kContiguous);
   const GilRelease release;
   operand_from_expert_minor(layout, stored.f32(), operand.f32());
 }
@@ -38,16 +34,19 @@ double sum_of_samples(int64_t count, Load&& load) {
 
 double sample(const py::handle& factor) {
   if (factor.is_none()) return 0.0;
-  const TensorArg values(py::reinterpret_borrow<py::object>(factor), "factor", "float", -1);
-  values.expect_contiguous();
+  CallMemory call;
+  const TensorIn values(call, py::reinterpret_borrow<py::object>(factor), "factor", kAnyFloat, Shape::any(),
+                        Layout::kContiguous);
   const int64_t count = values.numel();
-  if (std::strcmp(values.dtype(), "f32") == 0) return sum_of_samples(count, [&](int64_t i) { return values.f32()[i]; });
-  if (std::strcmp(values.dtype(), "bf16") == 0)
-    return sum_of_samples(count, [&](int64_t i) { return bf16_to_f32(values.bf16()[i]); });
-  return sum_of_samples(count, [&](int64_t i) { return f16_to_f32(values.f16()[i]); });
+  if (values.dtype() == kF32) return sum_of_samples(count, [at = values.f32()](int64_t i) { return at[i]; });
+  if (values.dtype() == kBf16)
+    return sum_of_samples(count, [at = values.bf16()](int64_t i) { return bf16_to_f32(at[i]); });
+  return sum_of_samples(count, [at = values.f16()](int64_t i) { return f16_to_f32(at[i]); });
 }
 
-py::tuple sample_factors(const py::tuple& factors) {
+py::tuple sample_factors(const py::object& given) {
+  if (!py::isinstance<py::tuple>(given)) refuse_value("factors", "a tuple of tensors and None", given);
+  const auto factors = py::reinterpret_borrow<py::tuple>(given);
   py::tuple sums(factors.size());
   for (size_t i = 0; i < factors.size(); ++i) sums[i] = py::float_(sample(factors[i]));
   return sums;

@@ -9,7 +9,9 @@
 #include "kts/thread_pool.h"
 #include "kts/topology.h"
 #include "kts/workspace.h"
-#include "rows_arg.h"
+#include "name_arg.h"
+#include "plain_arg.h"
+#include "tensor_arg.h"
 
 namespace py = pybind11;
 
@@ -49,6 +51,12 @@ py::list block_types() {
   return types;
 }
 
+void huge_pages(const py::object& tensor_) {
+  CallMemory call;
+  const TensorOut tensor(call, tensor_, "tensor", kAnyDType, Shape::any(), Layout::kContiguous);
+  advise_huge_pages(tensor.bytes(), static_cast<size_t>(tensor.numel() * tensor.item_bytes()));
+}
+
 py::dict cpu_info() {
   const CpuInfo info = read_cpu_info();
   py::dict item;
@@ -64,25 +72,27 @@ py::dict cpu_info() {
 }  // namespace
 
 void bind_runtime(py::module_& m) {
-  m.def("set_threads", &set_threads, py::arg("threads"), py::arg("pools") = 0, py::kw_only(),
-        py::arg("fake_nodes") = false, py::call_guard<GilRelease>(),
-        "Threads beyond max_threads() are not started; pools=0: one per NUMA node. fake_nodes, for tests: any number "
-        "of threads and pools, which share the machine's CPUs.");
+  m.def(
+      "set_threads",
+      [](Number<"threads", int> threads, Number<"pools", int> pools, bool fake_nodes) {
+        const GilRelease release;
+        set_threads(threads, pools, fake_nodes);
+      },
+      py::arg("threads"), py::arg("pools") = 0, py::kw_only(), py::arg("fake_nodes") = false,
+      "Threads beyond max_threads() are not started; pools=0: one per NUMA node. fake_nodes, for tests: up to "
+      "1024 threads and pools, which share the machine's CPUs.");
   m.def("num_threads", &num_threads, py::call_guard<GilRelease>());
   m.def("num_pools", &num_pools, py::call_guard<GilRelease>());
   m.def("max_threads", [] { return max_threads(read_cpu_info()); });
   m.def("default_threads", [] { return default_threads(read_cpu_info()); });
   m.def("isa_detected", [] { return isa_names(detect_isa()); });
   m.def("isa_active", &active_isa_name);
-  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("set_isa", [](const Text<"name">& name) { set_isa(name); }, py::arg("name"));
   m.def("amx_refusal", [] { return std::string(amx_refusal()); });
   m.def("block_types", &block_types);
   m.def("kernel_rows", &kernel_rows);
   m.def("cpu_info", &cpu_info);
-  m.def(
-      "advise_huge_pages",
-      [](uintptr_t address, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
-      py::arg("address"), py::arg("bytes"), "For memory that nobody has written yet.");
+  m.def("advise_huge_pages", &huge_pages, py::arg("tensor"), "For memory that nobody has written yet; contiguous.");
   m.def("leave_openmp_threads", &leave_openmp_threads,
         "For processes in which torch's idle OpenMP threads sleep anyway, or are meant to spin.");
   m.def("workspace_growths", &pass_arena_growths);

@@ -1,8 +1,9 @@
 #include "tensor_arg.h"
 
-#include <cstring>
+#include <algorithm>
 
-#include "gil.h"
+#include "dlpack.h"
+#include "kts/base.h"
 
 namespace py = pybind11;
 
@@ -10,143 +11,135 @@ namespace kts {
 
 namespace {
 
-// DLTensor of the DLPack specification (dmlc/dlpack, C ABI v0.8 to v1.x).
-struct DlTensor {
-  void* data;
-  int32_t device_type;
-  int32_t device_id;
-  int32_t ndim;
-  uint8_t code;
+struct Known {
+  DType dtype;
+  uint8_t code;  // of DLPack
   uint8_t bits;
-  uint16_t lanes;
-  int64_t* shape;
-  int64_t* strides;  // elements; null = contiguous
-  uint64_t byte_offset;
+  const char* name;
 };
-constexpr int32_t kCpu = 1, kPinnedCuda = 3;
-constexpr uint8_t kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4;
+constexpr Known kKnown[] = {
+    {kBf16, 4, 16, "bf16"}, {kF16, 2, 16, "f16"}, {kF32, 2, 32, "f32"}, {kI64, 0, 64, "i64"}, {kU8, 1, 8, "u8"}};
+constexpr Known kOthers[] = {
+    {0, 2, 64, "f64"}, {0, 0, 32, "i32"}, {0, 0, 16, "i16"}, {0, 0, 8, "i8"}, {0, 6, 8, "bool"}};
 
-// DLPackExchangeAPI of the same specification from v1.3 on: functions of a tensor type, without a capsule per tensor.
-struct DlExchange {
-  uint32_t major;
-  uint32_t minor;
-  const DlExchange* previous;
-  void* allocate;
-  void* to_managed;
-  void* from_managed;
-  int (*borrow)(void* tensor, DlTensor* out);  // may be null; valid while the tensor lives; 0 = done
-};
-constexpr uint32_t kExchangeMajor = 1;
-
-// Of the tensor's type, null where it has none: torch before 2.10.
-const DlExchange* exchange_of(const py::object& tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
-  PyObject* capsule = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())), name);
-  if (capsule == nullptr) {
-    PyErr_Clear();
-    return nullptr;
-  }
-  const auto* api = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  Py_DECREF(capsule);  // the table outlives it: it is static
-  if (api == nullptr) PyErr_Clear();
-  while (api != nullptr && api->major != kExchangeMajor) api = api->previous;
-  return api != nullptr && api->borrow != nullptr ? api : nullptr;
+Known dtype_of(const DlTensor& t) {
+  const auto is_it = [&](const Known& known) { return t.code == known.code && t.bits == known.bits && t.lanes == 1; };
+  for (const Known& known : kKnown)
+    if (is_it(known)) return known;
+  for (const Known& other : kOthers)
+    if (is_it(other)) return other;
+  return {0, t.code, t.bits, "another dtype"};
 }
 
-// Fills `out` and returns what keeps it valid.
-py::object borrow(const py::object& tensor, const std::string& name, DlTensor* out) {
-  if (const DlExchange* api = exchange_of(tensor)) {
-    if (call_python([&] { return api->borrow(tensor.ptr(), out); }) != 0) throw py::error_already_set();
-    return tensor;
-  }
-  if (!py::hasattr(tensor, "__dlpack__"))
-    throw py::type_error(name + ": expected a tensor, got " + std::string(py::str(py::type::of(tensor))));
-  py::object capsule = call_python([&] {
-    const bool has_graph = py::cast<bool>(py::getattr(tensor, "requires_grad", py::bool_(false)));
-    return py::object((has_graph ? tensor.attr("detach")() : tensor).attr("__dlpack__")());
-  });
-  const auto* dl = static_cast<const DlTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-  if (dl == nullptr) throw py::error_already_set();
-  *out = *dl;
-  return capsule;
+std::string names_of(DType dtypes) {
+  std::string names;
+  for (const Known& known : kKnown)
+    if (dtypes & known.dtype) names += (names.empty() ? "" : " or ") + std::string(known.name);
+  return names;
 }
 
-const char* dtype_name(const DlTensor& t) {
-  if (t.code == kBfloat && t.bits == 16) return "bf16";
-  if (t.code == kFloat) return t.bits == 16 ? "f16" : t.bits == 32 ? "f32" : t.bits == 64 ? "f64" : "another float";
-  if (t.code == kInt) return t.bits == 64 ? "i64" : t.bits == 32 ? "i32" : t.bits == 8 ? "i8" : "another integer";
-  if (t.code == kUnsigned) return t.bits == 8 ? "u8" : "another unsigned integer";
-  return "another dtype";
-}
-
-bool dtype_fits(const char* dtype, const char* expected) {
-  if (std::strcmp(expected, "float") != 0) return std::strcmp(dtype, expected) == 0;
-  return std::strcmp(dtype, "f32") == 0 || std::strcmp(dtype, "bf16") == 0 || std::strcmp(dtype, "f16") == 0;
-}
-
-std::string join(const int64_t* values, size_t count) {
+// kAnySize means any size of an expected shape only.
+std::string join(const int64_t* values, int count, bool is_expected = false) {
   std::string text = "[";
-  for (size_t i = 0; i < count; ++i) {
+  for (int i = 0; i < count; ++i) {
     if (i > 0) text += ", ";
-    text += values[i] < 0 ? "any" : std::to_string(values[i]);
+    text += is_expected && values[i] == kAnySize ? "any" : std::to_string(values[i]);
   }
   return text + "]";
 }
 
 }  // namespace
 
-TensorArg::TensorArg(const py::object& tensor, const char* name, const char* dtype, int dims, const char* part,
-                     bool any_strides)
-    : name_(name), part_(part) {
-  DlTensor dl;
-  owner_ = borrow(tensor, std::string(name) + part, &dl);
-  dtype_ = dtype_name(dl);
-  data_ = static_cast<char*>(dl.data) + dl.byte_offset;
-  dims_ = dl.ndim < kMaxDims ? dl.ndim : kMaxDims;
-  int64_t running = 1;
-  for (int i = dims_; i-- > 0;) {
-    shape_[i] = dl.shape[i];
-    strides_[i] = dl.strides != nullptr ? dl.strides[i] : running;
-    running *= shape_[i];
+Shape::Shape(std::initializer_list<int64_t> expected) : dims(static_cast<int>(expected.size())) {
+  KTS_CHECK(expected.size() <= kMaxDims, "shape: expected at most four dimensions");
+  std::copy(expected.begin(), expected.end(), sizes.begin());
+}
+
+TensorArg::TensorArg(CallMemory& call, const py::object& tensor, ArgName name, DType dtypes, const Shape& shape,
+                     Layout layout, Access access) {
+  view_.name = name.name, view_.part = name.part, view_.access = access;
+  take(tensor);
+  check_layout(dtypes, shape, layout);
+  const bool is_negated = kts::is_negated(tensor);
+  const bool is_aligned = reinterpret_cast<uintptr_t>(view_.data) % static_cast<uintptr_t>(view_.item) == 0;
+  if (access == Access::kRead && (is_negated || !is_aligned)) {
+    check_memory();
+    take(plain_copy(tensor, title()));
+    check_layout(dtypes, shape, layout);
+  } else if (access == Access::kWrite) {
+    if (is_negated) refuse("a tensor without the negative bit");
+    if (!is_aligned) refuse("memory aligned to the elements");
+    if (kts::requires_grad(tensor)) refuse("a tensor that requires no gradient");
   }
-  if (dl.device_type != kCpu && dl.device_type != kPinnedCuda) refuse("a CPU tensor");
-  if (!dtype_fits(dtype_, dtype)) refuse(std::string("dtype ") + dtype);
-  if (dims >= 0 ? dl.ndim != dims : dl.ndim > kMaxDims)
-    refuse((dims >= 0 ? std::to_string(dims) : "at most four") + " dimensions");
-  if (!any_strides && dims_ > 0 && shape_[dims_ - 1] > 1 && strides_[dims_ - 1] != 1)
-    refuse("a last dimension of stride 1");
+  check_memory();
+  call.add(view_);
+}
+
+void TensorArg::take(const py::object& tensor) {
+  DlTensor dl;
+  owner_ = borrow(tensor, title(), &dl);
+  const Known known = dtype_of(dl);
+  dtype_ = known.dtype, dtype_name_ = known.name;
+  on_cpu_ = dl.on_cpu();
+  given_dims_ = dl.ndim;
+  view_.dims = dl.ndim < kMaxDims ? dl.ndim : kMaxDims;
+  view_.data = dl.begin();
+  view_.item = std::max(known.bits / 8, 1);
+  int64_t running = 1;
+  for (int i = view_.dims; i-- > 0;) {
+    const int64_t size = view_.shape[i] = dl.shape[i];
+    const bool is_step = size > 1 && dl.strides != nullptr;
+    strides_[i] = is_step ? dl.strides[i] : running;
+    // A stride that no memory has: fits() says so below.
+    if (__builtin_mul_overflow(strides_[i], view_.item, &view_.strides[i])) view_.strides[i] = INT64_MAX;
+    if (size <= 1) view_.strides[i] = 0;
+    if (__builtin_mul_overflow(running, std::max<int64_t>(size, 1), &running)) running = INT64_MAX;
+  }
+}
+
+void TensorArg::check_layout(DType dtypes, const Shape& shape, Layout layout) const {
+  if (!on_cpu_) refuse("a CPU tensor");
+  if (dtypes != kAnyDType && (dtype_ & dtypes) == 0) refuse("dtype " + names_of(dtypes));
+  if (shape.dims >= 0 ? given_dims_ != shape.dims : given_dims_ > kMaxDims)
+    refuse((shape.dims >= 0 ? std::to_string(shape.dims) : "at most four") + " dimensions");
+  for (int i = 0; i < shape.dims; ++i) {
+    const int64_t expected = shape.sizes[static_cast<size_t>(i)];
+    if (expected != kAnySize && expected != size(i)) refuse("shape " + join(shape.sizes.data(), shape.dims, true));
+  }
+  const int last = view_.dims - 1;
+  if (layout == Layout::kStrided || last < 0 || view_.is_empty()) return;  // no element, no layout
+  if (layout == Layout::kRows && size(last) > 1 && stride(last) != 1) refuse("a last dimension of stride 1");
+  int64_t running = 1;
+  for (int i = last; layout == Layout::kContiguous && i >= 0; --i) {
+    if (size(i) > 1 && stride(i) != running) refuse("a contiguous tensor");
+    if (__builtin_mul_overflow(running, size(i), &running)) refuse("a tensor that fits into memory");
+  }
+}
+
+void TensorArg::check_memory() const {
+  if (!view_.fits()) refuse("a tensor that fits into memory");
+  if (view_.is_empty()) return;
+  if (view_.data == nullptr) refuse("a tensor with memory");
+  if (view_.access == Access::kWrite && view_.overlaps_itself()) refuse("memory of its own for each element");
 }
 
 int64_t TensorArg::numel() const {
   int64_t count = 1;
-  for (int i = 0; i < dims_; ++i) count *= shape_[i];
-  return count;
+  for (int i = 0; i < view_.dims; ++i) count *= size(i);
+  return view_.is_empty() ? 0 : count;
 }
 
 std::string TensorArg::describe() const {
-  const size_t dims = static_cast<size_t>(dims_);
-  return std::string(dtype_) + " " + join(shape_, dims) + " with strides " + join(strides_, dims);
+  return std::string(dtype_name_) + " " + join(view_.shape, view_.dims) + " with strides " + join(strides_, view_.dims);
 }
 
 void TensorArg::refuse(const std::string& expected) const {
-  throw py::value_error(std::string(name_) + part_ + ": expected " + expected + ", got " + describe());
+  throw py::value_error(title() + ": expected " + expected + ", got " + describe());
 }
 
-const TensorArg& TensorArg::expect_shape(std::initializer_list<int64_t> expected) const {
-  bool same = static_cast<int>(expected.size()) == dims_;
-  for (int i = 0; same && i < dims_; ++i) same = expected.begin()[i] < 0 || expected.begin()[i] == shape_[i];
-  if (!same) refuse("shape " + join(expected.begin(), expected.size()));
-  return *this;
-}
-
-const TensorArg& TensorArg::expect_contiguous() const {
-  if (numel() == 0) return *this;  // no element, no layout
-  int64_t running = 1;
-  for (int i = dims_; i-- > 0;) {
-    if (shape_[i] > 1 && strides_[i] != running) refuse("a contiguous tensor");
-    running *= shape_[i];
-  }
-  return *this;
+void* TensorArg::as(DType dtype) const {
+  if (dtype != dtype_) refuse("elements of " + names_of(dtype));
+  return const_cast<char*>(view_.data);
 }
 
 }  // namespace kts

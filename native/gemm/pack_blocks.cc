@@ -109,6 +109,7 @@ int64_t WeightFormat::k_unit() const {
 }
 
 int64_t block_row_bytes(WeightFormat format, int64_t k) {
+  KTS_CHECK(format.kind >= Format::kF16, "weights: only f16 and block types are loaded from blocks");
   if (format.kind == Format::kF16) return k * 2;
   const BlockTypeInfo& type = block_type_info(format.type);
   return k / type.block * type.block_bytes;

@@ -22,6 +22,8 @@ constexpr int64_t kRowUnit = 48;
 // Multiply-adds of a product that the calling thread computes alone: waking the others would take as long.
 constexpr int64_t kAloneProducts = int64_t{1} << 18;
 constexpr int kMaxPools = 32;
+// Of n and k: no size of a layer overflows.
+constexpr int64_t kMaxWidth = int64_t{1} << 24;
 
 // One product over at most kPassRows rows.
 struct Product {
@@ -134,9 +136,12 @@ const KernelRow& choose_kernel(const char* name, Format format, Rows rows, Direc
   fail((std::string("kernel ") + name + ": no such row; kernel_rows() lists them").c_str());
 }
 
+// Whether the calling thread computes m rows alone.
+bool is_small(const PackedMatrix& w, int64_t m) { return m <= kAloneProducts / (w.n * w.k); }
+
 // `near`: column groups lie in the memory of the pools, in order (forward of a layer that was placed).
 void run_tasks(const Product& p, ThreadPool& pool, bool near) {
-  if (p.m * p.w.n * p.w.k <= kAloneProducts) {  // one task, not none: the pool also ends the thread's AMX phase
+  if (is_small(p.w, p.m)) {  // one task, not none: the pool also ends the thread's AMX phase
     pool.parallel_for(1, [&](int64_t, int thread) {
       for (int64_t task = 0; task < p.num_blocks() * p.groups; ++task)
         run_task(p, task / p.groups, task % p.groups, thread);
@@ -164,7 +169,7 @@ void run_product(Product p, int64_t m, int placed_pools) {
   const bf16_t* a = p.a;
   const LinearOutput out = p.out;
   p.ops = &row_ops(active_isa());
-  if (m * p.w.n * p.w.k > kAloneProducts) calm_openmp_threads();
+  if (!is_small(p.w, m)) calm_openmp_threads();
   for (int64_t begin = 0; begin < m; begin += kPassRows) {
     p.m = min_i64(kPassRows, m - begin);
     p.a = a + begin * p.a_stride;
@@ -189,6 +194,7 @@ void check_output(const LinearOutput& out, int64_t m) {  // without rows an outp
 
 PackedLinear::PackedLinear(int64_t n, int64_t k, WeightFormat format) : n_(n), k_(k), format_(format) {
   KTS_CHECK(n > 0 && k > 0, "PackedLinear: n and k must be positive");
+  KTS_CHECK(n <= kMaxWidth && k <= kMaxWidth, "PackedLinear: expected n and k of at most 16777216");
   check_format(format, k);
   weights_ = PageBuffer(static_cast<size_t>(kts::packed_bytes(format, n, k)));
   std::lock_guard<std::mutex> lock(runtime().mutex);
@@ -231,21 +237,17 @@ void PackedLinear::load_blocks(const uint8_t* w, int64_t row_bytes) {
 }
 
 template <class T>
-static void unpack_parallel(const PackedMatrix& packed, T* w, int64_t stride) {
+void PackedLinear::unpack_parallel(T* w, int64_t stride) const {
   std::lock_guard<std::mutex> lock(runtime().mutex);
+  check_loaded();
+  const PackedMatrix packed = weight();
   runtime().pool->parallel_for(packed.n_panels(),
                                [&](int64_t panel, int) { unpack_panels(packed, panel, panel + 1, w, stride); });
 }
 
-void PackedLinear::unpack(bf16_t* w, int64_t stride) const {
-  check_loaded();
-  unpack_parallel(weight(), w, stride);
-}
+void PackedLinear::unpack(bf16_t* w, int64_t stride) const { unpack_parallel(w, stride); }
 
-void PackedLinear::unpack(float* w, int64_t stride) const {
-  check_loaded();
-  unpack_parallel(weight(), w, stride);
-}
+void PackedLinear::unpack(float* w, int64_t stride) const { unpack_parallel(w, stride); }
 
 void PackedLinear::forward(const bf16_t* a, int64_t a_stride, int64_t m, Rows rows, const float* bias,
                            const char* kernel, const LinearOutput& out) const {

@@ -2,6 +2,7 @@
 // between shards and whole matrices. No rounding and no quantising here: bytes move, and the column sums of int8 are
 // split and joined.
 #include <cstring>
+#include <utility>
 
 #include "kts/moe.h"
 #include "kts/thread_pool.h"
@@ -109,14 +110,26 @@ void check_blob(const void* blob) {
 }
 
 template <class Byte>
-void check_blobs(const MoeShape& shape, int64_t expert, const ExpertBlobs<Byte>& blobs) {
-  KTS_CHECK(expert >= 0 && expert < shape.num_experts, "packed expert: expert index out of range");
+void check_blobs(const ExpertBlobs<Byte>& blobs) {
   check_blob(blobs.gate);
   check_blob(blobs.up);
   check_blob(blobs.down);
 }
 
+constexpr const char* kOutOfRange = "packed expert: expert index out of range";
+
+// Bytes [begin, begin + bytes).
+struct Range {
+  const char* begin;
+  int64_t bytes;
+  bool meets(const Range& other) const { return begin < other.begin + other.bytes && other.begin < begin + bytes; }
+};
+
 }  // namespace
+
+void MoeLayer::check_index(int64_t expert, const char* message) const {
+  KTS_CHECK(expert >= 0 && expert < shape_.num_experts, message);
+}
 
 void MoeLayer::allocate() {
   if (weights_.data() != nullptr) return;
@@ -146,8 +159,9 @@ void MoeLayer::move_shard(bool is_split, const ExpertBlobs<Byte>& whole, const E
        {packed_view(formats.down, shape_.hidden, shape_.inter, whole.down), down_view(shard, part.down), 0, begin}});
 }
 
-void MoeLayer::forget_expert(int64_t expert) {
+std::shared_ptr<const void> MoeLayer::forget_expert(int64_t expert) {
   for (int s = 0; s < num_shards_; ++s) places_[static_cast<size_t>(expert * num_shards_ + s)] = {};
+  return std::exchange(owners_[static_cast<size_t>(expert)], nullptr);
 }
 
 void MoeLayer::use_own_places(int64_t expert) {
@@ -157,28 +171,44 @@ void MoeLayer::use_own_places(int64_t expert) {
   }
 }
 
-void MoeLayer::map_expert(int64_t expert, const ExpertBlobs<const char>& blobs) {
-  check_blobs(shape_, expert, blobs);
+void MoeLayer::map_expert(int64_t expert, const ExpertBlobs<const char>& blobs, std::shared_ptr<const void> owner) {
+  check_index(expert, kOutOfRange);
+  check_blobs(blobs);
   KTS_CHECK(num_shards_ == 1, "map_expert: expected a layer of one shard; copy packed experts to several pools");
   std::lock_guard<std::mutex> lock(runtime().mutex);
   places_[static_cast<size_t>(expert)] = blobs;
+  owners_[static_cast<size_t>(expert)].swap(owner);  // the former one ends with the argument, without the lock
 }
 
 void MoeLayer::copy_expert(int64_t expert, const ExpertBlobs<const char>& blobs) {
-  check_blobs(shape_, expert, blobs);
+  check_index(expert, kOutOfRange);
+  check_blobs(blobs);
+  std::shared_ptr<const void> former;
   std::lock_guard<std::mutex> lock(runtime().mutex);
   allocate();
   for (int s = 0; s < num_shards_; ++s) {
     const ExpertBlobs<char> own = own_place(expert, s);
     move_shard(true, blobs, {own.gate, own.up, own.down}, s);
   }
+  former = forget_expert(expert);
   use_own_places(expert);
 }
 
 void MoeLayer::export_expert(int64_t expert, const ExpertBlobs<char>& blobs) const {
-  check_blobs(shape_, expert, blobs);
-  KTS_CHECK(place(expert, 0).gate != nullptr, "export_expert: this expert has no weights yet");
+  check_index(expert, kOutOfRange);
+  check_blobs(blobs);
   std::lock_guard<std::mutex> lock(runtime().mutex);
+  KTS_CHECK(place(expert, 0).gate != nullptr, "export_expert: this expert has no weights yet");
+  const int64_t sizes[] = {gate_blob_bytes(), up_blob_bytes(), down_blob_bytes()};
+  const char* const written[] = {blobs.gate, blobs.up, blobs.down};
+  for (int64_t e = 0; e < shape_.num_experts; ++e) {
+    if (!is_mapped(e)) continue;
+    const char* const mapped[] = {place(e, 0).gate, place(e, 0).up, place(e, 0).down};
+    for (int to = 0; to < 3; ++to)
+      for (int from = 0; from < 3; ++from)
+        KTS_CHECK((!Range{written[to], sizes[to]}.meets({mapped[from], sizes[from]})),
+                  "export_expert: expected memory that no expert of the layer is mapped from");
+  }
   // Scales of some block types end before a multiple of 64.
   std::memset(blobs.gate + gate_blob_bytes() - kBlobAlignment, 0, kBlobAlignment);
   std::memset(blobs.up + up_blob_bytes() - kBlobAlignment, 0, kBlobAlignment);
@@ -187,17 +217,25 @@ void MoeLayer::export_expert(int64_t expert, const ExpertBlobs<char>& blobs) con
 }
 
 int64_t MoeLayer::mapped_experts() const {
-  const char* begin = static_cast<const char*>(weights_.data());
+  std::lock_guard<std::mutex> lock(runtime().mutex);
   int64_t mapped = 0;
-  for (int64_t expert = 0; expert < shape_.num_experts; ++expert) {
-    const char* gate = place(expert, 0).gate;
-    const bool own = begin != nullptr && gate >= begin && gate < begin + weights_.bytes();
-    mapped += gate != nullptr && !own;
-  }
+  for (int64_t expert = 0; expert < shape_.num_experts; ++expert) mapped += is_mapped(expert);
   return mapped;
 }
 
+bool MoeLayer::is_mapped(int64_t expert) const {
+  const char* begin = static_cast<const char*>(weights_.data());
+  const char* gate = place(expert, 0).gate;
+  const bool own = begin != nullptr && gate >= begin && gate < begin + weights_.bytes();
+  return gate != nullptr && !own;
+}
+
 int64_t MoeLayer::missing_experts() const {
+  std::lock_guard<std::mutex> lock(runtime().mutex);
+  return count_missing();
+}
+
+int64_t MoeLayer::count_missing() const {
   int64_t missing = 0;
   for (int64_t expert = 0; expert < shape_.num_experts; ++expert) missing += place(expert, 0).gate == nullptr;
   return missing;

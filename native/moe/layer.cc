@@ -24,14 +24,19 @@ int make_shards(const MoeShape& shape, int wanted, Shard* shards) {
 
 }  // namespace
 
-MoeLayer::MoeLayer(const MoeShape& shape) : shape_(shape) {
+void check_shape(const MoeShape& shape) {
   KTS_CHECK(shape.num_experts > 0 && shape.hidden > 0 && shape.inter > 0,
             "MoeLayer: num_experts, hidden and inter must be positive");
   KTS_CHECK(shape.hidden <= kMaxInt8RowLength && shape.inter <= kMaxInt8RowLength,
             "MoeLayer: expected hidden and inter of at most 32768");
+  KTS_CHECK(shape.num_experts <= kMaxExperts, "MoeLayer: expected at most 1048576 experts");
   check_format(shape.format.gate, shape.hidden);
   check_format(shape.format.up, shape.hidden);
   check_format(shape.format.down, shape.inter);
+}
+
+MoeLayer::MoeLayer(const MoeShape& shape) : shape_(shape) {
+  check_shape(shape);
   std::lock_guard<std::mutex> lock(runtime().mutex);
   num_shards_ = make_shards(shape, runtime().pool->pools(), shards_);
   for (int s = 0; s < num_shards_; ++s) {
@@ -40,6 +45,7 @@ MoeLayer::MoeLayer(const MoeShape& shape) : shape_(shape) {
     if (num_shards_ > 1) layout_bytes_ = align_up(layout_bytes_, kShardAlignment);
   }
   places_.resize(static_cast<size_t>(shape.num_experts * num_shards_));
+  owners_.resize(static_cast<size_t>(shape.num_experts));
 }
 
 bool ExpertFormats::take(Rows rows) const {
@@ -75,10 +81,11 @@ PackedMatrix MoeLayer::down_view(int shard, const void* memory) const {
 
 template <class Fn>
 void MoeLayer::pack_expert(int64_t expert, Fn&& pack) {
-  KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "load_expert: expert index out of range");
+  check_index(expert, "load_expert: expert index out of range");
+  std::shared_ptr<const void> former;
   std::lock_guard<std::mutex> lock(runtime().mutex);
   allocate();
-  forget_expert(expert);  // until all of it is packed
+  former = forget_expert(expert);  // until all of it is packed
   for (int s = 0; s < num_shards_; ++s) {
     const ExpertBlobs<char> own = own_place(expert, s);
     const PackedMatrix packed[3] = {gate_view(s, own.gate), up_view(s, own.up), down_view(s, own.down)};
@@ -133,7 +140,8 @@ void MoeLayer::load_expert_int4(int64_t expert, const StoredInt4& gate_w, const 
 template <class T>
 void MoeLayer::unpack_expert(int64_t expert, T* gate_w, int64_t gate_stride, T* up_w, int64_t up_stride, T* down_w,
                              int64_t down_stride) const {
-  KTS_CHECK(expert >= 0 && expert < shape_.num_experts, "unpack_expert: expert index out of range");
+  check_index(expert, "unpack_expert: expert index out of range");
+  std::lock_guard<std::mutex> lock(runtime().mutex);
   KTS_CHECK(place(expert, 0).gate != nullptr, "unpack_expert: this expert has no weights yet");
   for (int s = 0; s < num_shards_; ++s) {
     const int64_t begin = shards_[s].begin;
@@ -148,6 +156,8 @@ template void MoeLayer::unpack_expert(int64_t, float*, int64_t, float*, int64_t,
 
 namespace {
 
+constexpr const char* kMissing = "MoeLayer: some experts have no weights yet; call load_expert for every expert first";
+
 void check_lora(const LoraView& view, const char* message) {
   if (view.present()) KTS_CHECK(view.rank <= kMaxRank && view.a != nullptr && view.b != nullptr, message);
 }
@@ -156,16 +166,17 @@ void check_call(const MoeLayer& layer, const MoeInput& input, const ExpertLora& 
                 int64_t chunk) {
   KTS_CHECK(layer.shape().format.take(input.rows),
             "rows: int8 needs int8 or int4 weights, bfp16 those or block types; this layer has others");
-  KTS_CHECK(layer.missing_experts() == 0,
-            "MoeLayer: some experts have no weights yet; call load_expert for every expert first");
   KTS_CHECK(chunk > 0, "chunk_size: expected a positive number of tokens");
+  KTS_CHECK(input.top_k == 0 || min_i64(chunk, input.tokens) <= INT32_MAX / input.top_k,
+            "chunk_size: expected fewer than 2^31 (token, expert) pairs in a chunk");
   KTS_CHECK(dropout.p >= 0.0f && dropout.p < 1.0f, "dropout: expected 0 <= p < 1");
   check_lora(lora.gate, "lora gate: expected rank 1..256 and both factors");
   check_lora(lora.up, "lora up: expected rank 1..256 and both factors");
   check_lora(lora.down, "lora down: expected rank 1..256 and both factors");
   if (lora.shares_a())
-    KTS_CHECK(lora.gate.rank == lora.up.rank && lora.gate.scale == lora.up.scale,
-              "lora: gate and up that share A need one rank and one scale");
+    KTS_CHECK(lora.gate.rank == lora.up.rank && lora.gate.scale == lora.up.scale &&
+                  lora.gate.a_expert == lora.up.a_expert && lora.gate.a_rank == lora.up.a_rank,
+              "lora: gate and up that share A need one rank, one scale and one layout of it");
 }
 
 // The tokens [begin, begin + count) of a call.
@@ -219,6 +230,8 @@ void MoeLayer::forward(const MoeInput& input, const ExpertLora& lora, const Drop
                        const ForwardTape& tape, const MoeOutput& out) const {
   std::lock_guard<std::mutex> lock(runtime().mutex);
   check_call(*this, input, lora, dropout, chunk);
+  KTS_CHECK(count_missing() == 0, kMissing);
+  KTS_CHECK(input.tokens == 0 || (out.bf16 == nullptr) != (out.f32 == nullptr), "MoeLayer: expected one output");
   calm_openmp_threads();
   for (int64_t begin = 0; begin < input.tokens; begin += chunk) {
     Pass pass = make_pass(*this, input, lora, dropout, tape, {begin, min_i64(chunk, input.tokens - begin)});
@@ -231,6 +244,7 @@ void MoeLayer::backward(const MoeInput& input, const bf16_t* dout, const ExpertL
                         int64_t chunk, const ForwardTape& tape, const MoeGrads& grads) const {
   std::lock_guard<std::mutex> lock(runtime().mutex);
   check_call(*this, input, lora, dropout, chunk);
+  KTS_CHECK(count_missing() == 0, kMissing);
   calm_openmp_threads();
   if (input.tokens == 0) zero_lora_grads(shape_, lora, grads.lora, nullptr, *runtime().pool);
   for (int64_t begin = 0; begin < input.tokens; begin += chunk) {

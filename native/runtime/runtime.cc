@@ -20,6 +20,7 @@ struct Wanted {
   bool fake_nodes = false;
 };
 Wanted wanted;
+constexpr int kMostFake = 1024;  // threads and pools
 
 // After fork() the child has none of the workers and may have inherited a locked mutex: it starts over with a fresh
 // runtime, and the parent's is leaked on purpose (its destructor would join threads that do not exist).
@@ -28,6 +29,8 @@ Runtime* current = nullptr;
 std::unique_ptr<ThreadPool> make_pool(const Wanted& want) {
   KTS_CHECK(want.pools >= 0, "threadpool_count: expected at least 1");
   if (want.fake_nodes) {
+    KTS_CHECK(want.threads <= kMostFake && want.pools <= kMostFake,
+              "fake_nodes: expected at most 1024 threads and pools");
     const size_t pools = static_cast<size_t>(std::max(want.pools, 1));
     return std::make_unique<ThreadPool>(want.threads, std::vector<PoolPlace>(pools));
   }

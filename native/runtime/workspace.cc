@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <new>
 #include <utility>
 
@@ -15,13 +16,13 @@ namespace {
 char* map_pages(size_t bytes) {
   // Not MAP_NORESERVE: the kernel then refuses what cannot fit at all, instead of killing the process later.
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
+  if (memory == MAP_FAILED) throw OutOfMemory(bytes);
   return static_cast<char*>(memory);
 }
 
 // Maps too much and gives back both ends: mmap alone aligns to small pages.
 char* map_aligned(size_t bytes) {
-  if (bytes > SIZE_MAX / 4) throw std::bad_alloc();
+  if (bytes > Arena::kMostBytes) throw OutOfMemory(bytes);
   const size_t kept = static_cast<size_t>(align_up(static_cast<int64_t>(bytes), sysconf(_SC_PAGESIZE)));
   char* all = map_pages(kept + kHugePage);
   const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(all) % kHugePage) % kHugePage;
@@ -31,6 +32,13 @@ char* map_aligned(size_t bytes) {
 }
 
 }  // namespace
+
+OutOfMemory::OutOfMemory(size_t bytes) noexcept {
+  if (bytes > Arena::kMostBytes)
+    std::snprintf(text_, sizeof(text_), "memory: expected at most 2^62 bytes, a call needs more");
+  else
+    std::snprintf(text_, sizeof(text_), "memory: the system refused %zu bytes", bytes);
+}
 
 void advise_huge_pages(void* memory, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(memory);

@@ -335,15 +335,15 @@ FAULTS = (
     Fault(
         "a failed conversion leaves its empty folder",
         "kt_sft/convert/folder.py",
-        "\n            _remove_empty(missing)\n            raise",
+        "\n            remove_empty(*missing)\n            raise",
         "\n            raise",
         (f"{_FAILURES}test_a_failure_leaves_nothing_that_was_not_there",),
     ),
     Fault(
-        "a failed overwrite leaves no container",
+        "an overwrite takes the files of the old container",
         "kt_sft/convert/run.py",
-        "if old is not None and stamps ==",
-        "if False and stamps ==",
-        (f"{_FAILURES}test_a_failed_overwrite_gives_the_old_container_back",),
+        "    held = files_of(folder)\n    done",
+        "    held = set()\n    done",
+        (f"{_FAILURES}test_an_overwrite_that_fails_late_keeps_the_old_container",),
     ),
 )

@@ -260,15 +260,15 @@ FAULTS = (
     Fault(
         "a full disk ends the run",
         _SAVING_FILE,
-        "            if trainer.args.world_size > 1:\n",
-        "            if True:\n",
+        "    if trainer.args.world_size > 1:\n        raise fault",
+        "    if True:\n        raise fault",
         (f"{_SAVING}test_a_full_disk_costs_the_checkpoint_and_not_the_run",),
     ),
     Fault(
-        "the final save writes over the adapter in place",
-        _SAVING_FILE,
-        "        stock(str(staged))\n",
-        "        stock(str(folder))\n",
+        "a save writes over the adapter in place",
+        _INJECTING,
+        '            given.arguments["save_directory"] = str(staging)\n',
+        "",
         (f"{_SAVING}test_a_final_save_that_dies_leaves_the_adapter_that_was_there",),
     ),
     # --- disks

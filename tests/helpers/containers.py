@@ -12,7 +12,7 @@ import torch
 
 from kt_sft.convert.plan import ConvertPlan, plan_conversion
 from kt_sft.convert.run import convert
-from kt_sft.formats.packed import MANIFEST_NAME
+from kt_sft.formats.packed import MANIFEST_NAME, PackedContainer
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import Matrices
 
@@ -76,3 +76,11 @@ def write_json(folder: Path, values: dict[str, Any], *, checksum: bool = True) -
 def files_of(folder: Path) -> dict[str, bytes]:
     """Everything but the lock file."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "convert.lock"}
+
+
+def blobs_of(folder: Path) -> dict[tuple[str, int], list[bytes]]:
+    """What a container holds, by layer and expert, whatever its files are called."""
+    with PackedContainer(folder) as container:
+        layers = container.manifest.layers.values()
+        places = [(layer.name, expert) for layer in layers for expert in range(layer.num_experts)]
+        return {place: [bytes(blob) for blob in container.blobs(*place)] for place in places}

@@ -81,6 +81,7 @@ class Rounding:
     tape: Step = exact  # g and u as backward sees them
     dgate_up: Step = exact  # dg and du
     int8_rows: Step = exact  # x and h before the products with the weights, when rows are int8
+    scaled_gradient: Step = exact  # gradients times the scales of int8 weights, before the product with q
 
 
 EXACT = Rounding()
@@ -175,7 +176,7 @@ class _Expert:
         return y + ranked @ b, ranked
 
     def input_grad(self, name: str, dy: Tensor) -> Tensor:
-        return dy @ getattr(self.problem, name)[self.e]
+        return self.q.scaled_gradient(dy) @ getattr(self.problem, name)[self.e]
 
     def add_to(self, result: dict[str, Tensor]) -> None:
         q, e, w = self.q, self.e, self.w

@@ -155,6 +155,10 @@ def test_stored_base_layer_of_a_module_with_lora(root, tmp_path):
     head = load_file(root / "base" / "model.safetensors")["lm_head.weight"]
     names = {"lm_head__lora_A__weight": torch.ones(3, head.shape[1]), "lm_head__base_layer__weight": 2 * head}
     folder = with_whole(root, tmp_path / "head", **names, lm_head__lora_B__weight=torch.ones(head.shape[0], 3))
+    with pytest.raises(FormatError, match=r"lm_head\.lora_A\.weight: expected one of a module that adapter_config"):
+        opened(folder, root)
+    targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    edit(folder, target_modules=[*targets, "lm_head"])
     assert torch.equal(opened(folder, root).whole["lm_head.weight"](), 2 * head)
     assert "lm_head" in opened(folder, root).ranks
     written = load_file(

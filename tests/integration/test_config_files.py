@@ -34,8 +34,12 @@ REMOTE = {"AutoConfig": "x.Config", "AutoModelForCausalLM": "x.Model"}
 FAULTS = {
     "unknown type": (edited(lambda v: v.update(model_type="foo_moe")), "known model, found .*foo_moe"),
     "no type": (edited(lambda v: (v.pop("model_type"), v.pop("architectures"))), "known model, found Unrecognized"),
-    "wrong type of a field": (edited(lambda v: v.update(hidden_size="many")), "expected the config of a known model"),
-    "impossible size": (edited(lambda v: v.update(hidden_size=-8)), "expected the config of a known model"),
+    "wrong type of a field": (edited(lambda v: v.update(hidden_size="many")), "hidden_size: expected a whole number"),
+    "impossible size": (edited(lambda v: v.update(hidden_size=-8)), "hidden_size: expected a whole number"),
+    "type of a field that transformers checks": (
+        edited(lambda v: v.update(max_window_layers="x")),
+        "max_window_layers: expected a whole number",
+    ),
     "own code": (
         edited(lambda v: v.update(model_type="foo_moe", auto_map=REMOTE)),
         "allow the code beside it with --trust-remote-code",

@@ -205,13 +205,24 @@ def parsed(tmp_path_factory):
         "cut_shard": train_config(work, "out", model_name_or_path=str(cut)),
         "bent_tensor": train_config(work, "out", model_name_or_path=str(bent)),
         "foreign_adapter": ("chat", infer_config(work, adapter_name_or_path=str(work / "foreign"))),
+        "use_kt_text": train_config(work, "out", use_kt="false"),
+        "use_kt_words": [*words(train_config(work, "out", use_kt=None)), "--use_kt", "maybe"],
+        "number_words": words(train_config(work, "out", learning_rate="fast")),
+        "number_text": train_config(work, "out", learning_rate="1e-4"),
+        "no_steps": train_config(work, "out", gradient_accumulation_steps=0, save_steps=0),
+        "empty_name": train_config(work, "out", additional_target="lm_head,"),
+        "off": train_config(work, "out", kt_cpu_linear=False, save_steps=0, save_strategy="steps"),
+        "export_file": ("chat", infer_config(work, export_dir=str(work / "rule.yaml"))),
+        "reports": train_config(work, "out", report_to="wandbb"),
+        "peer_key": train_config(work, "out", kt_backend="AMXFP8", kt_num_threads="many"),
+        "rule_vars": train_config(work, "out", kt_rule_vars="a=b"),
         "two_faults": train_config(work, "out", use_dora=True, cpu_infer="many"),
     }
     pairs = [case if isinstance(case, tuple) else ("train", case) for case in cases.values()]
     return dict(zip(cases, drive(PARSE, pairs), strict=True))
 
 
-@pytest.mark.parametrize("case", ["fine", "fine_chat", "chat_of_094", "rule", "dora_attention"])
+@pytest.mark.parametrize("case", ["fine", "fine_chat", "chat_of_094", "rule", "dora_attention", "off"])
 def test_good_configuration_switches_the_flags(parsed, case):
     assert parsed[case] == {"use_kt": False, "kt_active": True, "engine": "huggingface"}
 
@@ -245,6 +256,16 @@ def test_use_kt_variable_alone_is_stock(parsed):
     ("cut_shard", ["cut/model.safetensors"]),
     ("bent_tensor", ["model.layers.1.mlp.experts.2.up_proj.weight", "expected", "[20, 48]", "[20, 47]"]),
     ("foreign_adapter", ["foreign", "q_proj.lora_A.weight", "[4, 48]", "[4, 99]"]),
+    ("use_kt_text", ["use_kt: expected true or false, found 'false'", "quotes"]),
+    ("use_kt_words", ["use_kt: expected true or false, found 'maybe'"]),
+    ("number_words", ["learning_rate: invalid float value: 'fast'"]),
+    ("number_text", ["learning_rate: expected a number, found '1e-4'", "quotes"]),
+    ("no_steps", ["gradient_accumulation_steps: expected a whole number from 1 to 2147483647"]),
+    ("empty_name", ["additional_target: expected names, found an empty one"]),
+    ("export_file", ["rule.yaml: export_dir: expected a directory, found a file"]),
+    ("reports", ["report_to: wandbb: unknown; did you mean 'wandb'?"]),
+    ("peer_key", ["kt_backend: expected one of BF16", "kt_num_threads: expected a whole number"]),
+    ("rule_vars", ["kt_rule_vars: variables of a rule file, but there is no kt_optimize_rule", "remove kt_rule_vars"]),
     ("two_faults", ["2 faults", "use_dora", "cpu_infer", "'many'"]),
 ])  # fmt: skip
 def test_refusal_is_one_line_with_the_names(parsed, case, words):

@@ -21,7 +21,7 @@ import yaml
 
 from kt_sft.errors import ConfigError
 from kt_sft.formats import training_checkpoint
-from kt_sft.integrations.llamafactory import hook, interrupts
+from kt_sft.integrations.llamafactory import interrupts, reporting
 from tests.helpers.llamafactory_runs import cli, drive, environment, train_config, workspace
 
 RUN = """
@@ -145,7 +145,7 @@ def test_the_command_that_resumes(argv, processes, expected):
 def test_the_end_of_a_rank_is_one_line(monkeypatch, capfd, error, line, status):
     """Where torch has started ranks its own hook runs ours within a buffer, which is lost when that one leaves."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    hook.report_errors_in_one_line()
+    reporting.report_errors_in_one_line()
     with contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit) as left:
         sys.excepthook(type(error), error, None)
     assert left.value.code == status and capfd.readouterr().err.startswith(line)

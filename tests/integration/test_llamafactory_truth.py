@@ -155,6 +155,8 @@ def test_two_processes_train_as_one_that_accumulates(both):
         env=environment(FORCE_TORCHRUN="1", NPROC_PER_NODE="2"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
+    for said in ("LoRA asked for:", "canary: step 1 changed all"):
+        assert done.stderr.count(f"kt_sft: {said}") == 1, done.stderr[-6000:]
     for key in ("loss", "grad_norm"):
         found, wanted = history(work / "two", key), history(work / "one", key)
         assert len(found) == 2 and found == wanted, key

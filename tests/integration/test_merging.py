@@ -131,15 +131,16 @@ def test_head_that_was_the_embedding_gets_its_own_weight(roots, tmp_path, whole)
         trained = {f"{stem}lora_A.weight": a, f"{stem}lora_B.weight": b}
         wanted = (head.float() + 5 / 3 * b @ a).bfloat16()
     adapters.damaged(lambda tensors: {**tensors, **trained})(root / "adapter")
-    saved = ["lm_head"] if whole else None
-    adapters.edit(root / "adapter", base_model_name_or_path=str(root / "base"), modules_to_save=saved)
+    targets = json.loads((root / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    named = {"modules_to_save": ["lm_head"]} if whole else {"target_modules": [*targets, "lm_head"]}
+    adapters.edit(root / "adapter", base_model_name_or_path=str(root / "base"), **named)
     folder = merge(root, tmp_path / "merged")
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(tiny_models.load_stock(folder).lm_head.weight, wanted.float())
     index = GgufIndex.from_path(merge(root, tmp_path / "m.gguf", "gguf-bf16"))
     assert torch.equal(index.read("output.weight"), wanted.float())
     adapters.damaged(lambda tensors: {n: t for n, t in tensors.items() if "lm_head" not in n})(root / "adapter")
-    adapters.edit(root / "adapter", modules_to_save=None)
+    adapters.edit(root / "adapter", modules_to_save=None, target_modules=targets)
     assert "output.weight" not in GgufIndex.from_path(merge(root, tmp_path / "tied.gguf", "gguf-bf16"))
 
 
@@ -249,8 +250,7 @@ def test_tokenizers_survive(tmp_path):
         tokenizer.save_pretrained(tmp_path / str(number))
         size = len(tokenizer) + 3
         values = tokenizer_metadata(tmp_path / str(number), size)
-        spare = np.zeros(4, dtype=np.uint8)
-        file = gguf_files.write(tmp_path / f"{number}.gguf", {}, {"x": ("F32", (1,), spare)})
+        file = tmp_path / f"{number}.gguf"
         from kt_sft.formats.gguf_writer import PlannedGguf, write
 
         write(file, values, [PlannedGguf("x", "F32", (1,))], [[torch.zeros(4, dtype=torch.uint8)]])

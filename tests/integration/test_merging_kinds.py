@@ -75,9 +75,10 @@ def test_routers_of_every_family_get_w_plus_delta(tmp_path, family):
     effect = (wanted - before).norm()
     assert effect > 0.03 * wanted.norm()
     tail, last = ".".join(modules[0].split(".")[-2:]), modules[0].rpartition(".")[2]
+    parameters = sorted({f"{'.'.join(name.split('.')[-2:])}.weight" for name in modules})
     ways = {
         "parameter": write_adapter(
-            tmp_path / "p", tensors, target_modules=[], target_parameters=[f"{tail}.weight"], peft_version="0.18.1"
+            tmp_path / "p", tensors, target_modules=[], target_parameters=parameters, peft_version="0.18.1"
         ),
         "module": write_adapter(tmp_path / "m", tensors, target_modules=[last]),
     }

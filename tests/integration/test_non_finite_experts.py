@@ -127,6 +127,34 @@ def test_gguf_files(plain, tmp_path, kind, method):
         moe.load_weights()
 
 
+@pytest.mark.parametrize("bias", ["gate_up_proj_bias", "down_proj_bias"])
+def test_biases_of_experts(tmp_path, bias):
+    """transformers loads them; they are looked at before the weights are packed."""
+    folder = tiny_models.build("gpt_oss", tmp_path / "m", hidden_size=64, intermediate_size=96)
+    name = f"model.layers.1.mlp.experts.{bias}"
+    tiny_models.rewrite(folder, lambda tensors: {**tensors, name: tensors[name].fill_(math.nan)})
+    with pytest.raises(FormatError, match=rf"tensor {name}: expected finite numbers, found NaN or infinity"):
+        kt_sft.load_model(folder, KTConfig(threads=1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoints_of_other_programs(plain, tmp_path, method):
+    folder = shutil.copytree(plain, tmp_path / "m")
+    tiny_models.rewrite(folder, lambda tensors: {**tensors, KEY: tensors[KEY].fill_(math.inf)})
+    sizes = {"num_experts": 7, "hidden_size": 64, "moe_intermediate_size": 96, "num_experts_per_tok": 2}
+    moe = KTMoEWrapper(1, **sizes, cpuinfer_threads=1, weight_path=str(folder), method=method)
+    with pytest.raises(FormatError, match=rf"tensor {KEY} \(expert 2 of .*\): expected finite numbers, found inf"):
+        moe.load_weights()
+
+
+def test_a_cache_of_weights_is_left_without_them(plain, tmp_path):
+    folder = shutil.copytree(plain, tmp_path / "m")
+    tiny_models.rewrite(folder, lambda tensors: {**tensors, KEY: tensors[KEY].fill_(math.nan)})
+    with pytest.raises(FormatError, match=rf"tensor {KEY} "):
+        kt_sft.load_model(folder, KTConfig(threads=1, weight_cache=str(tmp_path / "cache")))
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.name == "manifest.json"]
+
+
 @pytest.mark.parametrize("cpu_save", [False, True])
 def test_tensors_of_a_caller(tmp_path, cpu_save):
     sizes = {"num_experts": 3, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts_per_tok": 2}

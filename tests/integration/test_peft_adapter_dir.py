@@ -77,7 +77,7 @@ def test_truncated_weights(ours, adapter):
 
 def test_config_that_is_not_json(ours, adapter):
     (adapter / "adapter_config.json").write_text("{")
-    refuse(ours, adapter, "not a PEFT config")
+    refuse(ours, adapter, "damaged: expected JSON")
 
 
 def test_another_kind_of_adapter(ours, adapter):

@@ -22,7 +22,7 @@ from tests.helpers.layers import (
     using_threads,
     with_format,
 )
-from tests.helpers.reference import EXACT, GATES, KERNELS, solve
+from tests.helpers.reference import EXACT, GATES, KERNELS, Problem, solve
 from tests.helpers.tolerance import BF16_HALF_ULP, model_bound, rel_l2, rounding_bound, rounds_scaled_gradients
 
 OUTPUT_BAR, GRADIENT_BAR = 4e-3, 1e-2  # against the rounding model; model_bound is below them at these sizes
@@ -118,12 +118,31 @@ def check_random_shape(experts, hidden, inter, tokens, top_k, rank, lora, p, chu
     problem = make_problem(case)
     layer = make_layer(problem)
     got = run(problem, layer, chunk_size=chunk, retain=retain)
-    model = solve(stored(problem, layer), KERNELS)
+    problem = stored(problem, layer)
+    model = solve(problem, KERNELS)
+    spread = spread_of_scaled_gradients(problem, model) if rounds_scaled_gradients(case.format) else {}
     # Few values: one that moves by an ulp, or a row whose largest one does, weighs more than model_bound assumes.
     moved = 2.0**-8 if case.rows == "bf16" else 2.0**-6
     for name, value in got.items():
         size = model[name].norm().item()
-        assert (value.double() - model[name]).norm().item() <= moved * size + 1e-6, name
+        assert (value.double() - model[name]).norm().item() <= moved * size + spread.get(name, 0.0) + 1e-6, name
+
+
+def spread_of_scaled_gradients(problem: Problem, model: dict) -> dict[str, float]:
+    """How far the rounding of dy * scale may move each result of these very values, in the L2 norm.
+
+    Which rows are rounded depends on the kernel that a block of rows gets, so the model leaves the step out. Relative
+    errors up to one rounding's at random, of half again its deviation: the largest of eight draws, four times. A bound
+    relative to the result would not do: a gradient is a sum over tokens and may cancel.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(dy: torch.Tensor) -> torch.Tensor:
+        return dy * (1 + BF16_HALF_ULP * (2 * torch.rand(dy.shape, generator=generator, dtype=dy.dtype) - 1))
+
+    rounding = dataclasses.replace(KERNELS, scaled_gradient=noise)
+    draws = [solve(problem, rounding) for _ in range(8)]
+    return {name: 4 * max((draw[name] - value).norm().item() for draw in draws) for name, value in model.items()}
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -237,7 +237,7 @@ class TestErrors:
             return moe(x, ids, weights, lora, MoeCall(layer, **kwargs))
 
     def test_wrong_hidden(self, layer):
-        with pytest.raises(ValueError, match=r"x: expected shape \[4, 52\], got bf16 \[4, 51\]"):
+        with pytest.raises(ValueError, match=r"x: expected shape \[any, 52\], got bf16 \[4, 51\]"):
             self.call(layer, x=torch.zeros(4, 51))
 
     def test_negative_id(self, layer):

@@ -229,6 +229,8 @@ def test_forward_before_load_is_an_error():
         ),
         (lambda x, i, w: (x, i[:, :2], w), "topk_ids: expected integers"),
         (lambda x, i, w: (x, i.float(), w), "topk_ids: expected integers"),
+        (lambda x, i, w: (x, i.bool(), w), "topk_ids: expected integers"),
+        (lambda x, i, w: (x, i.to(torch.complex64), w), "topk_ids: expected integers"),
         (lambda x, i, w: (x, i, w[:4]), "topk_weights: expected floating point"),
         (lambda x, i, w: (x, i.to("meta"), w), "topk_ids: expected a tensor on hidden_states' device, cpu, found meta"),
         (lambda x, i, w: (x, i, w.to("meta")), "topk_weights: expected a tensor on hidden_states' device, cpu"),
@@ -252,6 +254,14 @@ def test_wrong_arguments_are_listed_at_once():
     text = str(caught.value)
     for name in ("layer_idx", "num_experts_per_tok", "method", "cpuinfer_threads", "chunked_prefill_size"):
         assert f"{name}:" in text
+
+
+@pytest.mark.parametrize("wrong", [2**21, 2**31, 2**40, 2**63, 10**400])
+def test_numbers_that_no_layer_has_are_refused_before_memory_is_taken(wrong):
+    with pytest.raises(ConfigError) as caught:
+        kt_sft.KTMoEWrapper(wrong, wrong, wrong, wrong, wrong, num_gpu_experts=wrong)
+    for name in ("layer_idx", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size"):
+        assert f"{name}: expected a whole number <= " in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kt_sft.chat import Sampling
+from kt_sft.chat import MIN_TEMPERATURE, PromptError, Sampling
 from kt_sft.integrations.llamafactory import chat
 from tests.helpers import tiny_models
 
@@ -58,6 +58,39 @@ def test_settings_of_a_request_reach_generation(backend):
     assert answer(backend, **hot, top_k=0) != wanted
     assert answer(backend, temperature=5.0, top_p=1e-6, top_k=0, seed=1) == wanted
     assert answer(backend, temperature=1e-4, top_p=1.0, top_k=0, seed=1) == wanted
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-45, 1e-38, 1e-30, 1e-9, MIN_TEMPERATURE, 1e-3])
+def test_small_temperatures_take_the_most_likely_token(backend, temperature):
+    """Scores divided by 1e-38 are infinite, their probabilities no numbers."""
+    for more in ({}, {"top_p": 1.0, "top_k": 0}):
+        assert answer(backend, temperature=temperature, seed=1, **more) == greedy(backend)
+
+
+def test_small_temperature_of_the_configuration_does_too(backend, monkeypatch):
+    monkeypatch.setitem(backend._engine.generating_args, "temperature", 1e-40)
+    assert answer(backend, seed=1) == greedy(backend)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 10.0])
+def test_penalties_at_their_bounds_are_answered(backend, penalty):
+    for temperature in (0.0, MIN_TEMPERATURE, 100.0):
+        answer(backend, temperature=temperature, top_p=1e-300, repetition_penalty=penalty, presence_penalty=2.0, seed=1)
+
+
+def test_thoughts_without_an_end_are_not_searched_for_one(backend, monkeypatch):
+    """LLaMA-Factory's pattern would read the rest of the message for each beginning: minutes that stop every thread."""
+    template = SimpleNamespace(
+        thought_words=("<think>", "</think>"),
+        tool_call_words=("<call>", "</call>"),
+        encode_oneturn=lambda tokenizer, turns, system, tools: ([len(turns)], []),
+    )
+    monkeypatch.setattr(backend, "_template", template)
+    for begin in ("<think>", "<call>"):
+        with pytest.raises(PromptError, match=f"expected each {begin} to be closed, found 20000"):
+            backend.encode_chat([{"role": "user", "content": "</think></call>" + begin * 20_000}], None, None)
+    closed = "<think>a</think>" * 20_000 + "<call>b</call>" * 20_000 + "<think>" * 10
+    assert backend.encode_chat([{"role": "user", "content": closed}], None, None) == [2]
 
 
 def test_random_numbers_of_a_generation_are_its_own(backend):

@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.fake_chat import ANSWER, FACTS, HI, FakeChat, running
 
 LONG = {"num_predict": 64}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_tools_are_called_with_an_object():
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
 def test_penalties_are_numbers(url, value):
     content = f'{{"model": "demo", "prompt": "x", "options": {{"frequency_penalty": {value}}}}}'
-    response = httpx.post(f"{url}/api/generate", content=content)
+    response = httpx.post(f"{url}/api/generate", content=content, headers=JSON)
     assert response.status_code == 400 and "options.frequency_penalty" in response.json()["error"]
 
 
@@ -150,7 +151,7 @@ def test_wrong_requests_get_a_sentence(url, path, body, status, words):
 
 
 def test_malformed_json_is_a_bad_request(url):
-    response = httpx.post(f"{url}/api/chat", content=b"{")
+    response = httpx.post(f"{url}/api/chat", content=b"{", headers=JSON)
     assert response.status_code == 400 and "not JSON" in response.json()["error"]
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +24,7 @@ from kt_sft.convert.verify import verify
 from kt_sft.errors import ConfigError, FormatError, OutputError
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.models.spec import ExpertsSpec
-from tests.helpers.containers import SPECS, RandomExperts, files_of, plan_for
+from tests.helpers.containers import SPECS, RandomExperts, blobs_of, files_of, plan_for
 
 FIRST, SECOND = SPECS
 MANY = {f"model.layers.{i}.mlp.experts": ExpertsSpec(8, 260, 132) for i in range(12)}
@@ -136,11 +135,11 @@ def test_nothing_is_announced_before_it_is_on_the_disk(monkeypatch, source, tmp_
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     convert(source, plan_for(source, tmp_path / "out"))
-    journal, folder = ("sync", "convert-journal.jsonl"), ("sync", "out")
-    expected = [journal, folder]
-    for name in ("layer-00000.bin", "layer-00001.bin"):
-        expected += [("sync", f"{name}.part"), ("rename", name), folder, journal]
-    assert events == [*expected, ("sync", "manifest.json.part"), ("rename", "manifest.json"), folder]
+    journal = "convert-journal.jsonl"
+    expected = [("sync", tmp_path.name)]  # the name of the folder itself
+    for name in (journal, "layer-00000.bin", journal, "layer-00001.bin", journal, "manifest.json"):
+        expected += [("sync", f"{name}.part"), ("rename", name), ("sync", "out")]
+    assert events == expected
 
 
 @pytest.mark.slow
@@ -256,10 +255,11 @@ def test_an_interrupted_overwrite_goes_on(monkeypatch, source, tmp_path, whole):
         patch.setattr(running, "_publish", stop)
         with pytest.raises(Interrupted):
             convert(source, plan_for(source, folder), overwrite=True)
-    assert not (folder / "manifest.json").exists()
+    assert blobs_of(folder) == blobs_of(tmp_path / "whole")  # the old one
     source.reads.clear()
     convert(source, plan_for(source, folder), overwrite=True)
-    assert not source.reads and files_of(folder) == whole
+    assert not source.reads and blobs_of(folder) == blobs_of(tmp_path / "whole")
+    assert len(files_of(folder)) == len(whole)
     convert(source, plan_for(source, folder), overwrite=True)  # a complete one is made anew
     assert len(source.reads) == sum(spec.num_experts for spec in SPECS.values())
 
@@ -298,7 +298,7 @@ def test_folders_of_others_are_left_alone(source, tmp_path, overwrite):
 
 
 def test_disk_space_is_looked_at_first(monkeypatch, source, tmp_path):
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(planning, "free_bytes", lambda folder: 1000)
     with pytest.raises(OutputError, match="disk space for the container: expected 0.06 GiB, found 0.00 GiB free"):
         convert(source, plan_for(source, tmp_path / "out"))
     assert not source.reads

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import time
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +14,8 @@ from kt_sft.convert import plan as planning
 from kt_sft.convert.plan import LOCK_NAME
 from kt_sft.convert.run import convert
 from kt_sft.errors import FormatError, OutputError
-from tests.helpers.containers import SPECS, RandomExperts, files_of, plan_for
+from kt_sft.formats.packed import PackedContainer
+from tests.helpers.containers import SPECS, RandomExperts, blobs_of, files_of, plan_for
 from tests.unit.test_convert import stop_at
 
 FIRST, SECOND = SPECS
@@ -26,7 +27,7 @@ def source(tmp_path):
 
 
 def no_space(source, folder, monkeypatch):
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(planning, "free_bytes", lambda folder: 1000)
 
 
 def full_disk(source, folder, monkeypatch):
@@ -57,6 +58,15 @@ def gone(source, folder, monkeypatch):
     monkeypatch.setattr(source, "read", read)
 
 
+def gone_later(source, folder, monkeypatch):
+    def read(name, expert):
+        if name == SECOND:
+            raise FormatError(source.path, "checkpoint", found="missing")
+        return RandomExperts.read(source, name, expert)
+
+    monkeypatch.setattr(source, "read", read)
+
+
 FAILURES = [no_space, full_disk, ctrl_c, damaged_later, gone]
 
 
@@ -81,6 +91,95 @@ def test_a_failed_overwrite_gives_the_old_container_back(monkeypatch, source, tm
     with pytest.raises((OutputError, FormatError, KeyboardInterrupt)):
         convert(source, plan_for(source, folder), overwrite=True)
     assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("fails", [damaged_later, gone_later], ids=lambda fails: fails.__name__)
+def test_an_overwrite_that_fails_late_keeps_the_old_container(monkeypatch, source, tmp_path, fails):
+    """The first layer of the new one is done by then; it is kept unless the source itself is to blame."""
+    folder = tmp_path / "out"
+    convert(source, plan_for(source, folder, "bf16"))
+    before = blobs_of(folder)
+    with monkeypatch.context() as patch, pytest.raises(FormatError):
+        fails(source, folder, patch)
+        convert(source, plan_for(source, folder), overwrite=True)
+    assert blobs_of(folder) == before
+    layers = {name for name in os.listdir(folder) if name.startswith("layer-")}
+    assert len(layers) == (2 if fails is damaged_later else 3)
+    source.reads.clear()
+    convert(source, plan_for(source, folder), overwrite=True)
+    assert len(source.reads) == (5 if fails is damaged_later else 2)
+    convert(source, plan_for(source, tmp_path / "whole"))
+    assert blobs_of(folder) == blobs_of(tmp_path / "whole") != before
+    assert len(files_of(folder)) == 3
+
+
+def test_an_overwrite_that_is_not_finished_can_be_given_up(monkeypatch, source, tmp_path):
+    """The old command finds its container, and takes away what the other one has begun."""
+    folder = tmp_path / "out"
+    convert(source, plan_for(source, folder, "bf16"))
+    before = files_of(folder)
+    with monkeypatch.context() as patch, pytest.raises(FormatError):
+        gone_later(source, folder, patch)
+        convert(source, plan_for(source, folder), overwrite=True)
+    convert(source, plan_for(source, folder, "bf16"))
+    assert files_of(folder) == before
+
+
+def test_a_container_of_a_later_release_is_kept_until_the_new_one_is_whole(monkeypatch, source, tmp_path):
+    folder = tmp_path / "out"
+    convert(source, plan_for(source, folder, "bf16"))
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 99}))
+    before = files_of(folder)
+    with pytest.raises(FormatError, match="version"):
+        PackedContainer(folder)
+    with monkeypatch.context() as patch, pytest.raises(FormatError, match="checkpoint"):
+        gone_later(source, folder, patch)
+        convert(source, plan_for(source, folder), overwrite=True)
+    assert before.items() <= files_of(folder).items()
+    convert(source, plan_for(source, folder), overwrite=True)
+    assert len(files_of(folder)) == 3 and len(blobs_of(folder)) == 5
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["layer-00000.bin.part", "layer-00000.bin", "manifest.json.part"])
+def test_a_planted_link_is_replaced_and_not_followed(source, tmp_path, name, overwrite):
+    folder, victim = tmp_path / "out", tmp_path / "victim"
+    victim.write_text("only copy")
+    folder.mkdir()
+    (folder / name).symlink_to(victim)
+    convert(source, plan_for(source, folder), overwrite=overwrite)
+    assert victim.read_text() == "only copy" and not any(path.is_symlink() for path in folder.iterdir())
+    assert len(blobs_of(folder)) == 5
+
+
+@pytest.mark.parametrize("kind", ["link", "hanging link", "pipe"])
+@pytest.mark.parametrize("name", ["convert.lock", "convert-journal.jsonl"])
+def test_a_lock_or_journal_that_is_no_file_is_refused_in_a_line(source, tmp_path, name, kind):
+    folder, victim = tmp_path / "out", tmp_path / "victim"
+    folder.mkdir()
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        if kind == "link":
+            victim.write_text("only copy")
+        (folder / name).symlink_to(victim)
+    if (name, kind) == ("convert.lock", "pipe"):  # can be locked as well as a file
+        convert(source, plan_for(source, folder))
+        return
+    with pytest.raises(OutputError) as caught:
+        convert(source, plan_for(source, folder))
+    assert "\n" not in str(caught.value) and victim.exists() == (kind == "link")
+    assert kind != "link" or victim.read_text() == "only copy"
+
+
+def test_a_hard_link_in_the_journals_place_is_not_written_to(source, tmp_path):
+    folder, victim = tmp_path / "out", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("")
+    os.link(victim, folder / "convert-journal.jsonl")
+    convert(source, plan_for(source, folder))
+    assert not victim.read_text() and len(blobs_of(folder)) == 5
 
 
 def test_a_waiting_process_makes_the_folder_again(source, tmp_path):

@@ -282,3 +282,25 @@ def test_what_is_not_counted_is_said(run_of, caplog):
 def test_a_missing_deepspeed_file_is_named(run_of):
     with pytest.raises(ConfigError, match="deepspeed: nowhere.json: expected a configuration of DeepSpeed"):
         plan_run(run_of(tiny_models.config("qwen3_moe"), deepspeed="nowhere.json"))
+
+
+@pytest.mark.parametrize("value", ["false", "0", "no", "'true'"])
+def test_a_run_without_our_kernels_is_not_planned(run_of, value):
+    with pytest.raises(ConfigError, match="use_kt: expected true"):
+        read_run(run_of(tiny_models.config("mixtral")), [f"use_kt={value}"])
+
+
+def test_a_run_that_does_not_say_use_kt_is_planned_as_if_it_did(run_of, caplog):
+    read_run(run_of(tiny_models.config("mixtral")), ["use_kt=true"])
+    assert not caplog.records
+    file = run_of(tiny_models.config("mixtral"))
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("use_kt")))
+    read_run(file)
+    assert "no use_kt: true" in caplog.text
+
+
+def test_types_and_ranges_are_those_of_the_run(run_of):
+    with pytest.raises(ConfigError, match="lora_alpha: expected a whole number from 1 to 2147483647, found 0"):
+        read_run(run_of(tiny_models.config("mixtral"), lora_alpha=0))
+    with pytest.raises(ConfigError, match="cutoff_len: expected a whole number, found '64'"):
+        read_run(run_of(tiny_models.config("mixtral"), cutoff_len="64"))

@@ -168,7 +168,7 @@ def test_writer_refuses_pieces_that_do_not_add_up(tmp_path, sizes, match):
     plan = [PlannedTensor(name, "torch.float32", shape) for name, shape in (("a", (2,)), ("none", (0,)), ("b", (1,)))]
     write(tmp_path / "out.safetensors", plan, map(torch.zeros, [1, 1, 0, 1]))
     with pytest.raises(ValueError, match=match):
-        write(tmp_path / "out.safetensors", plan, map(torch.zeros, sizes))
+        write(tmp_path / "other.safetensors", plan, map(torch.zeros, sizes))
     with pytest.raises(ValueError, match="every tensor is once, got 1 more"):
         write(tmp_path / "out.safetensors", [*plan, plan[0]], map(torch.zeros, [2, 1, 2]))
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from peft import LoraConfig
 from torch import nn
 
 from kt_sft.errors import ConfigError
@@ -20,13 +19,17 @@ from kt_sft.integrations.peft.targets import (
     ALL_LINEAR,
     expert_names,
     frozen_linears,
-    prepare_lora_config,
 )
 from kt_sft.integrations.unwrapped import plain_modules
 
 logger = logging.getLogger(__name__)
 
-_KEY_OF_OPTION = {"target_modules": "lora_target", "modules_to_save": "additional_target", "r": "lora_rank"}
+_KEY_OF_OPTION = {
+    "target_modules": "lora_target",
+    "LoRA target": "lora_target",
+    "modules_to_save": "additional_target",
+    "r": "lora_rank",
+}
 
 
 def count_parameters(model: nn.Module, stock: Callable[[nn.Module], tuple[int, int]]) -> tuple[int, int]:
@@ -120,46 +123,24 @@ def lora_target(
     return kept
 
 
-def check_target(model: nn.Module, finetuning_args: Any, expert_lora: bool | None) -> None:
-    """Whether a new adapter can be made as the run asks, before the model is loaded and the data set tokenised.
+@contextlib.contextmanager
+def under_keys() -> Iterator[None]:
+    """Within it, faults of PEFT's options bear the names of the keys that a user of LLaMA-Factory writes.
 
-    Args:
-        model: without weights.
     Raises:
-        ConfigError: see `prepare_lora_config`; with the names of LLaMA-Factory's keys.
+        ConfigError: as what is raised within.
     """
-    adapter = importlib.import_module("llamafactory.model.adapter")
-    with _quiet():  # what is no error is said when the adapter is made
-        target = list(finetuning_args.lora_target)
-        if target == ["all"]:
-            target = adapter.find_all_linear_modules(model, finetuning_args.freeze_vision_tower)
-        saved = finetuning_args.additional_target
-        config = LoraConfig(
-            r=finetuning_args.lora_rank,
-            target_modules=adapter.patch_target_modules(model, finetuning_args, target),
-            modules_to_save=list(saved) if saved else None,
-            use_dora=finetuning_args.use_dora,
-            task_type="CAUSAL_LM",
-        )
-        try:
-            prepare_lora_config(model, config, expert_lora)
-        except ConfigError as error:
-            raise ConfigError([_under_key(fault) for fault in error.faults]) from None
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([_under_key(fault) for fault in error.faults]) from error
 
 
 def _under_key(fault: str) -> str:
-    """A fault of PEFT's option as one of the key that a user writes; LLaMA-Factory has none for target_parameters."""
+    """A fault of PEFT's option as one of the key; LLaMA-Factory has none for target_parameters and exclude_modules."""
     option, colon, rest = fault.partition(":")
     rest = rest.replace("name its parameter in target_parameters, or leave it out", "leave it out")
+    rest = re.sub(r", or set exclude_modules: '[^']*'", "", rest)
+    rest = rest.replace("pass it alone, as a string", "name the layers")
+    rest = re.sub(r"\bexpert_lora=False\b", "kt_expert_lora: false", rest)
     return f"{_KEY_OF_OPTION.get(option, option)}{colon}{rest}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    ours = logging.getLogger("kt_sft")
-    level = ours.level
-    ours.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        ours.setLevel(level)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import math
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, near
+from kt_sft.errors import ConfigError, FormatError, near, unknown_names
+from kt_sft.formats.text_files import read_json
 
 # Key -> (type, help). Keys that LLaMA-Factory already has keep their own field. Default None: "as KTConfig has it".
 KEYS: dict[str, tuple[type, str]] = {
@@ -59,8 +62,33 @@ KEY_OF_SETTING = {  # KTConfig field -> key
     "optimize_rule": "kt_optimize_rule",
     "rule_vars": "kt_rule_vars",
 }
+YES, NO = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")  # of a flag, as transformers reads words
 MAX_LORA_RANK = 256  # of the expert kernels
 STAGES = ("pt", "sft", "dpo", "kto")
+
+_LEAST = math.ulp(0.0)  # of what has to be above 0
+_MOST = (1 << 31) - 1
+# Key -> (least, most, words): what LLaMA-Factory or torch would refuse, or compute nonsense with, after loading.
+RANGES: dict[str, tuple[float, float, str]] = {
+    "per_device_train_batch_size": (1, _MOST, f"a whole number from 1 to {_MOST}"),
+    "per_device_eval_batch_size": (1, _MOST, f"a whole number from 1 to {_MOST}"),
+    "gradient_accumulation_steps": (1, _MOST, f"a whole number from 1 to {_MOST}"),
+    "cutoff_len": (1, _MOST, f"a whole number from 1 to {_MOST}"),
+    "max_samples": (1, _MOST, f"a whole number from 1 to {_MOST}"),
+    "preprocessing_num_workers": (1, _MOST, f"a whole number from 1 to {_MOST}"),
+    "val_size": (0, sys.float_info.max, "a number >= 0"),
+    "lora_alpha": (1, _MOST, f"a whole number from 1 to {_MOST}"),
+    "lora_dropout": (0, math.nextafter(1, 0), "0 <= p < 1"),
+    "learning_rate": (_LEAST, sys.float_info.max, "a number > 0"),
+    "weight_decay": (0, sys.float_info.max, "a number >= 0"),
+    "adam_beta1": (0, math.nextafter(1, 0), "0 <= beta < 1"),
+    "adam_beta2": (0, math.nextafter(1, 0), "0 <= beta < 1"),
+    "adam_epsilon": (0, sys.float_info.max, "a number >= 0"),
+    "temperature": (0, sys.float_info.max, "a number >= 0"),
+    "top_p": (0, 1, "0 <= p <= 1"),
+    "top_k": (0, _MOST, f"a whole number from 0 to {_MOST}"),
+    "repetition_penalty": (_LEAST, sys.float_info.max, "a number > 0"),
+}
 
 # Keys of LLaMA-Factory that cannot go with use_kt: key -> what is wrong; any value but None and False is refused.
 REFUSED = {
@@ -101,6 +129,8 @@ def kt_config(model_args: Any) -> KTConfig:
     """
     values = {field: getattr(model_args, key, None) for field, key in KEY_OF_SETTING.items()}
     values["weight_path"] = values["weight_path"] or getattr(model_args, "kt_expert_checkpoint_path", None)
+    if values["cpu_linear"] is False:
+        values["cpu_linear"] = "off"  # as YAML reads this word without quotes
     try:
         config = KTConfig(**{field: value for field, value in values.items() if value is not None})
     except ConfigError as error:
@@ -131,7 +161,7 @@ def check_known(
         options = list(option_strings)
         unknown = [word[2:] for word in words if not any(option.startswith(word) for option in options)]
     if unknown:
-        raise ConfigError([f"{key}: unknown key; {nearest_key(key, known)}" for key in unknown])
+        raise ConfigError(unknown_names(unknown, lambda key: nearest_key(str(key), known)))
 
 
 def nearest_key(key: str, known: list[str]) -> str:
@@ -179,7 +209,7 @@ def given(values: dict[str, Any] | list[str], key: str) -> Any:
 
 def is_set(values: dict[str, Any] | list[str], key: str) -> bool:
     """Whether a flag of a run that is not parsed yet is on."""
-    return str(given(values, key)).lower() in ("true", "t", "yes", "y", "1")
+    return str(given(values, key)).lower() in YES
 
 
 def deepspeed_faults(deepspeed: Any) -> Iterator[str]:
@@ -188,11 +218,10 @@ def deepspeed_faults(deepspeed: Any) -> Iterator[str]:
         yield ZERO3_FAULT
     elif isinstance(deepspeed, str):
         try:
-            with open(deepspeed, encoding="utf-8") as file:
-                json.load(file)
-        except (OSError, ValueError) as error:
-            found = getattr(error, "strerror", None) or f"no JSON ({error})"
-            yield f"deepspeed: {deepspeed}: expected a configuration of DeepSpeed, found {found}; correct the path"
+            read_json(deepspeed, "configuration of DeepSpeed", remedy="correct the path")
+        except FormatError as error:
+            found = f"{deepspeed}: expected a configuration of DeepSpeed, found {error.found}"
+            yield f"deepspeed: {found}; correct the path"
 
 
 def precision_faults(values: dict[str, Any] | list[str], *, has_bf16: bool, has_gpu: bool) -> Iterator[str]:
@@ -217,9 +246,8 @@ def is_zero3(deepspeed: Any) -> bool:
     """Whether a `deepspeed` value (path of a JSON file, or its content) asks for ZeRO stage 3."""
     if isinstance(deepspeed, str):
         try:
-            with open(deepspeed, encoding="utf-8") as file:
-                deepspeed = json.load(file)
-        except (OSError, ValueError):
+            deepspeed = read_json(deepspeed, "configuration of DeepSpeed")
+        except FormatError:
             return False
     zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
     return isinstance(zero, dict) and zero.get("stage") == 3
@@ -249,6 +277,9 @@ def adapter_paths(values: Mapping[str, Any]) -> list[str]:
 
 
 def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
+    for key in ("use_kt", "trust_remote_code"):  # a text would be taken for true, whatever it says
+        if not isinstance(value := _value(groups, key), bool | None):
+            yield f"{key}: expected true or false, found {value!r}"
     for key, sentence in REFUSED.items():
         value = _value(groups, key)
         if value not in (None, False, "", []):
@@ -262,6 +293,7 @@ def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
     rank, on_experts = _value(groups, "lora_rank"), _value(groups, "kt_expert_lora")
     if on_experts is None:
         on_experts = "all" in (_value(groups, "lora_target") or [])
+    yield from range_faults({key: _value(groups, key) for key in RANGES})
     if type(rank) is not int or rank < 1:
         yield f"lora_rank: expected a whole number >= 1, found {rank!r}"
     if _value(groups, "use_dora") and on_experts:
@@ -277,10 +309,20 @@ def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
         yield "adapter_name_or_path: expected one with use_kt, found several; merge them with llamafactory-cli export"
 
 
+def range_faults(values: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers that are out of range."""
+    for key, (least, most, words) in RANGES.items():
+        value = values.get(key)
+        if type(value) in (int, float) and not least <= value <= most:
+            yield f"{key}: expected {words}, found {value}"
+
+
 def _value(groups: tuple[Any, ...], key: str) -> Any:
     return next((getattr(group, key) for group in groups if hasattr(group, key)), None)
 
 
 def _under_key(fault: str) -> str:
     field, colon, rest = fault.partition(":")
+    for setting in ("optimize_rule", "rule_vars", "weight_path", "weight_cache"):  # none is a word of the sentence
+        rest = re.sub(rf"\b{setting}\b", KEY_OF_SETTING[setting], rest)
     return f"{KEY_OF_SETTING.get(field, field)}{colon}{rest}"

@@ -24,13 +24,11 @@ PATCHES = {  # LLaMA-Factory module -> module beside this one, and its function 
     "llamafactory.data.loader": ("data_checks", "patch_loader"),
     "llamafactory.data.template": ("data_checks", "patch_template"),
     "llamafactory.model.patcher": ("attention", "patch_patcher"),
-    "llamafactory.train.tuner": ("hook", "patch_tuner"),
     "llamafactory.launcher": ("interrupts", "patch_launcher"),
     "llamafactory.webui.interface": ("webui", "patch_interface"),
 }
 OPTIONAL = (
     "llamafactory.launcher",
-    "llamafactory.train.tuner",
     "llamafactory.webui.interface",
 )  # imported by some commands only
 

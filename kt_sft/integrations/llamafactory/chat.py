@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from kt_sft.chat import ModelFacts, Sampling, ToolCall
+from kt_sft.chat import MIN_TEMPERATURE, ModelFacts, PromptError, Sampling, ToolCall
 from kt_sft.errors import ConfigError
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory import autoload
@@ -28,6 +28,7 @@ from kt_sft.integrations.llamafactory.run_file import read_config
 from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 
 __all__ = ["LlamaFactoryChat", "load", "read_config"]
+MAX_SCAN_STEPS = 20_000_000  # characters that LLaMA-Factory's patterns may look at in vain in one message; about 0.2 s
 
 
 def load(config: dict[str, Any], *, model_name: str | None = None, prefill_chunk: int = 512) -> LlamaFactoryChat:
@@ -57,6 +58,9 @@ def load(config: dict[str, Any], *, model_name: str | None = None, prefill_chunk
     chat_model = ChatModel(dict(config))
     if chat_model.engine.name != "huggingface" or not chat_model.engine.can_generate:
         raise ConfigError("infer_backend, stage: expected huggingface and sft; other engines have servers of their own")
+    # The first call sets the tokenizer's padding and truncation, which must not happen while it is in use; later calls
+    # find them set, so that several threads may encode at a time.
+    chat_model.engine.tokenizer.encode("a")
     return LlamaFactoryChat(chat_model.engine, config, model_name=model_name, prefill_chunk=prefill_chunk)
 
 
@@ -74,21 +78,30 @@ class LlamaFactoryChat:
         self._peft = engine.model if isinstance(engine.model, PeftModel) else None
         self._model = engine.model.get_base_model() if self._peft is not None else engine.model
         self._adapter_is_on = True
-        self._encoding = threading.Lock()  # a tokenizer that sets its padding must not be in use
         self._now = threading.local()
         self._prefill_chunk = prefill_chunk if _can_chunk(self._model) else None
         self._model.register_forward_pre_hook(self._before_forward)
         self.facts = _facts(engine, config, model_name, has_switch=self._peft is not None)
 
     def encode_chat(self, messages: list[dict[str, str]], system: str | None, tools: str | None) -> list[int]:
+        for message in messages:
+            self._check_scans(message["content"])
         turns = [*(dict(message) for message in messages), {"role": "assistant", "content": ""}]
-        with self._encoding:
-            ids, _ = self._template.encode_oneturn(self._tokenizer, turns, system, tools)
+        ids, _ = self._template.encode_oneturn(self._tokenizer, turns, system, tools)
         return ids
 
+    def _check_scans(self, text: str) -> None:
+        """Raise where LLaMA-Factory would look for the end of thoughts or calls from each of very many beginnings."""
+        for words in (self._template.thought_words, self._template.tool_call_words):
+            if not words or len(words) != 2 or not all(words):
+                continue
+            begin, end = words
+            rest = text[text.rfind(end) + 1 :]
+            if (count := rest.count(begin)) * len(rest) > MAX_SCAN_STEPS:
+                raise PromptError(f"expected each {begin.strip()} to be closed, found {count} that are not")
+
     def encode_text(self, text: str) -> list[int]:
-        with self._encoding:
-            return self._tokenizer.encode(text)
+        return self._tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -148,8 +161,8 @@ class LlamaFactoryChat:
         }
         values |= {name: value for name, value in asked.items() if value is not None}
         if sampling.temperature is not None:
-            values["do_sample"] = sampling.temperature > 0
-        if not values["temperature"]:
+            values["do_sample"] = True
+        if (values["temperature"] or 0.0) < MIN_TEMPERATURE:
             values["do_sample"] = False
         if not values["do_sample"]:
             for name in ("temperature", "top_p", "top_k"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,33 +13,34 @@ from typing import Any
 
 from kt_sft.errors import GIB, OutputError
 from kt_sft.formats import training_checkpoint
-from kt_sft.integrations.llamafactory.saving import is_write_error, reason
+from kt_sft.formats.disk import free_bytes, is_write_error, reason
 
 logger = logging.getLogger(__name__)
 
 # State bytes per trained element; every other optimizer is counted as Adam with two numbers of the parameter's type.
 _STATES = {"sgd": 0, "adagrad": 1, "adafactor": 0, "lion": 1, "rmsprop": 1, "lomo": 0}
+_NAME_LENGTH = 50  # of the output directory, in the name of another place
 _SMALL_FILES_BYTES = 32 << 20  # tokenizer, logs, states of the trainer
 
 
-def check_writable(output_dir: str) -> None:
+def check_writable(output_dir: str, key: str = "output_dir") -> None:
     """Whether a run can write where it is told to; nothing stays there.
 
+    Args:
+        key: names the folder in messages.
     Raises:
         OutputError: a file is there, or the folder cannot be made or written.
     """
     folder = Path(output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise OutputError(
-            folder, "output_dir", expected="a directory", found=f"a file at {existing}", remedy="choose another"
-        )
+        raise OutputError(folder, key, expected="a directory", found=f"a file at {existing}", remedy="choose another")
     try:
         with tempfile.TemporaryFile(dir=existing):
             return
     except OSError as error:
         raise OutputError(
-            folder, "output_dir cannot be written", found=error.strerror or str(error),
+            folder, f"{key} cannot be written", found=error.strerror or str(error),
             remedy="choose another, or correct its permissions",
         ) from error  # fmt: skip
 
@@ -57,8 +59,7 @@ def check_room(output_dir: str, numel: int, training_args: Any, finetuning_args:
     state_bytes = 0 if training_args.save_only_model else numel * _state_bytes(training_args.optim, element_bytes)
     num = _further_checkpoints(folder, training_args)
     needed = adapter_bytes + num * (adapter_bytes + state_bytes) + _SMALL_FILES_BYTES
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    available = free_bytes(existing)
+    available = free_bytes(folder)
     if available < needed:
         parts = f"the adapter of {adapter_bytes / GIB:.2f} GiB"
         if num:
@@ -91,27 +92,19 @@ def save_or_rescue(trainer: Any, stock: Callable[[], None]) -> None:
         raise OutputError(output, "saving the adapter", found=reason(error), remedy=where) from error
 
 
-def free_bytes(folder: Path) -> int:
-    """What an ordinary user may still write on the disk of a folder; some network file systems do not say."""
-    system = os.statvfs(folder)
-    return system.f_bavail * system.f_frsize if system.f_blocks else 1 << 62
-
-
 def _rescue(trainer: Any) -> Path | None:
     """The adapter, without anything else, in the first other place that takes it."""
     output = Path(trainer.args.output_dir).absolute()
     for place in (output, output.parent, Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
         try:
-            folder = Path(tempfile.mkdtemp(prefix=f"{output.name}-adapter-", dir=place))
+            folder = Path(tempfile.mkdtemp(prefix=f"{output.name[:_NAME_LENGTH]}-adapter-", dir=place))
         except OSError:
             continue
         try:
             trainer.model.save_pretrained(str(folder))
             return folder
         except Exception as error:
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)
             if not is_write_error(error):
                 raise
     return None
@@ -132,9 +125,9 @@ def _state_bytes(optim: Any, element_bytes: int) -> int:
 def _further_checkpoints(folder: Path, training_args: Any) -> int:
     """Checkpoints that will be there besides those that are, as far as that is known before the data is."""
     strategy = str(getattr(training_args.save_strategy, "value", training_args.save_strategy))
-    if strategy == "no":
-        return 0
     planned, every = 1, training_args.save_steps
+    if strategy == "no" or (strategy == "steps" and every <= 0):
+        return 0
     if strategy == "steps" and training_args.max_steps > 0:
         planned = math.ceil(training_args.max_steps / every if every >= 1 else 1 / every)  # below 1: a share of all
     limit, there = training_args.save_total_limit, len(training_checkpoint.checkpoints(folder))

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-import shutil
-import tempfile
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging as hf_logging
 
+from kt_sft.errors import ConfigError
+from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.base_model import meta_model
 from kt_sft.integrations.merging import MergedCheckpoint, write_merged
 from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
-from kt_sft.integrations.saving import parse_size, publish
+from kt_sft.integrations.progress import progress_bar
+from kt_sft.integrations.saving import parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +63,16 @@ def merging_model(merged: MergedCheckpoint) -> nn.Module:
 
 
 def save_merged(merged: MergedCheckpoint, target: Path, dtype: torch.dtype, limit_bytes: int) -> None:
-    """Write the merged checkpoint into a directory that may hold an earlier one; aside, then renamed."""
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        write_merged(merged, staging, _bar, dtype, limit_bytes)
-        publish(staging, target)
-        logger.info("merged %d adapters into %s", len(merged.adapters), target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    """Write the merged checkpoint into a directory that may hold an earlier one; aside, then in one step.
 
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
-    with hf_logging.tqdm(total=total, desc=what, unit="tensor") as bar:
-        yield lambda done, _total, _name: bar.update(done - bar.n)
+    Raises:
+        ConfigError: the directory is one of those that are read.
+        OutputError: no room, or it cannot be written.
+    """
+    for source in (merged.folder, *(adapter.source for adapter in merged.adapters)):
+        if target.exists() and os.path.samefile(target, source):
+            raise ConfigError(f"export_dir: {target} is read for the export; choose another")
+    with saved_into(target, needed_bytes=merged.num_bytes(dtype)) as staging:
+        bar = functools.partial(progress_bar, unit="tensor")
+        write_merged(merged, staging, bar, dtype, limit_bytes)
+    logger.info("merged %d adapters into %s", len(merged.adapters), target)

@@ -7,12 +7,9 @@ which ask for other packages and refuse half of the features, never run. Every r
 
 from __future__ import annotations
 
-import errno
 import importlib
-import io
 import logging
 import os
-import signal
 import sys
 from types import ModuleType
 from typing import Any
@@ -21,8 +18,7 @@ import torch
 from torch import nn
 
 from kt_sft import env
-from kt_sft.errors import ConfigError, KTError
-from kt_sft.integrations.canary import Canary
+from kt_sft.errors import ConfigError
 from kt_sft.integrations.gguf_model import is_gguf_model
 from kt_sft.integrations.llamafactory import (
     adapters,
@@ -32,11 +28,11 @@ from kt_sft.integrations.llamafactory import (
     data_checks,
     disk,
     exporting,
-    interrupts,
     native_classes,
     parsing,
     peer_keys,
     references,
+    reporting,
     resuming,
     trainer,
 )
@@ -50,8 +46,6 @@ from kt_sft.integrations.transformers import check_model, from_gguf, quantizatio
 from kt_sft.placement import inject
 
 logger = logging.getLogger(__name__)
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def patch_parser(parser: ModuleType) -> None:
@@ -76,12 +70,14 @@ def patch_parser(parser: ModuleType) -> None:
         if not allow_extra_keys:
             args.check_known(values, hf_parser.dataclass_types, hf_parser._option_string_actions)
         with parsing.errors_in_one_line(values):
-            parsing.check_unparsed(values, hf_parser.dataclass_types)
+            values = parsing.check_unparsed(values, hf_parser.dataclass_types)
+            if args.is_set(values, "use_kt"):
+                hf_parser.error = parsing.raise_fault
             groups = stock_parse(hf_parser, values, allow_extra_keys=allow_extra_keys)
         if any(hasattr(group, "use_kt") for group in groups):
             for note in notes:
                 _warn(note)
-            activate(groups)
+            activate(groups, values)
             parsed["model_args"] = next(group for group in groups if hasattr(group, "use_kt"))
         return groups
 
@@ -93,7 +89,8 @@ def patch_parser(parser: ModuleType) -> None:
 
     parser._parse_args, parser.get_last_checkpoint = parse_args, get_last_checkpoint
     parsing.patch_parser(parser)
-    report_errors_in_one_line()
+    reporting.report_errors_in_one_line()
+    reporting.show_lines()
 
 
 def patch_loader(loader: ModuleType) -> None:
@@ -117,7 +114,7 @@ def patch_loader(loader: ModuleType) -> None:
     def init_adapter(
         config: Any, model: nn.Module, model_args: Any, finetuning_args: Any, is_trainable: bool
     ) -> nn.Module:
-        with adapters.merging(model_args, finetuning_args, is_trainable):
+        with adapters.merging(model_args, finetuning_args, is_trainable), adapters.under_keys():
             return stock_init(config, model, model_args, finetuning_args, is_trainable)
 
     def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -155,41 +152,34 @@ def patch_adapter(adapter: ModuleType) -> None:
     adapter.find_all_linear_modules, adapter.patch_target_modules = find_all_linear_modules, patch_target_modules
 
 
-def patch_tuner(tuner: ModuleType) -> None:
-    """`_training_function`: the canary is among the callbacks of every trainer."""
-    autoload.require(tuner, "_training_function")
-    stock_training = tuner._training_function
-
-    def training_function(config: dict[str, Any]) -> None:
-        stock_training({**config, "callbacks": [*(config.get("callbacks") or ()), Canary()]})
-
-    tuner._training_function = training_function
-
-
 def is_active(model_args: Any) -> bool:
     """Whether this run uses the expert kernels."""
     return bool(getattr(model_args, "kt_active", False))
 
 
-def activate(groups: tuple[Any, ...]) -> None:
+def activate(groups: tuple[Any, ...], values: dict[str, Any] | list[str]) -> None:
     """Check a parsed configuration and hand its `use_kt` over to `kt_active`.
 
     Args:
         groups: LLaMA-Factory's parsed argument objects; changed in place.
+        values: what they were parsed from.
 
     Raises:
         ConfigError: the configuration cannot work with use_kt, or a patch point is missing.
     """
     model_args = next(group for group in groups if hasattr(group, "use_kt"))
     if not model_args.use_kt:
-        _warn(
-            "USE_KT=1, but the configuration has no `use_kt: true`: stock LLaMA-Factory runs; add it, or unset USE_KT"
-        )
+        unread = [key for key in args.KEYS if args.given(values, key) is not None]
+        without = f", {', '.join(unread)} without effect" if unread else ""
+        says = "says `use_kt: false`" if args.given(values, "use_kt") is not None else "has no `use_kt: true`"
+        _warn(f"USE_KT=1, but the configuration {says}: stock LLaMA-Factory runs{without}; set it, or unset USE_KT")
         return
     _require_all_patches()
     args.check(*groups)
     if unused := args.no_effect(model_args):
         _warn(f"without effect in kt_sft: {', '.join(unused)}; remove {'it' if len(unused) == 1 else 'them'}")
+    if model_args.export_dir:
+        disk.check_writable(model_args.export_dir, "export_dir")
     use_model_directory(model_args)
     model = check_inputs(model_args)
     finetuning_args = next(group for group in groups if hasattr(group, "lora_target"))
@@ -201,9 +191,6 @@ def activate(groups: tuple[Any, ...]) -> None:
         for adapter in model_args.adapter_name_or_path or []:
             source = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **_hub(model_args))
             limits.check_merge(model, source)
-    makes_adapter = model_args.adapter_name_or_path is None or finetuning_args.create_new_adapter
-    if model is not None and makes_adapter and getattr(training_args, "do_train", False):
-        adapters.check_target(model, finetuning_args, model_args.kt_expert_lora)
     if training_args is not None:
         use_one_device(training_args, has_rules=model_args.kt_optimize_rule is not None)
     model_args.use_kt, model_args.kt_active = False, True
@@ -254,7 +241,7 @@ def check_inputs(model_args: Any) -> nn.Module | None:
 
 
 def check_run(model: nn.Module | None, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """Whether a run can write its results and goes on from a checkpoint that fits it.
+    """Whether a run can write its results, can make its adapter, and goes on from a checkpoint that fits it.
 
     Args:
         model: of `check_inputs`; not to be used afterwards.
@@ -263,6 +250,8 @@ def check_run(model: nn.Module | None, model_args: Any, training_args: Any, fine
         KTError: see `disk` and `resuming`.
     """
     disk.check_writable(training_args.output_dir)
+    if faults := list(parsing.reporting_faults(training_args.report_to)):
+        raise ConfigError(faults)
     if not training_args.do_train:
         return
     trainer.install()
@@ -320,36 +309,6 @@ def load_experts_apart(model_args: Any, init_kwargs: dict[str, Any]) -> None:
     init_kwargs["quantization_config"] = quantization_config(config, path, plan=plan)
     if plan.devices != ("cpu",):
         init_kwargs["device_map"] = inject.device_map(plan)
-
-
-def report_errors_in_one_line() -> None:
-    """Show our own errors as one line and leave with status 2; KT_SFT_TRACEBACK=1 shows the traceback instead."""
-    previous = sys.excepthook
-
-    def leave(message: str, status: int) -> None:
-        # In a rank torch's own hook collects what this one writes, to print it afterwards; there is no afterwards.
-        stream = sys.__stderr__ if isinstance(sys.stderr, io.StringIO) else sys.stderr
-        if message:
-            stream.write(f"kt_sft: {message}\n")
-            stream.flush()
-        raise SystemExit(status)
-
-    def excepthook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        if isinstance(error, KeyboardInterrupt) and not env.traceback():
-            leave("stopped" if env.local_rank() == 0 else "", 128 + signal.SIGINT)
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS and not env.traceback():
-            leave(f"error: {error.filename or 'writing'}: {error.strerror}; free space there", 2)
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, KTError):
-            cause = cause.__cause__
-        if cause is None or env.traceback():
-            previous(kind, error, traceback)
-            return
-        if isinstance(cause, interrupts.Interrupted):
-            leave(str(cause) if env.local_rank() == 0 else "", cause.status)
-        leave(f"error: {cause}", 2)
-
-    sys.excepthook = excepthook
 
 
 def _require_all_patches() -> None:

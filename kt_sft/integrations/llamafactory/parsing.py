@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_npu_available, is_torch_xpu_available
 
-from kt_sft.errors import ConfigError, KTError
-from kt_sft.integrations.llamafactory import args, autoload
+from kt_sft.errors import ConfigError, KTError, nearest
+from kt_sft.integrations.llamafactory import args, autoload, value_types
+from kt_sft.integrations.llamafactory.run_file import read_config
 
+_NOT_LISTED = ("azure_ml", "flyte")  # integrations that transformers leaves out of its list though they are installed
 _GETTERS = ("get_train_args", "get_infer_args", "get_eval_args")
 
 
@@ -22,7 +30,11 @@ def patch_parser(parser: ModuleType) -> None:
     stock_read = parser.read_args
 
     def read_args(values: Any = None) -> Any:
+        if values is None and len(sys.argv) > 1 and sys.argv[1].endswith((".yaml", ".yml")):
+            read_config(sys.argv[1])  # OmegaConf waits for pipes, and crashes on lists in lists in lists ...
         try:
+            if values is None and sys.argv[1:2] and sys.argv[1].endswith(".json"):
+                return read_config(sys.argv[1], sys.argv[2:])  # the stock code hands the path itself to `json.load`
             return stock_read(values)
         except KTError:
             raise
@@ -55,23 +67,53 @@ def errors_in_one_line(values: dict[str, Any] | list[str]) -> Iterator[None]:
         raise ConfigError(f"configuration: {_in_one_line(error)}") from error
 
 
-def check_unparsed(values: dict[str, Any] | list[str], kinds: Iterable[type]) -> None:
-    """What transformers' TrainingArguments would refuse with a remedy for others.
+def check_unparsed(values: dict[str, Any] | list[str], kinds: Iterable[type]) -> dict[str, Any] | list[str]:
+    """What the dataclasses would take as it is, or refuse with a remedy for others.
 
     Args:
         kinds: of arguments that are parsed.
+    Returns:
+        The values with the types of their keys.
     Raises:
-        ConfigError: lists every fault.
+        ConfigError: lists every fault; without `use_kt` only one of this key.
     """
-    if not args.is_set(values, "use_kt"):
-        return
-    faults = list(args.deepspeed_faults(args.given(values, "deepspeed")))
-    if any(hasattr(kind, "per_device_train_batch_size") for kind in kinds):
-        has_npu = is_torch_npu_available()
-        has_gpu = torch.cuda.is_available() or has_npu or is_torch_xpu_available()
-        faults += args.precision_faults(values, has_bf16=is_torch_bf16_gpu_available() or has_npu, has_gpu=has_gpu)
+    is_ours, faults = args.is_set(values, "use_kt"), []
+    if isinstance(values, dict):
+        typed, faults = value_types.read(values if is_ours else {"use_kt": values.get("use_kt", False)}, kinds)
+        values = {**values, **typed} if is_ours else values
+    elif str(args.given(values, "use_kt")).lower() not in ("none", *args.YES, *args.NO):
+        faults = [f"use_kt: expected true or false, found {args.given(values, 'use_kt')!r}"]
+    if is_ours:
+        faults += args.range_faults(values) if isinstance(values, dict) else ()  # an alpha of 0 is one of 2 r later
+        faults += args.deepspeed_faults(args.given(values, "deepspeed"))
+        if any(hasattr(kind, "per_device_train_batch_size") for kind in kinds):
+            has_npu = is_torch_npu_available()
+            has_gpu = torch.cuda.is_available() or has_npu or is_torch_xpu_available()
+            faults += args.precision_faults(values, has_bf16=is_torch_bf16_gpu_available() or has_npu, has_gpu=has_gpu)
     if faults:
         raise ConfigError(faults)
+    return values
+
+
+def reporting_faults(report_to: Any) -> Iterator[str]:
+    """What `report_to` names and the trainer could not report to, which it finds after the model is loaded."""
+    there = get_available_reporting_integrations()
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name in ("all", "none", *_NOT_LISTED) or name in there:
+            continue
+        if name in INTEGRATION_TO_CALLBACK:
+            yield f"report_to: {name} is not installed; install it, or set report_to: none"
+        else:
+            yield f"report_to: {name}: unknown; {nearest(name, ['none', *INTEGRATION_TO_CALLBACK])}"
+
+
+def raise_fault(message: str) -> NoReturn:
+    """In the place of `ArgumentParser.error`, which prints three hundred options before the fault.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(re.sub(r"^argument --(\w+)(/--[\w-]+)*: ", r"\1: ", message))
 
 
 def _in_one_line(error: Exception) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
-
-import yaml
 
 from kt_sft.config import METHODS
 from kt_sft.errors import ConfigError
-from kt_sft.integrations.llamafactory.args import KEYS, nearest_key
+from kt_sft.formats.yaml_files import parse_yaml
+from kt_sft.integrations.llamafactory.args import KEYS, kt_config, nearest_key
 
 NESTED = "kt_config"
 # Their key -> ours, or LLaMA-Factory's own.
@@ -56,6 +56,7 @@ WITHOUT_EFFECT = {
 _SILENT = ("enabled", "kt_skip_expert_loading", "kt_full_weight_grad")  # if they say what is so anyway
 _ONLY_NESTED = ("enabled", "lora_rank", "lora_alpha", "model_max_length", "kt_use_lora_experts", *KEYS)
 _AUTO = "auto"
+_CHECKED = ("kt_backend", "kt_num_threads", "kt_chunked_prefill_size")  # settings here, under another name
 
 
 def translate(values: dict[str, Any] | list[str]) -> tuple[dict[str, Any] | list[str], list[str]]:
@@ -118,8 +119,8 @@ def _value(word: str, following: list[str]) -> Any:
             return True
         text = following[0]
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         return text
 
 
@@ -134,6 +135,7 @@ def _read(theirs: list[tuple[str, Any]], own: dict[str, Any]) -> tuple[dict[str,
     notes: list[str] = []
     for name, key, value in _flat(theirs, faults):
         if key in SAME_AS:
+            faults += _faults(name, key, value)
             _take(name, key, value, found, faults, notes)
         elif key in WITHOUT_EFFECT:
             if not (key in _SILENT and value is (key != "kt_full_weight_grad")):
@@ -157,12 +159,24 @@ def _flat(theirs: list[tuple[str, Any]], faults: list[str]) -> Iterator[tuple[st
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = _value(f"={value}", [])
         if isinstance(value, dict):
             yield from ((f"{NESTED}.{key}", str(key), inner) for key, inner in value.items())
         elif value is not None:
             faults.append(f"{NESTED}: expected a mapping of keys to values, found {value!r}")
+
+
+def _faults(name: str, key: str, value: Any) -> list[str]:
+    """What `KTConfig` would say under our name of a key."""
+    ours = SAME_AS[key]
+    if key not in _CHECKED or value is None or (ours == "kt_method" and str(value).lower() == _AUTO):
+        return []
+    try:
+        kt_config(SimpleNamespace(**{ours: value}))
+    except ConfigError as error:
+        return [f"{name}:{fault.partition(':')[2]}" for fault in error.faults]
+    return []
 
 
 def _take(

@@ -6,7 +6,9 @@ import dataclasses
 import importlib
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +29,9 @@ from kt_sft.integrations.expert_sources import open_experts, weight_formats
 from kt_sft.integrations.gguf_model import is_gguf_model
 from kt_sft.integrations.gguf_model import read_config as read_gguf_config
 from kt_sft.integrations.linears import plain_linears
-from kt_sft.integrations.llamafactory import args, peer_keys
+from kt_sft.integrations.llamafactory import args, peer_keys, value_types
 from kt_sft.integrations.llamafactory.run_file import read_config as read_run_file
-from kt_sft.integrations.model_files import find_config_file
+from kt_sft.integrations.model_files import check_config_file, find_config_file
 from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 from kt_sft.integrations.peft.targets import expert_targets, prepare_lora_config
 from kt_sft.integrations.placing import check_dtype, meta_model, plan_model, read_config
@@ -40,6 +42,7 @@ from kt_sft.native import native
 from kt_sft.nn.routed_experts import WeightFormats
 from kt_sft.placement.budget import DeviceMemory, Run, memory_by_device
 from kt_sft.placement.plan import LINEAR, MODULE, Plan, groups
+from kt_sft.placement.rules import DEVICE_TYPES
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,15 @@ _DEFAULTS = {
     "infer_backend": "huggingface",
     "lora_rank": _RANK,
 }
+
+
+@dataclass
+class _Numbers:
+    """Keys of LLaMA-Factory that a plan computes with."""
+
+    per_device_train_batch_size: int = _BATCH
+    cutoff_len: int = _LENGTH
+    lora_rank: int = _RANK
 
 
 @dataclass(frozen=True)
@@ -134,17 +146,16 @@ def read_run(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     values, notes = peer_keys.translate(read_run_file(file, overrides))
     for note in notes:
         logger.warning("%s", note)
-    faults = []
+    kinds = _kinds()
+    values, faults = value_types.read(values, kinds or (_Numbers,))
+    if "use_kt" not in values:
+        logger.warning("no use_kt: true: stock LLaMA-Factory would run; planned as if it were there")
+    elif not args.is_set(values, "use_kt"):
+        faults.append("use_kt: expected true, found false: stock LLaMA-Factory runs, which is not planned here")
     if not isinstance(values.get("model_name_or_path"), str):
         faults.append(f"{file}: model_name_or_path: expected a model, found {values.get('model_name_or_path')!r}")
-    for key in ("per_device_train_batch_size", "cutoff_len"):
-        value = values.get(key, 1)
-        if isinstance(value, float) and value.is_integer():  # 1e3
-            value = values[key] = int(value)
-        if type(value) is not int or value < 1:
-            faults.append(f"{key}: expected a whole number >= 1, found {value!r}")
     faults += args.deepspeed_faults(values.get("deepspeed"))
-    for check in (_check_keys, _check_values):
+    for check in (partial(_check_keys, kinds), _check_values):
         try:
             check(values)
         except ConfigError as error:
@@ -154,18 +165,23 @@ def read_run(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     return values
 
 
-def _check_keys(values: dict[str, Any]) -> None:
-    """Unknown keys are faults; without LLaMA-Factory only ours are known."""
+def _kinds() -> tuple[type, ...] | None:
+    """LLaMA-Factory's dataclasses, with our keys; None where it is not installed."""
     try:
         parser = importlib.import_module("llamafactory.hparams.parser")
     except ImportError:
-        known = [key for key in (*args.KEYS, *args.REFUSED) if key.startswith("kt_")]
-        unknown = [key for key in values if key.startswith("kt_") and key not in known]
-        if unknown:
-            raise ConfigError([f"{key}: unknown key; {args.nearest_key(key, known)}" for key in unknown]) from None
+        return None
+    return (args.model_arguments(parser.ModelArguments), *parser._TRAIN_ARGS, *parser._EVAL_ARGS)
+
+
+def _check_keys(kinds: tuple[type, ...] | None, values: dict[str, Any]) -> None:
+    """Unknown keys are faults; without LLaMA-Factory only ours are known."""
+    if kinds is not None:
+        args.check_known(values, kinds, ())
         return
-    kinds = (args.model_arguments(parser.ModelArguments), *parser._TRAIN_ARGS, *parser._EVAL_ARGS)
-    args.check_known(values, kinds, ())
+    known = [key for key in (*args.KEYS, *args.REFUSED) if key.startswith("kt_")]
+    if unknown := [key for key in values if key.startswith("kt_") and key not in known]:
+        raise ConfigError([f"{key}: unknown key; {args.nearest_key(key, known)}" for key in unknown])
 
 
 def _check_values(values: dict[str, Any]) -> None:
@@ -181,10 +197,11 @@ def _targets(values: dict[str, Any]) -> list[str]:
 
 
 def _device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError:
-        raise ConfigError(f"device: expected cpu, cuda or cuda:1, found {text!r}") from None
+    with suppress(RuntimeError):
+        device = torch.device(text)
+        if device.type in DEVICE_TYPES:
+            return device
+    raise ConfigError(f"device: expected cpu, cuda or cuda:1, found {text!r}")
 
 
 def _model_config(path: str, values: dict[str, Any]) -> PretrainedConfig:
@@ -192,7 +209,7 @@ def _model_config(path: str, values: dict[str, Any]) -> PretrainedConfig:
         with GgufIndex.from_path(path) as index:
             return read_gguf_config(index)
     hub_kwargs = {"cache_dir": values.get("cache_dir"), "revision": values.get("model_revision", "main")}
-    find_config_file(path, hub_kwargs)
+    check_config_file(find_config_file(path, hub_kwargs))
     return read_config(path, {**hub_kwargs, "trust_remote_code": values.get("trust_remote_code")})
 
 

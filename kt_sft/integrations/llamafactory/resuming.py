@@ -22,7 +22,7 @@ from kt_sft.adapters.tensor_file import TensorFile
 from kt_sft.errors import ConfigError, FormatError, KTError
 from kt_sft.formats import training_checkpoint
 from kt_sft.formats.training_checkpoint import OPTIMIZER_NAME, SCHEDULER_NAME
-from kt_sft.integrations.llamafactory import saving
+from kt_sft.integrations.llamafactory import adapters, saving
 from kt_sft.integrations.peft import reloading
 from kt_sft.integrations.peft.adapter_dir import check_adapter, in_running_form, read_adapter_config
 
@@ -115,7 +115,7 @@ def run_adapter(model: nn.Module, model_args: Any, finetuning_args: Any) -> RunA
     Args:
         model: of `check_model`; carries the adapter afterwards.
     Raises:
-        KTError: a LoRA target that kt_sft refuses.
+        KTError: a LoRA target that kt_sft refuses, by the names of LLaMA-Factory's keys.
     """
     sources = model_args.adapter_name_or_path or []
     source = Path(sources[-1]) / (model_args.adapter_folder or "") if sources else None
@@ -123,7 +123,7 @@ def run_adapter(model: nn.Module, model_args: Any, finetuning_args: Any) -> RunA
     if goes_on and not source.exists():
         return None  # on the hub
     try:
-        with _silence():
+        with _silence(), adapters.under_keys():
             if goes_on:
                 built = reloading.untrained_twin(model, adapter_file(source))
             else:

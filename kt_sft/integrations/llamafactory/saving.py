@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints
 
 from kt_sft.errors import OutputError
 from kt_sft.formats import training_checkpoint
-from kt_sft.formats.training_checkpoint import ADAPTER_CONFIG, ADAPTER_NAME, STATE_NAME
+from kt_sft.formats.disk import flush, is_write_error, reason, share
+from kt_sft.formats.overwriting import MODEL_CARD, saved_into
+from kt_sft.formats.staging import recover, remove_empty, replace_folder
+from kt_sft.formats.training_checkpoint import STATE_NAME
 
 logger = logging.getLogger(__name__)
 
 # The underscore keeps `push_to_hub` from uploading it.
 STAGING = "_incomplete"
-_REPLACED = "replaced-"
-_MODEL_CARD = "README.md"
 
 
 def save_checkpoint(trainer: Any, stock: Callable[[], None], trial: Any) -> None:
@@ -39,25 +38,29 @@ def save_checkpoint(trainer: Any, stock: Callable[[], None], trial: Any) -> None
     run_folder = Path(trainer._get_output_dir(trial=trial))
     name = f"checkpoint-{trainer.state.global_step}"
     staged, target = run_folder / STAGING / name, run_folder / name
+    _remove_link(run_folder / STAGING)
     with _diverted(trainer, run_folder / STAGING):
         try:
             stock()
             _point_to_best(trainer, run_folder, target)
             if trainer.args.should_save:
                 trainer.state.save_to_json(str(staged / STATE_NAME))
+                share(staged)
                 flush(staged)
         except Exception as error:
             if not is_write_error(error):
                 raise
             shutil.rmtree(staged, ignore_errors=True)
-            fault = OutputError(target, "checkpoint not written", found=reason(error), remedy="free space there")
-            if trainer.args.world_size > 1:
-                raise fault from error
-            logger.warning("kt_sft: %s; training goes on", fault)
+            remove_empty(run_folder / STAGING)
+            _report(trainer, target, error)
             return
     trainer.accelerator.wait_for_everyone()  # the random states of all ranks are in it
     if trainer.args.should_save:
-        replace_folder(staged, target)
+        try:
+            replace_folder(staged, target)
+        except OSError as error:
+            _report(trainer, target, error)
+            return
         remove_empty(run_folder / STAGING)
     trainer.accelerator.wait_for_everyone()
     if staged.is_dir() and trainer.args.local_process_index == 0:  # random states on a node with a disk of its own
@@ -73,11 +76,20 @@ def save_checkpoint(trainer: Any, stock: Callable[[], None], trial: Any) -> None
         )
 
 
-def save_files(folder: Path, stock: Callable[[str], None]) -> None:
-    """The trainer's `_save` into the staging folder below `folder`; its files then replace those of the same names.
+def _report(trainer: Any, target: Path, error: BaseException) -> None:
+    """A checkpoint that could not be written.
 
-    The weights come last: as long as the older ones are there, so is what belongs to them, but for the instant between
-    two renames.
+    Raises:
+        OutputError: other ranks wait; a single process goes on without it.
+    """
+    fault = OutputError(target, "checkpoint not written", found=reason(error), remedy="free space there")
+    if trainer.args.world_size > 1:
+        raise fault from error
+    logger.warning("kt_sft: %s; training goes on", fault)
+
+
+def save_files(folder: Path, stock: Callable[[str], None]) -> None:
+    """The trainer's `_save`, whose files then replace those of the same names.
 
     Raises:
         OSError, SafetensorError, RuntimeError: of the writing; nothing has been replaced then.
@@ -85,24 +97,8 @@ def save_files(folder: Path, stock: Callable[[str], None]) -> None:
     if folder.parent.name == STAGING:  # of a checkpoint that is renamed as a whole
         stock(str(folder))
         return
-    staged = folder / STAGING / "model"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        if (folder / _MODEL_CARD).is_file():
-            shutil.copyfile(folder / _MODEL_CARD, staged / _MODEL_CARD)  # PEFT adds to a card that is there
+    with saved_into(folder, kept=(MODEL_CARD,)) as staged:
         stock(str(staged))
-        flush(staged)
-        order = {ADAPTER_CONFIG: 1, ADAPTER_NAME: 2}
-        for path in sorted(staged.iterdir(), key=lambda path: order.get(path.name, 0)):
-            if path.is_dir():
-                replace_folder(path, folder / path.name)
-            else:
-                path.replace(folder / path.name)
-        _flush_folder(folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        remove_empty(folder / STAGING)
 
 
 def clean(run_folder: Path, *, removes: bool) -> None:
@@ -114,6 +110,10 @@ def clean(run_folder: Path, *, removes: bool) -> None:
         removes: delete the rest; one rank does.
     """
     staging = run_folder / STAGING
+    _remove_link(staging)
+    if removes:
+        recover(run_folder)
+        recover(run_folder.parent)
     with suppress(FileNotFoundError):  # another rank was faster
         for path in training_checkpoint.checkpoints(staging):
             target = run_folder / path.name
@@ -124,58 +124,10 @@ def clean(run_folder: Path, *, removes: bool) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def replace_folder(staged: Path, target: Path) -> None:
-    """Rename a folder to a name that may be taken; what was there is gone afterwards."""
-    replaced = staged.parent / f"{_REPLACED}{target.name}"
-    if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.replace(replaced)
-    staged.replace(target)
-    _flush_folder(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def remove_empty(folder: Path) -> None:
-    """Remove a folder if nothing is in it."""
-    try:
-        folder.rmdir()
-    except OSError:
-        return
-
-
-def flush(folder: Path) -> None:
-    """Have the system write every file below a folder to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def is_write_error(error: BaseException) -> bool:
-    """Whether an exception of saving is the file system's: torch and safetensors have types of their own for it."""
-    words = ("PytorchStreamWriter", "inline_container")
-    of_torch = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return isinstance(error, OSError | SafetensorError) or of_torch
-
-
-def reason(error: BaseException) -> str:
-    """The file system's words, without the path; torch has none."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, RuntimeError):
-        return "torch could not write its file to the end"
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_link(staging: Path) -> None:
+    """Nothing is written, and nothing removed, where a link in the place of the staging folder leads."""
+    if staging.is_symlink():
+        staging.unlink(missing_ok=True)
 
 
 @contextmanager

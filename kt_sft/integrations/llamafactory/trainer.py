@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer
 
 from kt_sft.errors import ConfigError
+from kt_sft.integrations.canary import Canary
 from kt_sft.integrations.llamafactory import disk, interrupts, resuming, saving
 
 _METHODS = ("train", "save_model", "_save", "_save_checkpoint", "_load_optimizer_and_scheduler")
@@ -44,6 +45,8 @@ def _for_our_models(stock: Any, ours: Any) -> Any:
 
 
 def _train(stock: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    if not any(isinstance(callback, Canary) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(Canary())
     with interrupts.stopping(trainer):
         return stock(*args, **kwargs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,18 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import peft
-from peft import PeftConfig
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import PeftType
 from torch import nn
 
 from kt_sft.adapters import layout, peft_config
 from kt_sft.adapters.folder import CONFIG_NAME, EXPERTS_NAME, check_names, left_out
 from kt_sft.adapters.forms import adapter_file, is_fused, is_per_expert, open_adapter, write_directory
 from kt_sft.adapters.model import BaseModel
-from kt_sft.adapters.plain import LinearReader, check_whole
+from kt_sft.adapters.patterns import check_speed
+from kt_sft.adapters.plain import LinearReader
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
+from kt_sft.formats.json_object import read_object
 from kt_sft.integrations.base_model import describe
 from kt_sft.integrations.peft.targets import (
     RUNNING_FORM,
@@ -35,6 +35,8 @@ from kt_sft.models.layout import ExpertsSpec
 from kt_sft.models.spec import iter_routed_experts
 
 logger = logging.getLogger(__name__)
+
+_TAKEN = {"F32", "BF16", "F16"}  # element types that PEFT keeps right whichever way it loads them
 
 
 def local_adapter_dir(adapter: str | Path, *, subfolder: str | None = None, **hub) -> Path:
@@ -83,7 +85,7 @@ def _downloaded(adapter: str, subfolder: str | None, hub: dict) -> Path:
 
 
 def check_adapter(model: nn.Module, source: Path, *, may_grow: bool = False) -> None:
-    """Whether an adapter of any form fits a model; reads headers only.
+    """Whether an adapter of any form fits a model, and whether it is made of numbers.
 
     Args:
         model: one that carries PEFT's wrappers already is taken for the model below them.
@@ -92,9 +94,10 @@ def check_adapter(model: nn.Module, source: Path, *, may_grow: bool = False) -> 
         FormatError, UnsupportedModel: it does not, or is damaged.
     """
     if has_other_form(model, source):
-        open_adapter(source, describe(model), reads_headers_only=True)
+        open_adapter(source, describe(model))
     else:
         check_adapter_fits(model, read_adapter_config(source), source, may_grow=may_grow)
+        TensorFile(source).check_finite()
 
 
 @contextmanager
@@ -133,7 +136,7 @@ def has_other_form(model: nn.Module, source: Path) -> bool:
     names = TensorFile(source)
     if TensorFile.of_experts(source) is not None or is_per_expert(names):
         return True
-    if _names_others(describe(model), config, names):
+    if names.dtypes() - _TAKEN or _names_others(describe(model), config, names):
         return True
     if is_fused(names) and not config.target_parameters:
         return True
@@ -151,7 +154,7 @@ def has_other_form(model: nn.Module, source: Path) -> bool:
 
 def _stated_version(folder: Path) -> object:
     """As the file has it: PEFT's own config would put the running version in the place of none."""
-    return peft_config.read_object(folder / CONFIG_NAME).get("peft_version")
+    return read_object(folder / CONFIG_NAME).get("peft_version")
 
 
 def _widths(config: ExpertLoraConfig, specs: Mapping[str, ExpertsSpec], names: TensorFile) -> layout.Widths:
@@ -177,23 +180,37 @@ def _names_others(base: BaseModel, config: ExpertLoraConfig, names: TensorFile) 
 
 
 def read_adapter_config(folder: Path) -> ExpertLoraConfig:
-    """PEFT's config with the dropout from beside it, ready to build wrappers."""
-    path = folder / CONFIG_NAME
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as exc:
-        raise FormatError(path, f"not a PEFT config ({str(exc).splitlines()[0]})") from exc
-    if config.peft_type != PeftType.LORA:
-        raise FormatError(
-            path, "peft_type", expected="LORA", found=getattr(config.peft_type, "value", config.peft_type)
-        )
-    config = ExpertLoraConfig.of(config)
+    """PEFT's config with the dropout from beside it, ready to build wrappers.
+
+    Raises:
+        FormatError: missing, damaged, not LoRA, or with values that it cannot have.
+    """
+    config = ExpertLoraConfig.of(saved_config(folder))
     config.peft_version = peft.__version__  # which writes it from now on, in its own layout
     beside = peft_config.read_side_file(folder)
     config.model_type = beside.get("model_type")
     if config.target_parameters:
         config.move_dropout(beside.get("lora_dropout"))
     return config
+
+
+def saved_config(folder: Path) -> LoraConfig:
+    """PEFT's config as it is in adapter_config.json, without the keys that mean nothing here.
+
+    Raises:
+        FormatError: missing, damaged, not LoRA, or with values that it cannot have.
+    """
+    values = peft_config.read_values(folder)
+    begun = values.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower() in ("corda", "loftq", "lora_ga"):
+        raise FormatError(
+            folder / CONFIG_NAME, "init_lora_weights", expected="LoRA that begins without further files",
+            found=repr(begun), remedy="save it with PEFT's path_initial_model_for_weight_conversion",
+        )  # fmt: skip
+    try:
+        return LoraConfig(**values)
+    except (ValueError, TypeError, ImportError) as exc:  # options that exclude one another
+        raise FormatError(folder / CONFIG_NAME, f"not a PEFT config ({str(exc).splitlines()[0]})") from exc
 
 
 def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path, *, may_grow: bool = False) -> None:
@@ -206,6 +223,8 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path,
     Raises:
         FormatError: one line with the first fault and the number of further ones.
     """
+    base = describe(model)
+    check_patterns(model, config, folder, base)
     names = TensorFile(folder)
     path, shapes = names.path, {f"{PREFIX}{name}": names.shape(name) for name in names}
     _check_model_type(model, config, path)
@@ -216,9 +235,18 @@ def check_adapter_fits(model: nn.Module, config: ExpertLoraConfig, folder: Path,
         remedy = f"load it on the model it was trained on{_base_hint(config)}"
         raise FormatError(path, what, expected=expected, found=f"{found}{more}", remedy=remedy)
     if not may_grow:
-        base = describe(model)
         known = {key.removeprefix(PREFIX) for key in _expected_expert_tensors(config, base.specs, model)}
-        check_whole(names, LinearReader(names, config.to_dict(), base, known).rest, base)
+        LinearReader(names, config.to_dict(), base, known).whole()
+
+
+def check_patterns(model: nn.Module, config: ExpertLoraConfig, folder: Path, base: BaseModel | None = None) -> None:
+    """Whether the regular expressions of a config come to an end with this model's names; before anything uses them.
+
+    Raises:
+        FormatError: names the one that does not.
+    """
+    names = [*plain_modules(model), *(base or describe(model)).target_names()]
+    check_speed(vars(config), names, folder / CONFIG_NAME)
 
 
 def _check_model_type(model: nn.Module, config: ExpertLoraConfig, path: Path) -> None:
@@ -232,11 +260,13 @@ def _check_model_type(model: nn.Module, config: ExpertLoraConfig, path: Path) ->
 
 def _base_model_type(config: ExpertLoraConfig) -> str | None:
     """The base model's type if its directory is still where the adapter says."""
-    path = Path(config.base_model_name_or_path or "", "config.json")
-    try:
-        return json.loads(path.read_text()).get("model_type") if config.base_model_name_or_path else None
-    except (OSError, ValueError, AttributeError):
+    if not config.base_model_name_or_path:
         return None
+    try:
+        found = read_object(Path(config.base_model_name_or_path, "config.json")).get("model_type")
+    except FormatError:
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _base_hint(config: ExpertLoraConfig) -> str:

@@ -13,15 +13,18 @@ from torch import nn
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.adapter_dir import (
     check_adapter_fits,
+    check_patterns,
     in_running_form,
     local_adapter_dir,
     read_adapter_config,
+    saved_config,
 )
 from kt_sft.integrations.peft.binding import hidden_numel
 from kt_sft.integrations.peft.injecting import check_kind, install, requesting
 from kt_sft.integrations.peft.targets import expert_faults, expert_targets
 from kt_sft.models.spec import iter_routed_experts
 
+_NOT_COMPARED = ("inference_mode", "auto_mapping")  # nothing here acts on the latter
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
@@ -83,6 +86,7 @@ def load_adapter(
 
 def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str, **kwargs) -> PeftModel:
     config = read_adapter_config(folder)
+    check_patterns(model, config, folder)
     faults = expert_faults(config, expert_targets(config, [name for name, _ in iter_routed_experts(model)]))
     if faults:
         raise ConfigError(f"{folder}: {fault}" for fault in faults)
@@ -111,8 +115,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _check_same(config: PeftConfig, folder: Path) -> None:
     """A config other than the saved one would need other tensors, or compute other things with them."""
-    ours, saved = config.to_dict(), PeftConfig.from_pretrained(str(folder)).to_dict()
-    differing = [key for key in saved if key != "inference_mode" and ours.get(key) != saved[key]]
+    ours, saved = config.to_dict(), saved_config(folder).to_dict()
+    differing = [key for key in saved if key not in _NOT_COMPARED and (ours.get(key) or None) != (saved[key] or None)]
     if differing:
         raise ConfigError(
             f"config: expected what {folder} says itself, found another {', '.join(differing)}; leave config out"

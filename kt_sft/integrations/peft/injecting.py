@@ -1,8 +1,8 @@
 """The one seam in PEFT: whoever puts an adapter on a model with our experts, it is prepared, bound and checked here.
 
 `peft.get_peft_model`, `PeftModel(...)`, TRL's trainers, `inject_adapter_in_model` and transformers' `add_adapter` all
-end in `BaseTuner.inject_adapter`. `install` puts a step around it, and around the class methods of PeftModel that know
-nothing of experts. A model without our experts passes straight through.
+end in `BaseTuner.inject_adapter`. `install` puts a step around it, and around the methods of PeftModel that know
+nothing of experts, or write files one over the other. A model without our experts passes straight through.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -23,7 +24,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
+from kt_sft.adapters.folder import CONFIG_NAME
+from kt_sft.adapters.patterns import Patterns, check_speed
+from kt_sft.adapters.schema import find_faults
 from kt_sft.errors import ConfigError
+from kt_sft.formats.overwriting import MODEL_CARD, saved_into
 from kt_sft.integrations.peft import coverage
 from kt_sft.integrations.peft.binding import (
     bind_expert_lora,
@@ -37,6 +42,8 @@ from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_names, exp
 from kt_sft.models.spec import iter_routed_experts
 
 logger = logging.getLogger(__name__)
+
+_FEW = 256  # Python's re keeps 512 compiled expressions, and PEFT compiles each key anew for each module
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ def install(load_adapter: Callable[..., PeftModel]) -> None:
         (BaseTuner, "inject_adapter", "adapter_name"),
         (PeftModel, "__init__", "model"),
         (PeftModel, "from_pretrained", "model_id"),
+        (PeftModel, "save_pretrained", "is_main_process"),
     ):
         method = getattr(owner, name, None)
         if method is None or parameter not in inspect.signature(method).parameters:
@@ -103,8 +111,23 @@ def install(load_adapter: Callable[..., PeftModel]) -> None:
             return stock_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
         return load_adapter(model, model_id, is_trainable, adapter_name=adapter_name, config=config, **kwargs)
 
+    stock_save = PeftModel.save_pretrained
+
+    @functools.wraps(stock_save)
+    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        stock = functools.partial(stock_save, self)
+        given = inspect.signature(stock).bind(save_directory, *args, **kwargs)
+        given.apply_defaults()
+        if not has_experts(self) or not given.arguments["is_main_process"]:
+            return stock(*given.args, **given.kwargs)
+        with saved_into(save_directory, kept=(MODEL_CARD,)) as staging:
+            given.arguments["save_directory"] = str(staging)
+            stock(*given.args, **given.kwargs)
+        return None
+
     inject_adapter.of_kt_sft = True
     BaseTuner.inject_adapter, PeftModel.__init__ = inject_adapter, init
+    PeftModel.save_pretrained = save_pretrained
     PeftModel.from_pretrained = classmethod(from_pretrained)
 
 
@@ -127,6 +150,7 @@ def check_kind(config: object, *, mixed: bool = False) -> None:
 def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapter_name: str) -> None:
     request, config = _request.get() or _Request(), tuner.peft_config[adapter_name]
     check_kind(config, mixed=type(tuner).__name__ == "MixedModel")
+    _check_values(config)
     _check_holds_none(model)
     expert_lora = request.expert_lora
     if expert_lora is None and not request.is_saved:
@@ -143,6 +167,8 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
     present = _adapters(model)
     if expert_targets(prepared, expert_names(model)):
         _check_is_first(present)
+    if request.is_saved:
+        _make_safe(prepared, model)
     if not present:
         expose_placeholders(model)
     tuner.peft_config[adapter_name] = prepared
@@ -157,6 +183,35 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
         coverage.log(model, coverage.asked(config, expert_lora))
         for sentence in training_limits(model, prepared):
             logger.warning("%s", sentence)
+
+
+def _check_values(config: LoraConfig) -> None:
+    """Types and ranges, which PEFT does not look at, and nothing that makes it import modules or copy layers.
+
+    Raises:
+        ConfigError: all that is wrong.
+    """
+    values = {key: list(v) if isinstance(v, set | tuple) else v for key, v in config.to_dict().items()}
+    faults = [str(fault) for fault in find_faults(values, is_file=False)]
+    if faults:
+        raise ConfigError(faults)
+
+
+def _make_safe(config: LoraConfig, model: nn.Module) -> None:
+    """A saved config whose regular expressions come to an end with this model's names, and of whose patterns PEFT sees
+    only what has effect where they have more keys than Python keeps compiled.
+
+    Raises:
+        FormatError: one that does not.
+    """
+    names = {name for name, _ in model.named_modules()}
+    names |= {f"{name}.{parameter}" for name, m in model.named_modules() for parameter in m._parameters}
+    check_speed(vars(config), names, Path(CONFIG_NAME))
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = Patterns.of(getattr(config, key))
+        if len(patterns) > _FEW:
+            used = {patterns.key_of(name) for name in names}
+            setattr(config, key, {pattern: value for pattern, value in patterns.items() if pattern in used})
 
 
 def _saved(config: LoraConfig) -> ExpertLoraConfig:

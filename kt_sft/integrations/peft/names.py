@@ -50,6 +50,7 @@ PARTS_OF_OTHER_FAMILIES = OF_OTHER_FAMILIES | frozenset(
     ("lm_head", "embed_tokens", "gate", "router")
     + ("vision_tower", "visual", "vision_model", "multi_modal_projector", "audio_tower")
 )
+_IS_REGEX = re.compile(r"[\\*+?()\[\]|^$]")  # no name has these
 ADDED_BY_PEFT = ("classifier", "score")  # to modules_to_save, for every sequence classifier
 
 
@@ -122,7 +123,12 @@ def _target_modules(found: Findings, config: LoraConfig, entries, modules, spell
     else:
         hits = {entry: suffix_matches(entry, modules) for entry in sorted(entries or ())}
         for entry, names in hits.items():
-            if not names:
+            if not names and _IS_REGEX.search(entry):
+                found.faults.append(
+                    f"target_modules: {entry!r} is an entry of a list, which holds names and no regular expression; "
+                    "pass it alone, as a string"
+                )
+            elif not names:
                 found.unknown("target_modules", entry, known, OF_OTHER_FAMILIES, "layer of the model")
     custom = tuple(getattr(config, "_custom_modules", None) or ())
     for entry, names in hits.items():

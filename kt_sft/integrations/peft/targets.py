@@ -13,16 +13,16 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from kt_sft.adapters import layout
+from kt_sft.adapters.patterns import Patterns
 from kt_sft.errors import ConfigError, nearest
+from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.peft import names
 from kt_sft.integrations.unwrapped import plain_modules, plain_name
 from kt_sft.models.spec import find_routers, iter_routed_experts
@@ -67,11 +67,12 @@ class ExpertLoraConfig(LoraConfig):
         self.lora_dropout = 0.0
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        super().save_pretrained(save_directory, **kwargs)
-        beside = {"model_type": self.model_type, layout.MARK: RUNNING_FORM}
-        if self.adapter_dropout is not None:
-            beside["lora_dropout"] = self.adapter_dropout
-        Path(save_directory, SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n")
+        with saved_into(save_directory) as staging:
+            super().save_pretrained(str(staging), **kwargs)
+            beside = {"model_type": self.model_type, layout.MARK: RUNNING_FORM}
+            if self.adapter_dropout is not None:
+                beside["lora_dropout"] = self.adapter_dropout
+            (staging / SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
 
 
 def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: bool | None = None) -> ExpertLoraConfig:
@@ -145,7 +146,9 @@ def expert_targets(config: LoraConfig, experts: Iterable[str]) -> list[str]:
 
 def effective_rank(config: LoraConfig, parameter: str) -> int:
     """The rank that PEFT gives to a parameter or module of this name."""
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), parameter), config.r)
+    patterns = Patterns.of(config.rank_pattern)
+    key = patterns.key_of(parameter)
+    return config.r if key is None else patterns[key]
 
 
 def router_linears(model: nn.Module) -> list[str]:

@@ -43,6 +43,8 @@ class PackedLinear {
 
  private:
   void check_loaded() const;
+  template <class T>
+  void unpack_parallel(T* w, int64_t stride) const;
 
   int64_t n_;
   int64_t k_;

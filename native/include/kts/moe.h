@@ -2,6 +2,7 @@
 // moe/expert_backward.cc; rounding points in docs/numerics.md.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kts/elementwise.h"
@@ -34,6 +35,11 @@ struct MoeShape {
   // Row stride, in elements, of g, u and h buffers.
   int64_t inter_stride() const { return align_up(inter, kPanel); }
 };
+
+inline constexpr int64_t kMaxExperts = int64_t{1} << 20;  // with the widths below, no size of a layer overflows
+
+// Throws std::invalid_argument for sizes that no layer can have, or that the formats cannot.
+void check_shape(const MoeShape& shape);
 
 // Inverted dropout on the input of the LoRA branches; p = 0 turns it off. The mask depends on seed, (token, slot) and
 // column only.
@@ -129,11 +135,12 @@ class MoeLayer {
   void unpack_expert(int64_t expert, T* gate, int64_t gate_stride, T* up, int64_t up_stride, T* down,
                      int64_t down_stride) const;
 
-  // Computes with `blobs` where they lie, which takes one shard; they must stay unchanged as long as the layer lives.
-  void map_expert(int64_t expert, const ExpertBlobs<const char>& blobs);
+  // Computes with `blobs` where they lie, which takes one shard; they must stay unchanged, and `owner` keeps them, until
+  // the expert gets other weights or the layer ends.
+  void map_expert(int64_t expert, const ExpertBlobs<const char>& blobs, std::shared_ptr<const void> owner = nullptr);
   // Copies `blobs` into the memory of the shards.
   void copy_expert(int64_t expert, const ExpertBlobs<const char>& blobs);
-  // The way back: the very bytes that any number of shards would be mapped or copied from.
+  // The way back: the very bytes that any number of shards would be mapped or copied from. Not into mapped experts.
   void export_expert(int64_t expert, const ExpertBlobs<char>& blobs) const;
   // Bytes of the blobs.
   int64_t gate_blob_bytes() const { return kts::packed_bytes(shape_.format.gate, shape_.inter, shape_.hidden); }
@@ -172,7 +179,11 @@ class MoeLayer {
   }
   ExpertBlobs<char> own_place(int64_t expert, int shard);
   void use_own_places(int64_t expert);
-  void forget_expert(int64_t expert);
+  // Drops the weights of an expert; what kept them is returned, to end without the lock.
+  [[nodiscard]] std::shared_ptr<const void> forget_expert(int64_t expert);
+  void check_index(int64_t expert, const char* message) const;
+  int64_t count_missing() const;  // runtime().mutex is held
+  bool is_mapped(int64_t expert) const;
   PackedMatrix gate_view(int shard, const void* memory) const;
   PackedMatrix up_view(int shard, const void* memory) const;
   PackedMatrix down_view(int shard, const void* memory) const;
@@ -186,8 +197,9 @@ class MoeLayer {
   Shard shards_[kMaxShards];
   int64_t shard_offset_[kMaxShards] = {};  // bytes from the start of weights_
   int64_t layout_bytes_ = 0;
-  PageBuffer weights_;                           // empty until the first expert is packed or copied
-  std::vector<ExpertBlobs<const char>> places_;  // [expert, shard]; null = no weights yet
+  PageBuffer weights_;                               // empty until the first expert is packed or copied
+  std::vector<ExpertBlobs<const char>> places_;      // [expert, shard]; null = no weights yet
+  std::vector<std::shared_ptr<const void>> owners_;  // [expert], of those that are mapped
 };
 
 }  // namespace kts

@@ -77,7 +77,7 @@ Runtime& runtime();
 
 // Replaces the process-wide pool. `threads` beyond max_threads() are not started: num_threads() tells. `pools`: 1 up to
 // the number of NUMA nodes, 0 = that number; never more than threads. Waits for a running forward or backward.
-// `fake_nodes` is for tests: any number of threads and pools, which share this machine's CPUs.
+// `fake_nodes` is for tests: up to 1024 threads and pools, which share this machine's CPUs.
 void set_threads(int threads, int pools = 0, bool fake_nodes = false);
 int num_threads();
 int num_pools();

@@ -2,19 +2,36 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace kts {
 
+// Says how many bytes were wanted.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(size_t bytes) noexcept;
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[96];
+};
+
 class Arena {
  public:
+  static constexpr size_t kMostBytes = size_t{1} << 62;
+
   Arena() = default;
   Arena(void* base, size_t bytes) : base_(static_cast<char*>(base)), capacity_(bytes) {}
 
-  // `count` objects, 64-byte aligned; null while counting.
+  // `count` objects, 64-byte aligned; null while counting. Throws OutOfMemory for more bytes than there are addresses.
   template <class T>
   T* take(int64_t count) {
     const size_t begin = (used_ + 63) / 64 * 64;
-    used_ = begin + static_cast<size_t>(count) * sizeof(T);
+    size_t bytes = 0;
+    if (count < 0 || __builtin_mul_overflow(static_cast<size_t>(count), sizeof(T), &bytes) ||
+        bytes > kMostBytes - begin)
+      throw OutOfMemory(SIZE_MAX);
+    used_ = begin + bytes;
     return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + begin);
   }
   size_t used() const { return used_; }
@@ -32,7 +49,7 @@ inline constexpr size_t kHugePage = size_t{2} << 20;
 void advise_huge_pages(void* memory, size_t bytes);
 
 // Anonymous memory, zero until written, huge pages advised: aligned to one from that size on, to a small page below.
-// Throws std::bad_alloc.
+// Throws OutOfMemory.
 class PageBuffer {
  public:
   PageBuffer() = default;

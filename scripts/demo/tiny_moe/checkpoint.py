@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from kt_sft.formats.staging import new_path
 
 MANIFEST = "tiny_moe.json"
 _SHARD_BYTES = 200 * 10**6  # several shards even for this small model: the loader's usual case
@@ -29,16 +29,8 @@ def is_complete(folder: Path, recipe: dict[str, Any]) -> bool:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder beside `folder`, which takes its place only when the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_path(folder, is_file=False, replaces=True) as aside:
         yield aside
-        aside.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> int:
