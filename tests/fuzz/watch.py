@@ -16,14 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from kt_sft.errors import KTError
+from kt_sft.errors import ConfigError, KTError
 from tests.fuzz.case import Case, Subject, damaged
 
 SECONDS = 2.0  # of the processor
 CLOCK_SECONDS = 30.0  # of the clock: who waits takes none of the processor, and other processes take it, too
 EXTRA_BYTES = 256 << 20  # beside the files' own
-MESSAGE_CHARACTERS = 2000
+MESSAGE_CHARACTERS, LIST_CHARACTERS = 2100, 8100  # of an error, and of one that lists faults
 RIGHT, REFUSED, FAILED = "right", "refused", "FAILED"
 _TRIPWIRE = "tests.fuzz.tripwire"
 _PAGE = resource.getpagesize()
@@ -68,8 +69,18 @@ def prepare() -> None:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     os.environ["TQDM_DISABLE"] = "1"
-    for owner, name in ((subprocess, "Popen"), (os, "system"), (os, "posix_spawn"), (socket, "create_connection")):
+    for owner, name in ((os, "system"), (os, "posix_spawn"), (socket, "create_connection")):
         setattr(owner, name, _forbidden(name))
+    subprocess.Popen = _OwnChild  # type: ignore[misc]
+
+
+class _OwnChild(subprocess.Popen):
+    """Python may be started, to try a regular expression with a time limit."""
+
+    def __init__(self, args: Any, *rest: Any, **kwargs: Any):
+        if isinstance(args, str) or args[0] != sys.executable:
+            raise Forbidden("Popen")
+        super().__init__(args, *rest, **kwargs)
 
 
 def _forbidden(name: str):
@@ -89,7 +100,8 @@ def attempt(case: Case, subject: Subject, folder: Path) -> Outcome:
                 result = subject.read(folder)
         except KTError as error:
             kind, detail = REFUSED, str(error)
-            if "\n" in detail or len(detail) > MESSAGE_CHARACTERS or not detail.strip():
+            limit = LIST_CHARACTERS if isinstance(error, ConfigError) else MESSAGE_CHARACTERS
+            if "\n" in detail or len(detail) > limit or not detail.strip():
                 what = "no line" if "\n" in detail or not detail.strip() else f"a line of {len(detail)} characters"
                 kind, place, detail = FAILED, _place(error), f"{type(error).__name__} is {what}: {detail[:200]!r}"
         except (Exception, Hang, Forbidden, KeyboardInterrupt, SystemExit) as error:
