@@ -204,12 +204,14 @@ def _read_weight_map(index_path: Path, needs_metadata: bool) -> dict[str, str]:
     return weight_map
 
 
-def _map(file: Path) -> Any:
-    """The file in the safetensors library, which refuses all of it for one dtype that it does not know."""
+def _map(file: Path, framework: str = "pt") -> Any:
+    """The file in the safetensors library, which refuses all of it for one dtype that it does not know, and JSON of
+    which Python is more tolerant; transformers opens files by it.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, framework="pt", device="cpu").__enter__()
+        return safe_open(file, framework=framework, device="cpu").__enter__()
     except (SafetensorError, OSError) as error:
         what, found = "header at byte 8", str(error)[:200]
         expected = "what the installed safetensors library reads"
@@ -259,8 +261,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         data_bytes = end
     if 8 + header_bytes + data_bytes != file_bytes:
         raise _wrong_length(file, 8 + header_bytes + data_bytes, file_bytes)
-    if any(dtype not in DTYPE_BITS for _, dtype, *_ in entries):
-        _map(file).__exit__(None, None, None)
+    _map(file, "numpy").__exit__(None, None, None)
     for name, dtype, shape, _, _ in entries:
         yield name, TensorInfo(file, dtype, shape)
 

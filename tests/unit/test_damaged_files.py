@@ -69,6 +69,22 @@ def test_a_dtype_that_the_library_does_not_make_tensors_of_is_one_line(tmp_path)
         index.read("x")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"__metadata__": []}',
+        '{"__metadata__": {"a": 1}}',
+        '{"__metadata__": {"a": NaN}}',
+        '{"__metadata__": {"a": "\\ud800"}}',
+    ],
+)
+def test_what_the_safetensors_library_refuses_is_refused_with_the_header(header, tmp_path):
+    raw = header.encode()
+    (tmp_path / SINGLE_NAME).write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with pytest.raises(FormatError, match="header at byte 8"):
+        SafetensorsIndex.from_directory(tmp_path)
+
+
 def test_packed_int4_of_another_dtype_is_refused(tmp_path):
     tensors = {"x.weight_packed": torch.ones(2, 4), "x.weight_scale": torch.ones(2, 1)}
     save_file(tensors, tmp_path / SINGLE_NAME)
