@@ -137,7 +137,7 @@ def _disguised(old: Any, rng: random.Random) -> Any:
         at = rng.randrange(len(old) + 1)
         texts: tuple[Callable[[], str], ...] = (
             lambda: old[:at], lambda: old[at:], lambda: old.upper(), lambda: old.swapcase(), lambda: old + " ",
-            lambda: old[:at] + rng.choice(TEXTS) + old[at:], lambda: old * 2, lambda: old * 3000, lambda: old[::-1],
+            lambda: old[:at] + rng.choice(TEXTS) + old[at:], lambda: old * 2, lambda: old * (3000 if len(old) < 1000 else 1), lambda: old[::-1],
             lambda: f"./{old}", lambda: f"../{old}", lambda: old + ".", lambda: old.replace(".", "/"),
         )  # fmt: skip
         return rng.choice(texts)()
