@@ -137,7 +137,8 @@ def _disguised(old: Any, rng: random.Random) -> Any:
         at = rng.randrange(len(old) + 1)
         texts: tuple[Callable[[], str], ...] = (
             lambda: old[:at], lambda: old[at:], lambda: old.upper(), lambda: old.swapcase(), lambda: old + " ",
-            lambda: old[:at] + rng.choice(TEXTS) + old[at:], lambda: old * 2, lambda: old * (3000 if len(old) < 1000 else 1), lambda: old[::-1],
+            lambda: old[:at] + rng.choice(TEXTS) + old[at:], lambda: old * 2, lambda: old[::-1],
+            lambda: old * (3000 if len(old) < 100 else 1),
             lambda: f"./{old}", lambda: f"../{old}", lambda: old + ".", lambda: old.replace(".", "/"),
         )  # fmt: skip
         return rng.choice(texts)()
@@ -220,7 +221,7 @@ def _size(tree: Any, most: int = _MOST_VALUES) -> int:
     found, waiting = 0, [tree]
     while waiting and found < most:
         inner = waiting.pop()
-        found += 1
+        found += 1 + len(inner) // 8 if isinstance(inner, str | dict) else 1
         waiting.extend(inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ())
     return found
 
