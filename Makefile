@@ -49,7 +49,7 @@ test: setup  ## what CI runs
 test-long: setup  ## everything that this machine can run
 	$(TEST_ENV) $(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-fuzz: setup  ## readers of checkpoints, GGUF files and containers against damaged files, for minutes
+fuzz: setup  ## random damage to all that is read from files and clients, for minutes; python -m tests.fuzz for hours
 	$(TEST_ENV) $(PY) -m pytest -m fuzz $(PYTEST_ARGS)
 
 mutants: setup  ## plants faults in a copy of the tree, one at a time: do the tests see them? MUTANT_ARGS="--python-only --only NAME"

@@ -8,6 +8,7 @@ pages only.
 from __future__ import annotations
 
 import json
+import reprlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,10 +71,12 @@ class SafetensorsIndex(TensorIndex[TensorInfo]):
         self._open: dict[Path, Any] = {}
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> SafetensorsIndex:
+    def from_directory(cls, directory: str | Path, *, needs_metadata: bool = False) -> SafetensorsIndex:
         """Open `model.safetensors`, or `model.safetensors.index.json` with its shards; where both are there the former,
         as transformers does.
 
+        Args:
+            needs_metadata: transformers will read the index, too, and reads none without `metadata`.
         Raises:
             FormatError: directory or shard missing, no safetensors, file damaged, index and shard disagree.
         """
@@ -87,7 +90,7 @@ class SafetensorsIndex(TensorIndex[TensorInfo]):
             return cls.from_files([directory / SINGLE_NAME], directory)
         index_path = directory / INDEX_NAME
         if index_path.is_file():
-            weight_map = _read_weight_map(index_path)
+            weight_map = _read_weight_map(index_path, needs_metadata)
             index = cls.from_files([directory / name for name in sorted(set(weight_map.values()))], directory)
             index._check_weight_map(index_path, weight_map)
             return index
@@ -174,10 +177,11 @@ class SafetensorsIndex(TensorIndex[TensorInfo]):
                 )
 
 
-def _read_weight_map(index_path: Path) -> dict[str, str]:
+def _read_weight_map(index_path: Path, needs_metadata: bool) -> dict[str, str]:
     try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        values = json.loads(index_path.read_text(encoding="utf-8"))
+        weight_map, metadata = values["weight_map"], values.get("metadata", None if needs_metadata else {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
             index_path,
             "index",
@@ -189,6 +193,8 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
         raise FormatError(
             index_path, "weight_map", expected="tensor name -> file", found=repr(weight_map)[:40], remedy=_AGAIN
         )
+    if not isinstance(metadata, dict):
+        raise FormatError(index_path, "metadata", expected="an object", found=reprlib.repr(metadata), remedy=_AGAIN)
     for name, file in weight_map.items():
         if not isinstance(file, str) or "\0" in file or Path(file).name != file or not 0 < len(file) <= _MAX_FILE_NAME:
             what = f"weight_map, tensor {name[:80]}"
@@ -198,12 +204,14 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _map(file: Path) -> Any:
-    """The file in the safetensors library, which refuses all of it for one dtype that it does not know."""
+def _map(file: Path, framework: str = "pt") -> Any:
+    """The file in the safetensors library, which refuses all of it for one dtype that it does not know, and JSON of
+    which Python is more tolerant; transformers opens files by it.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, framework="pt", device="cpu").__enter__()
+        return safe_open(file, framework=framework, device="cpu").__enter__()
     except (SafetensorError, OSError) as error:
         what, found = "header at byte 8", str(error)[:200]
         expected = "what the installed safetensors library reads"
@@ -253,8 +261,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         data_bytes = end
     if 8 + header_bytes + data_bytes != file_bytes:
         raise _wrong_length(file, 8 + header_bytes + data_bytes, file_bytes)
-    if any(dtype not in DTYPE_BITS for _, dtype, *_ in entries):
-        _map(file).__exit__(None, None, None)
+    _map(file, "numpy").__exit__(None, None, None)
     for name, dtype, shape, _, _ in entries:
         yield name, TensorInfo(file, dtype, shape)
 

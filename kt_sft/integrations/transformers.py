@@ -144,7 +144,7 @@ def quantization_config(
     prepare_native(config)
     quantization = check_config_file(find_config_file(path, hub_kwargs))
     if Path(path).is_dir() and not hub_kwargs.get("subfolder"):
-        SafetensorsIndex.from_directory(path).close()
+        SafetensorsIndex.from_directory(path, needs_metadata=True).close()
     if config.weight_path is not None:
         open_weight_path(config.weight_path).close()
     if plan is None:

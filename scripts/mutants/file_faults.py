@@ -130,7 +130,7 @@ FAULTS = (
         (
             f"{_CONTAINER}test_damaged_files_are_refused",
             f"{_CONVERT}test_verify_sees_weights_of_another_source",
-            "tests/unit/test_container_fuzz.py::test_damaged_bytes",
+            "tests/fuzz/test_doors.py::test_few_cases[container]",
         ),
     ),
     Fault(

@@ -14,6 +14,8 @@ from typing import Any
 
 from tests.fuzz.documents import Document
 
+_ODD_SHARE = 0.03
+
 
 class Odd(Enum):
     """Something else than a file of bytes."""
@@ -25,6 +27,10 @@ class Odd(Enum):
     DEVICE = "a link to /dev/zero"
 
 
+# Of files that a user names himself: he may well name a pipe, and then waits for it.
+NAMED = (Odd.MISSING, Odd.DIRECTORY, Odd.LOOP)
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is attacked at a door.
@@ -34,14 +40,14 @@ class Subject:
         read: all of it, as a user's program would; its result is for `check`.
         check: raises AssertionError where a result is not the right one for what is in the folder.
         fixed: files beside them that stay as they are.
-        odd: files may also be gone, or be no files.
+        odd: what may be in the place of a file.
     """
 
     files: Mapping[str, Document]
     read: Callable[[Path], Any]
     check: Callable[[Path, Any], None] = lambda folder, result: None
     fixed: Mapping[str, bytes] = field(default_factory=dict)
-    odd: bool = True
+    odd: tuple[Odd, ...] = tuple(Odd)
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,9 @@ class Case:
                 continue
             rng = random.Random(f"{self.seed}/{self.door}/{self.number}/{index}")
             name = rng.choice(names)
-            if subject.odd and rng.random() < 0.03:
+            if subject.odd and rng.random() < _ODD_SHARE:
                 other = subject.files[rng.choice(names)].good
-                odd[name] = rng.choice((*Odd, b"", other, other))
+                odd[name] = rng.choice((*subject.odd, b"", other, other))
             else:
                 by_file.setdefault(name, []).append(rng)
         return {name: subject.files[name].edited(edits) for name, edits in by_file.items()} | odd

@@ -78,6 +78,7 @@ def dumps(tree: Any, rng: random.Random | None = None) -> bytes:
 
 
 _MOST_TWINS = 20
+_MOST_VALUES = 100_000
 
 
 def _place(tree: Any, rng: random.Random) -> tuple[Any, Any]:
@@ -136,7 +137,8 @@ def _disguised(old: Any, rng: random.Random) -> Any:
         at = rng.randrange(len(old) + 1)
         texts: tuple[Callable[[], str], ...] = (
             lambda: old[:at], lambda: old[at:], lambda: old.upper(), lambda: old.swapcase(), lambda: old + " ",
-            lambda: old[:at] + rng.choice(TEXTS) + old[at:], lambda: old * 2, lambda: old * 3000, lambda: old[::-1],
+            lambda: old[:at] + rng.choice(TEXTS) + old[at:], lambda: old * 2, lambda: old[::-1],
+            lambda: old * (3000 if len(old) < 100 else 1),
             lambda: f"./{old}", lambda: f"../{old}", lambda: old + ".", lambda: old.replace(".", "/"),
         )  # fmt: skip
         return rng.choice(texts)()
@@ -146,7 +148,8 @@ def _disguised(old: Any, rng: random.Random) -> Any:
             lambda: dict.fromkeys(map(str, range(len(old)))), lambda: (old or [0])[0],
             lambda: [*old, rng.choice(NUMBERS)],
         )  # fmt: skip
-        return copy.deepcopy(rng.choice(lists)())
+        make = rng.choice(lists)
+        return copy.deepcopy(make()) if _size(old) * 1000 <= _MOST_VALUES else old[:1]
     if isinstance(old, dict):
         return list(old.values()) if rng.random() < 0.5 else list(old)
     return rng.choice(NUMBERS)
@@ -204,11 +207,23 @@ def _deepen(parent: Any, key: Any, tree: Any, rng: random.Random, words: Sequenc
 
 def _widen(parent: Any, key: Any, tree: Any, rng: random.Random, words: Sequence[Any], raw: Sequence[str]) -> None:
     count = rng.choice((2, 10, 100, 1000))
+    if _size(parent[key]) * count > _MOST_VALUES:
+        return
     if isinstance(parent, dict):
         for number in range(count):
             parent[f"{key}{number}"] = parent[key]
     else:
         parent[key:key] = [parent[key]] * count
+
+
+def _size(tree: Any, most: int = _MOST_VALUES) -> int:
+    """Values in a tree, counted up to `most`: edits of edits would make trees that take minutes to write."""
+    found, waiting = 0, [tree]
+    while waiting and found < most:
+        inner = waiting.pop()
+        found += 1 + len(inner) // 8 if isinstance(inner, str | dict) else 1
+        waiting.extend(inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ())
+    return found
 
 
 def _holds(tree: Any, wanted: Any) -> bool:

@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from kt_sft.errors import KTError
+from kt_sft.errors import ConfigError, KTError
 from tests.fuzz.case import Case, Subject, damaged
 
 SECONDS = 2.0  # of the processor
+CLOCK_SECONDS = 30.0  # of the clock: who waits takes none of the processor, and other processes take it, too
 EXTRA_BYTES = 256 << 20  # beside the files' own
-MESSAGE_CHARACTERS = 2000
+MESSAGE_CHARACTERS, LIST_CHARACTERS = 2100, 8100  # of an error, and of one that lists faults
 RIGHT, REFUSED, FAILED = "right", "refused", "FAILED"
 _TRIPWIRE = "tests.fuzz.tripwire"
 _PAGE = resource.getpagesize()
@@ -67,8 +69,18 @@ def prepare() -> None:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     os.environ["TQDM_DISABLE"] = "1"
-    for owner, name in ((subprocess, "Popen"), (os, "system"), (os, "posix_spawn"), (socket, "create_connection")):
+    for owner, name in ((os, "system"), (os, "posix_spawn"), (socket, "create_connection")):
         setattr(owner, name, _forbidden(name))
+    subprocess.Popen = _OwnChild  # type: ignore[misc]
+
+
+class _OwnChild(subprocess.Popen):
+    """Python may be started, to try a regular expression with a time limit."""
+
+    def __init__(self, args: Any, *rest: Any, **kwargs: Any):
+        if isinstance(args, str) or args[0] != sys.executable:
+            raise Forbidden("Popen")
+        super().__init__(args, *rest, **kwargs)
 
 
 def _forbidden(name: str):
@@ -88,7 +100,8 @@ def attempt(case: Case, subject: Subject, folder: Path) -> Outcome:
                 result = subject.read(folder)
         except KTError as error:
             kind, detail = REFUSED, str(error)
-            if "\n" in detail or len(detail) > MESSAGE_CHARACTERS or not detail.strip():
+            limit = LIST_CHARACTERS if isinstance(error, ConfigError) else MESSAGE_CHARACTERS
+            if "\n" in detail or len(detail) > limit or not detail.strip():
                 what = "no line" if "\n" in detail or not detail.strip() else f"a line of {len(detail)} characters"
                 kind, place, detail = FAILED, _place(error), f"{type(error).__name__} is {what}: {detail[:200]!r}"
         except (Exception, Hang, Forbidden, KeyboardInterrupt, SystemExit) as error:
@@ -113,19 +126,23 @@ def _limits(file_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split(" ", 1)[0]) * _PAGE
-    before = signal.signal(signal.SIGPROF, _time_is_up)
+    before = {number: signal.signal(number, _time_is_up) for number in (signal.SIGPROF, signal.SIGALRM)}
     resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_BYTES + file_bytes, hard))
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, CLOCK_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGPROF, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _time_is_up(*_: object) -> None:
-    raise Hang(f"more than {SECONDS:g} s of the processor")
+def _time_is_up(number: int, _: object) -> None:
+    is_clock = number == signal.SIGALRM
+    raise Hang(f"more than {CLOCK_SECONDS if is_clock else SECONDS:g} s of the {'clock' if is_clock else 'processor'}")
 
 
 def _place(error: BaseException) -> str:

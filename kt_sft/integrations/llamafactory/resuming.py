@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -184,15 +183,20 @@ def check(checkpoint: Path, bare: nn.Module, run: RunAdapter | None, training_ar
 def read_optimizer(checkpoint: Path) -> OptimizerState | None:
     """Counts, shapes and settings of a checkpoint's optimizer; None if there is none, or none that can be read so."""
     state = _read_torch(checkpoint / OPTIMIZER_NAME)
-    if not isinstance(state, dict) or not isinstance(state.get("param_groups"), list):
+    groups, states = (state.get(key) for key in ("param_groups", "state")) if isinstance(state, dict) else (None, None)
+    if not isinstance(groups, list) or not isinstance(states, dict) or not all(map(_is_group, groups)):
         return None
     shapes = {}
-    for place, entry in state.get("state", {}).items():
+    for place, entry in states.items():
         tensor = next((entry[key] for key in _STATES if isinstance(entry, dict) and key in entry), None)
-        if tensor is not None:
+        if isinstance(place, int) and isinstance(tensor, torch.Tensor):
             shapes[place] = tuple(tensor.shape)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-    return OptimizerState(sum(len(group["params"]) for group in state["param_groups"]), shapes, groups)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    return OptimizerState(sum(len(group["params"]) for group in groups), shapes, settings)
+
+
+def _is_group(group: Any) -> bool:
+    return isinstance(group, dict) and isinstance(group.get("params"), list)
 
 
 def check_optimizer(
@@ -213,7 +217,7 @@ def check_optimizer(
             remedy=_FROM_WEIGHTS,
         )  # fmt: skip
     for place, shape in state.shapes.items() if is_ordered else ():
-        if place < len(shapes) and shapes[place] != shape:
+        if 0 <= place < len(shapes) and shapes[place] != shape:
             raise FormatError(
                 file, f"optimizer state of parameter {place}", expected=list(shapes[place]), found=list(shape),
                 remedy=_FROM_WEIGHTS,
@@ -312,9 +316,9 @@ def _differences(
 def _rates(checkpoint: Path, state: OptimizerState | None) -> list[float]:
     scheduler = _read_torch(checkpoint / SCHEDULER_NAME)
     rates = scheduler.get("base_lrs") if isinstance(scheduler, dict) else None
-    if not rates and state is not None:
+    if not isinstance(rates, list) and state is not None:
         rates = [group.get("initial_lr", group.get("lr")) for group in state.groups]
-    return [rate for rate in rates or [] if isinstance(rate, float | int)]
+    return [rate for rate in rates if isinstance(rate, float | int)] if isinstance(rates, list) else []
 
 
 def _dropout(config: LoraConfig) -> float:
@@ -322,10 +326,14 @@ def _dropout(config: LoraConfig) -> float:
 
 
 def _read_torch(path: Path) -> Any:
-    """A file of `torch.save` without running code of it, its tensors mapped; None: absent, or nothing but objects."""
+    """A file of `torch.save` without running code of it, its tensors mapped; None: absent, damaged, or nothing but
+    objects."""
+    if not path.is_file():
+        return None
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError):
+    except Exception as error:  # of a damaged pickle torch raises whatever its opcodes lead to
+        logger.info("%s: not read (%s)", path, type(error).__name__)
         return None
 
 

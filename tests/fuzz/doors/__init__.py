@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from tests.fuzz.case import Door
-from tests.fuzz.doors import headers
+from tests.fuzz.doors import adapters, headers, models, requests, trainings
 
-DOORS: dict[str, Door] = {door.name: door for door in (*headers.DOORS,)}
+DOORS: dict[str, Door] = {
+    door.name: door for door in (*headers.DOORS, *adapters.DOORS, *models.DOORS, *trainings.DOORS, *requests.DOORS)
+}
