@@ -348,9 +348,9 @@ FAULTS = (
     ),
     Fault(
         "a name may occur twice in an object",
-        "kt_sft/serving/bodies.py",
-        "if len(value) < len(pairs):",
-        "if len(value) > len(pairs):",
+        "kt_sft/formats/json_object.py",
+        "if len(values) != len(pairs):",
+        "if len(values) > len(pairs):",
         ("tests/serving/test_bodies.py::test_json_that_is_none_or_too_much_is_refused_at_once",),
     ),
     Fault(
