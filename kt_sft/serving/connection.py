@@ -24,6 +24,7 @@ LIMITS_S = {
     "write": limits.WRITE_S,
     "body": limits.BODY_S + limits.DRAIN_S,
 }
+_FRESH_S = 1.0
 TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -111,16 +112,18 @@ class Connection(H11Protocol):
 
 
 def make_room(connections: Collection[Any], *, sparing: Connection) -> None:
-    """Close the connections whose clients have let the server wait longest; those that send a body only as the last.
+    """Close the connections whose clients have let the server wait longest; those that send a body, and those whose
+    header cannot be here yet, only as the last.
 
     One in sixteen, so that looking for them does not become the work of whoever opens many.
     """
     now = time.monotonic()
-    waits = [
-        (kind == "body", one.waiting_since(now), id(one), one)
-        for one in connections
-        if one is not sparing and not one.transport.is_closing() and (kind := one.waits_for())
-    ]
+    waits = []
+    for one in connections:
+        if one is not sparing and not one.transport.is_closing() and (kind := one.waits_for()):
+            since = one.waiting_since(now)
+            order = 2 if now - since < _FRESH_S else 1 if kind == "body" else 0
+            waits.append((order, since, id(one), one))
     for *_, one in heapq.nsmallest(max(1, len(connections) // 16), waits):
         one.transport.abort()
 

@@ -76,7 +76,7 @@ class FakeChat:
         on_token: Callable[[int], bool],
         pause: Callable[[], None],
     ) -> str:
-        prompt = bytes(prompt_ids).decode()
+        prompt = bytes(prompt_ids).decode(errors="replace")
         self.samplings.append(sampling)
         self.prompts.append(prompt)
         answer = self._answer if isinstance(self._answer, str) else self._answer(prompt, sampling)
