@@ -99,6 +99,9 @@ def test_head_that_is_no_longer_the_embedding_is_not_called_tied(tmp_path):
     factors = {f"{stem}A.weight": torch.ones(3, head.shape[1]), f"{stem}B.weight": torch.ones(head.shape[0], 3)}
     for name, added, is_tied in (("plain", {}, True), ("head", factors, False)):
         adapters.damaged(lambda tensors, added=added: {**tensors, **added})(tmp_path / "adapter")
+        if added:
+            targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+            adapters.edit(tmp_path / "adapter", target_modules=[*targets, "lm_head"])
         merged = merging.MergedCheckpoint(tmp_path / "base", [tmp_path / "adapter"])
         (tmp_path / name).mkdir()
         merging.write_merged(merged, tmp_path / name, bar)

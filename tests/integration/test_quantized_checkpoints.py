@@ -134,10 +134,11 @@ def test_faults_of_quantised_checkpoints(checkpoints, tmp_path):
         ({"quant_method": "gptq"}, "weights quantised by gptq"),
         ({"quant_method": "fp8", "weight_block_size": [0, 2]}, r"fp8 with weight_block_size \[0, 2\]"),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "in format 'float-quantized'"),
-        ("awq", "weights quantised by awq"),
     ]:
         (folder / "config.json").write_text(json.dumps(values | {"quantization_config": quantization}))
         refused(folder, rf"quantization_config: expected .* found .*{found}", UnsupportedModel)
+    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": "awq"}))
+    refused(folder, "quantization_config: expected an object or null, found 'awq'")
 
 
 def test_faults_of_mxfp4(checkpoints, tmp_path):
