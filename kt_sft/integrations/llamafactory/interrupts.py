@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType, SimpleNamespace
 from typing import Any
@@ -150,10 +151,12 @@ def run_passing_signals(command: Sequence[str], *, env: dict[str, str], check: b
         SystemExit: the child has ended by a signal, or failed, and its ranks have said why.
     """
     watched = set(_heard())
-    child = subprocess.Popen(command, env=env)
+    # Before there is a child: a signal that comes while it starts waits here. The child does not keep them blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched | {signal.SIGCHLD})
     seen: set[int] = set()
     try:
+        unblock = partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+        child = subprocess.Popen(command, env=env, preexec_fn=unblock)
         while child.poll() is None:
             came = signal.sigtimedwait(watched | {signal.SIGCHLD}, 1.0)
             if came is None or came.si_signo == signal.SIGCHLD:
