@@ -42,8 +42,8 @@ def check_metadata(index: GgufIndex) -> float:
         FormatError: the file is a model, or an adapter of another kind.
     """
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
-        if index.metadata.get(key) != expected:
-            found = repr(index.metadata.get(key, "a model" if key == "general.type" else None))
+        if (found := index.text(key)) != expected:
+            found = repr(found or ("a model" if key == "general.type" else None))
             raise FormatError(index.source, f"metadata {key}", expected=expected, found=found)
     alpha = index.metadata.get(ALPHA_KEY)
     if not is_number(alpha) or not abs(alpha) <= MAX_SCALE:
@@ -62,9 +62,8 @@ def read(file: Path, base: BaseModel) -> Adapter:
     index = GgufIndex.from_path(file)
     alpha = check_metadata(index)
     architecture = _architecture(base)
-    if index.metadata.get("general.architecture") != architecture:
-        found = repr(index.metadata.get("general.architecture"))
-        raise FormatError(file, "metadata general.architecture", expected=architecture, found=found)
+    if (found := index.text("general.architecture")) != architecture:
+        raise FormatError(file, "metadata general.architecture", expected=architecture, found=repr(found))
     targets = _names(base)
     ranks: dict[str, int] = {}
     stems: dict[str, str] = {}

@@ -30,6 +30,8 @@ _KEY = re.compile(
     r"(?P<before>(?:.*\.)?)layers\.(?P<layer>[0-9]{1,9})\.(?P<inside>(?:\w+\.)*)experts\."
     r"(?P<projection>gate|up|down)_lora_(?P<role>[ab])(?:\.weight)?"
 )
+# In target_modules they may mean the experts alone.
+_EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _OTHER_MODEL = "the adapter belongs to another model; name its own with --base-model"
 
 
@@ -43,7 +45,7 @@ def read(folder: Path, tensors: TensorFile, beside: TensorFile, config: Mapping[
         FormatError: names that are not of the form, half a pair, another shape, a layer without routed experts, or
             what contradicts the config or the manifest.
     """
-    linear = LinearReader(tensors, config, base, set())
+    linear = LinearReader(tensors, config, base, set(), left_out=_EXPERT_NAMES)
     whole = linear.whole()
     keys = _keys(beside, base)
     alpha = float(config["lora_alpha"])

@@ -45,7 +45,7 @@ def read(folder: Path, tensors: TensorFile, config: Mapping[str, Any], base: Bas
     """
     stems = _stems(tensors, base)
     known = {f"{stem}.lora_{role}.weight" for stem in stems.values() for role in "AB"}
-    linear = LinearReader(tensors, config, base, known)
+    linear = LinearReader(tensors, config, base, known, left_out=None)  # its configs name more than it holds
     ranks, scales = dict(linear.ranks), dict(linear.scales)
     for module, spec in base.specs.items():
         for projection in PROJECTIONS:

@@ -5,7 +5,7 @@ biases add to it, embeddings, and modules trained as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,21 @@ class LinearReader:
 
     Args:
         known: names that belong to the experts.
+        left_out: of Linear layers that the config names by their last part and that need not be there; None: all.
     Raises:
-        FormatError: half a pair, another shape, a name that is no matrix of the model.
+        FormatError: half a pair, another shape, a name that is no matrix of the model, or a target without its pair.
     """
 
-    def __init__(self, tensors: TensorFile, config: Mapping[str, Any], base: BaseModel, known: set[str]):
+    def __init__(
+        self,
+        tensors: TensorFile,
+        config: Mapping[str, Any],
+        base: BaseModel,
+        known: set[str],
+        left_out: Collection[str] | None = (),
+    ):
         self._tensors, self._config, self._base = tensors, config, base
+        self._left_out = left_out
         self._stems: dict[str, str] = {}
         self.ranks: dict[str, int] = {}
         self.scales: dict[str, float] = {}
@@ -85,7 +94,8 @@ class LinearReader:
     def _check_complete(self, others: Mapping[str, Mapping[str, str]]) -> None:
         """What the config names is there: without it the adapter would compute something else."""
         pairs = [name for name in self._stems if name in self._base.linears] if self._config.get("use_dora") else []
-        missing = [f"{name}.lora_magnitude_vector" for name in pairs if name not in others.get("dora", {})]
+        missing = [f"{name}.lora_A.weight" for name in self._targets() if name not in self._stems]
+        missing += [f"{name}.lora_magnitude_vector" for name in pairs if name not in others.get("dora", {})]
         if self._config.get("trainable_token_indices") and "tokens" not in others:
             missing.append("token_adapter.trainable_tokens_delta")
         there = {_SAVED.sub("", key) for key in self.rest}
@@ -93,6 +103,16 @@ class LinearReader:
         missing += [name for name in saved if not there & {name, self._hub_name(name)}]
         if missing:
             raise FormatError(self._tensors.path, f"tensor {missing[0]}", expected="present", found="missing")
+
+    def _targets(self) -> Iterator[str]:
+        """Linear layers whose pairs have to be there; what `all-linear` meant only PEFT knows."""
+        wanted = self._config.get("target_modules")
+        if self._left_out is None or not wanted or wanted == peft_config.ALL_LINEAR:
+            return
+        for name in self._base.linears:
+            is_left_out = name.rpartition(".")[2] in self._left_out or is_saved(self._config, f"{name}.weight")
+            if not is_left_out and self._is_target(name):
+                yield name
 
     def _hub_name(self, parameter: str) -> str:
         """What checkpoints call a parameter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,13 @@ def path(text: str) -> Path:
     if not text.strip():
         raise typer.BadParameter("expected a path, found an empty string")
     return Path(text)
+
+
+def seconds(value: float) -> float:
+    """A number of seconds of the command line; `nan` and `inf` are numbers, but no limits."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"expected a number of seconds, found {value}")
+    return value
 
 
 @contextmanager

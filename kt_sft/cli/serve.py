@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kt_sft import env
-from kt_sft.cli.console import errors_in_one_line
+from kt_sft.cli.console import errors_in_one_line, seconds
 from kt_sft.errors import ConfigError
 from kt_sft.formats.staging import write_text
 
@@ -43,7 +43,9 @@ def serve(
     model_name: Annotated[str | None, typer.Option(help="Name in requests; default: the directory's.")] = None,
     slots: Annotated[int, typer.Option(min=1, max=256, help="Answers that are written at the same time.")] = 4,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 64,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for one answer, waiting included.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, callback=seconds, help="Seconds for one answer, waiting included.")
+    ] = 600.0,
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens between two chances to stop.")] = 512,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
 ) -> None:
@@ -115,7 +117,7 @@ def bench_serve(
     num_requests: Annotated[int | None, typer.Option(min=1, help="Of each length; default: as --concurrent.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Ask for exactly --max-tokens.")] = False,
     api_key: Annotated[str | None, typer.Option(help="Key of the server; or KT_SFT_API_KEY.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for one request.")] = 3600.0,
+    timeout: Annotated[float, typer.Option(min=0.001, callback=seconds, help="Seconds for one request.")] = 3600.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
 ) -> None:

@@ -136,8 +136,8 @@ def test_scale_is_alpha_over_the_rank_of_the_tensors(made, adapter):
     assert_experts(adapter, made[0], wanted_deltas(made[0], tensors))
 
 
-@pytest.mark.parametrize("change", ["absent", "empty", "pickle"])
-def test_peft_file_without_attention(made, adapter, change):
+def take_attention_out(adapter, change):
+    """The PEFT file absent, without a tensor, or as a pickle."""
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     file.unlink()
@@ -145,9 +145,24 @@ def test_peft_file_without_attention(made, adapter, change):
         save_file({}, file)
     if change == "pickle":
         torch.save(tensors, adapter / "adapter_model.bin")
+
+
+@pytest.mark.parametrize("change", ["absent", "empty", "pickle"])
+def test_peft_file_without_attention(made, adapter, change):
+    take_attention_out(adapter, change)
+    if change != "pickle":
+        edit(adapter, target_modules=["gate_proj", "up_proj", "down_proj"])  # of the experts
     assert_experts(adapter, made[0], wanted_deltas(made[0], load_file(adapter / kt.NAME)))
     assert bool(opened(adapter, made[0]).linears) == (change == "pickle")
     check_adapter(parity.load_ours(made[0] / "base"), adapter)
+
+
+@pytest.mark.parametrize("change", ["absent", "empty"])
+def test_attention_that_the_config_names_is_not_left_out(made, adapter, change):
+    take_attention_out(adapter, change)
+    for door in (lambda: opened(adapter, made[0]), lambda: check_adapter(parity.load_ours(made[0] / "base"), adapter)):
+        with pytest.raises(FormatError, match="q_proj.lora_A.weight: expected present, found missing"):
+            door()
 
 
 FIRST = "layers.0.experts.gate_lora_a"
@@ -209,7 +224,7 @@ def test_two_experts_modules_in_a_layer(tmp_path):
     """ERNIE with eyes has text and vision experts of different sizes: the shape says which are meant."""
     tiny_models.build("ernie4_5_vl_moe", tmp_path / "base")
     (tmp_path / "adapter").mkdir()
-    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["gate_proj"]}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(values))
     base = find_base_model(tmp_path / "base")
     text = next(name for name in base.specs if "text_moe" in name)

@@ -341,6 +341,13 @@ def test_wrong_factors_of_ktransformers(doors, adapter, name):
     doors.refuse(adapter, words, is_quick=name != "NaN")
 
 
+@pytest.mark.parametrize("key", ["general.type", "adapter.type", "general.architecture"])
+def test_lists_where_a_gguf_file_has_texts(doors, tmp_path, key):
+    metadata, plan, pieces = gguf.write(forms.open_adapter(doors.adapter, doors.described))
+    gguf_writer.write(tmp_path / "a.gguf", metadata | {key: ["lora", "adapter"]}, plan, pieces)
+    doors.refuse(tmp_path / "a.gguf", f"metadata {key}: expected a text", is_quick=True)
+
+
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, 1e30, "3", True, [1.0]])
 def test_absurd_alpha_of_a_gguf_file(doors, tmp_path, alpha):
     metadata, plan, pieces = gguf.write(forms.open_adapter(doors.adapter, doors.described))

@@ -139,7 +139,7 @@ def test_tied_head_keeps_the_old_embedding(tmp_path, sharded, is_stored):
             values = json.loads(index.read_text())
             values["weight_map"]["lm_head.weight"] = values["weight_map"][name]
             index.write_text(json.dumps(values))
-    adapter = write_adapter(tmp_path / "a", {name: before + 1}, modules_to_save=["embed_tokens"])
+    adapter = write_adapter(tmp_path / "a", {**_attention(folder), name: before + 1}, modules_to_save=["embed_tokens"])
     out = merge(folder, [adapter], tmp_path / "out")
     after = weights(out)
     assert torch.equal(after["lm_head.weight"], before) and torch.equal(after[name], before + 1)
@@ -156,7 +156,7 @@ def test_config_of_a_vision_model_is_untied_inside_as_well(tmp_path):
     assert base.tied, "the family has tied heads"
     ((head, embedding),) = base.tied.items()
     wanted = torch.full(base.parameters[head], 0.5, dtype=torch.bfloat16)
-    adapter = write_adapter(tmp_path / "a", {head: wanted}, modules_to_save=["lm_head"])
+    adapter = write_adapter(tmp_path / "a", {**_attention(folder), head: wanted}, modules_to_save=["lm_head"])
     out = merge(folder, [adapter], tmp_path / "out")
     values = json.loads((out / "config.json").read_text())
     assert values["tie_word_embeddings"] is False and values["text_config"]["tie_word_embeddings"] is False

@@ -77,6 +77,15 @@ def test_faults_are_one_line(work, words):
     assert not (work / "out").exists()
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "0"])
+@pytest.mark.parametrize(
+    "words", [["serve", "RUN"], ["bench", "serve", "--api-url", "http://127.0.0.1:9", "--model", "x"]]
+)
+def test_times_without_an_end_are_refused(work, words, value):
+    done = run(work, [*words, "--timeout", value])
+    assert done.exit_code == 2 and "--timeout" in done.stderr, done.output
+
+
 @pytest.mark.parametrize(("words", "meant"), [
     (["merg"], "merge"), (["adapter", "convrt"], "convert"), (["bench", "srve"], "serve"), (["docter"], "doctor"),
 ])  # fmt: skip

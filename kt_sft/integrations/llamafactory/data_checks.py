@@ -54,7 +54,7 @@ def _dataset_faults(key: str, names: list[str], data_args: Any) -> Iterator[str]
     try:
         with open(file, encoding="utf-8") as opened:
             known = json.load(opened)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"no JSON: {error}"
         yield f"dataset_dir: {file}: expected the list of data sets, found {reason}; correct the path"
         return
@@ -88,7 +88,7 @@ def _file_faults(attributes: Any, folder: str) -> Iterator[str]:
         with open(path, encoding="utf-8") as opened:
             text = opened.read()
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield f"{path}: expected JSON, or a JSON object in each line, found {error}"
         return
     if not rows or not all(isinstance(row, dict) for row in rows):

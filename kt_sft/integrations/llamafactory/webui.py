@@ -44,7 +44,7 @@ def settings(manager: Any, data: dict[Any, Any]) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(more or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"KT settings: expected a JSON object, found {more!r} ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f'KT settings: expected a JSON object such as {{"cpu_infer": 8}}, found {more!r}')
@@ -115,7 +115,7 @@ def _patch_chatter(chatter: type) -> None:
         box = self.manager.get_elem_by_id("infer.extra_args")
         try:
             extra = json.dumps({**settings(self.manager, data), **json.loads(data[box])})
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             extra = data[box]  # the stock code says what is wrong with it
         try:
             yield from stock_load(self, {**data, box: extra})

@@ -65,7 +65,8 @@ def _check(folder: Path, deltas: dict[str, Tensor]) -> None:
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         return
     file = folder / "adapter_model.safetensors"
-    tensors = load_file(file) if file.is_file() else torch.load(folder / "adapter_model.bin", weights_only=True)
+    pickle = folder / "adapter_model.bin"
+    tensors = load_file(file) if file.is_file() else torch.load(pickle, weights_only=True) if pickle.is_file() else {}
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     for name, delta in deltas.items():
         stem = f"base_model.model.{name}.lora_"
