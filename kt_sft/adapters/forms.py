@@ -88,6 +88,7 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers
     source = adapter_file(path)
     if source.is_file():
         adapter = gguf.read(source, base)
+        _check_not_empty(adapter, source)
         if not reads_headers_only:
             gguf.check_finite(source)
         return adapter
@@ -102,8 +103,7 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers
         )  # fmt: skip
     tensors, experts = TensorFile(source), TensorFile.of_experts(source)
     opened = _read(source, tensors, experts, config, beside, base)
-    if not opened.ranks and not opened.whole and not opened.extras:
-        raise FormatError(tensors.path, "tensors", expected="LoRA pairs", found="none")
+    _check_not_empty(opened, tensors.path)
     for sentence in left_out(source):
         logger.warning("%s: %s", source, sentence)
     for file in (tensors, experts) if not reads_headers_only else ():
@@ -113,6 +113,11 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers
         found, remedy = f"LoRA on {opened.experts[0]}", "train the experts without DoRA"
         raise FormatError(source, "use_dora", expected="an adapter without expert LoRA", found=found, remedy=remedy)
     return replace(opened, beside=beside)
+
+
+def _check_not_empty(adapter: Adapter, path: Path) -> None:
+    if not adapter.ranks and not adapter.whole and not adapter.extras:
+        raise FormatError(path, "tensors", expected="LoRA pairs", found="none")
 
 
 def _read(

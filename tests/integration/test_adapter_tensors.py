@@ -348,6 +348,12 @@ def test_lists_where_a_gguf_file_has_texts(doors, tmp_path, key):
     doors.refuse(tmp_path / "a.gguf", f"metadata {key}: expected a text", is_quick=True)
 
 
+def test_a_gguf_file_without_a_tensor(doors, tmp_path):
+    metadata, _, _ = gguf.write(forms.open_adapter(doors.adapter, doors.described))
+    gguf_writer.write(tmp_path / "a.gguf", metadata, [], iter(()))
+    doors.refuse(tmp_path / "a.gguf", "tensors: expected LoRA pairs, found none", is_quick=True)
+
+
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, 1e30, "3", True, [1.0]])
 def test_absurd_alpha_of_a_gguf_file(doors, tmp_path, alpha):
     metadata, plan, pieces = gguf.write(forms.open_adapter(doors.adapter, doors.described))
