@@ -44,7 +44,7 @@ evaluate: setup  ## after `make demo`: BLEU, ROUGE and accuracy before and after
 	$(PY) scripts/demo/evaluate.py
 
 test: setup  ## what CI runs
-	$(TEST_ENV) $(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(TEST_ENV) $(PY) -m pytest -m "not slow and not fuzz and not gpu" $(PYTEST_ARGS)
 
 test-long: setup  ## everything that this machine can run
 	$(TEST_ENV) $(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
