@@ -25,6 +25,7 @@ LIMITS_S = {
     "body": limits.BODY_S + limits.DRAIN_S,
 }
 _FRESH_S = 1.0
+_TURNS = 3  # of the event loop, from a new connection to its first data
 TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -37,8 +38,17 @@ class Connection(H11Protocol):
         self._wait: tuple[str | None, int] = ("header", 0)
         self._wait_began = time.monotonic()
         super().connection_made(transport)
-        if len(self.connections) > limits.MAX_CONNECTIONS:
-            make_room(self.connections, sparing=self)
+        if len(self.connections) > limits.MAX_CONNECTIONS and not getattr(self.server_state, "makes_room", False):
+            self.server_state.makes_room = True
+            self.loop.call_soon(self._make_room, _TURNS)
+
+    def _make_room(self, turns: int) -> None:
+        """Wait until what clients have sent by now is read: those that are waited for then have sent nothing."""
+        if turns:
+            self.loop.call_soon(self._make_room, turns - 1)
+        else:
+            self.server_state.makes_room = False
+            make_room(self.connections)
 
     def data_received(self, data: bytes) -> None:
         if not self._is_answering():
@@ -111,20 +121,23 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
 
-def make_room(connections: Collection[Any], *, sparing: Connection) -> None:
+def make_room(connections: Collection[Any]) -> None:
     """Close the connections whose clients have let the server wait longest; those that send a body, and those whose
     header cannot be here yet, only as the last.
 
-    One in sixteen, so that looking for them does not become the work of whoever opens many.
+    One in sixteen beside those that are too many, so that looking for them does not become the work of whoever opens
+    many.
     """
     now = time.monotonic()
+    there = [one for one in connections if not one.transport.is_closing()]
     waits = []
-    for one in connections:
-        if one is not sparing and not one.transport.is_closing() and (kind := one.waits_for()):
+    for one in there:
+        if kind := one.waits_for():
             since = one.waiting_since(now)
             order = 2 if now - since < _FRESH_S else 1 if kind == "body" else 0
             waits.append((order, since, id(one), one))
-    for *_, one in heapq.nsmallest(max(1, len(connections) // 16), waits):
+    count = max(1, len(there) // 16 + max(0, len(there) - limits.MAX_CONNECTIONS))
+    for *_, one in heapq.nsmallest(count, waits):
         one.transport.abort()
 
 

@@ -75,7 +75,8 @@ class Server(uvicorn.Server):
             http=connection.Connection,
             ws="none",
             log_level=log_level,
-            limit_concurrency=limits.MAX_CONNECTIONS + 1,  # where no connection could be closed for a new one
+            # More are open for a moment, until some are closed for the new ones, or where none can be.
+            limit_concurrency=limits.MAX_CONNECTIONS * 4,
             h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
             timeout_keep_alive=limits.KEEP_ALIVE_S,
             timeout_graceful_shutdown=round(GRACE_S),

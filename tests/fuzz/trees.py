@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,8 +70,7 @@ def dumps(tree: Any, rng: random.Random | None = None) -> bytes:
         text = json.dumps(tree, default=stand_in, ensure_ascii=rng is None or rng.random() < 0.7)
     except RecursionError:
         text = "[" * 2000 + "]" * 2000
-    for index, replacement in enumerate(found):
-        text = text.replace(f'"\\u0001{index}\\u0001"', replacement, 1)
+    text = re.sub(r'"\\u0001(\d+)\\u0001"', lambda mark: found[int(mark[1])], text)
     if "\\u0002" in text:  # keys that are there twice
         for index in range(_MOST_TWINS):
             text = text.replace(f"\\u0002{index}", "")
@@ -98,7 +98,7 @@ def _value(old: Any, rng: random.Random, words: Sequence[Any], raw: Sequence[str
     """Something else for a value."""
     kind = rng.randrange(12)
     if kind < 4 and words:
-        return copy.deepcopy(rng.choice(words))
+        return _copied(rng.choice(words))
     if kind < 6:
         return rng.choice(NUMBERS)
     if kind == 6:
@@ -149,7 +149,7 @@ def _disguised(old: Any, rng: random.Random) -> Any:
             lambda: [*old, rng.choice(NUMBERS)],
         )  # fmt: skip
         make = rng.choice(lists)
-        return copy.deepcopy(make()) if _size(old) * 1000 <= _MOST_VALUES else old[:1]
+        return _copied(make()) if _size(old) * 1000 <= _MOST_VALUES else old[:1]
     if isinstance(old, dict):
         return list(old.values()) if rng.random() < 0.5 else list(old)
     return rng.choice(NUMBERS)
@@ -172,7 +172,7 @@ def _swap(parent: Any, key: Any, tree: Any, rng: random.Random, words: Sequence[
 def _copy(parent: Any, key: Any, tree: Any, rng: random.Random, words: Sequence[Any], raw: Sequence[str]) -> None:
     other, at = _place(tree, rng)
     if other is not None:
-        parent[key] = copy.deepcopy(other[at])
+        parent[key] = _copied(other[at])
 
 
 def _insert(parent: Any, key: Any, tree: Any, rng: random.Random, words: Sequence[Any], raw: Sequence[str]) -> None:
@@ -185,7 +185,7 @@ def _insert(parent: Any, key: Any, tree: Any, rng: random.Random, words: Sequenc
 
 
 def _twice(parent: Any, key: Any, tree: Any, rng: random.Random, words: Sequence[Any], raw: Sequence[str]) -> None:
-    value = copy.deepcopy(parent[key]) if rng.random() < 0.3 else _value(parent[key], rng, words, raw)
+    value = _copied(parent[key]) if rng.random() < 0.3 else _value(parent[key], rng, words, raw)
     if isinstance(parent, list):
         parent.insert(rng.randrange(len(parent) + 1), value)
     else:
@@ -224,6 +224,13 @@ def _size(tree: Any, most: int = _MOST_VALUES) -> int:
         found += 1 + len(inner) // 8 if isinstance(inner, str | dict) else 1
         waiting.extend(inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ())
     return found
+
+
+def _copied(tree: Any) -> Any:
+    try:
+        return copy.deepcopy(tree)
+    except RecursionError:
+        return None
 
 
 def _holds(tree: Any, wanted: Any) -> bool:
