@@ -27,6 +27,7 @@ from kt_sft.integrations.packed_experts import PackedExperts
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import Matrices, RoutedExperts, WeightFormats
 from kt_sft.operator.placement import Placement, logical_experts
+from kt_sft.ops.cpu_copy import check_storage
 
 # Layers of one model share an open checkpoint, which one load at a time reads and closes.
 _files_lock = threading.Lock()
@@ -103,6 +104,8 @@ class TensorExperts:
 
     def read(self, name: str, expert: int) -> Matrices:
         """gate, up and down of one expert in bf16 on the CPU."""
+        for argument, tensor in zip(self.tensor_names(name, expert), self._projections, strict=True):
+            check_storage(tensor, argument)
         gate, up, down = (t[expert].detach().to("cpu", torch.bfloat16).contiguous() for t in self._projections)
         return gate, up, down
 
