@@ -11,8 +11,7 @@ import transformers
 from torch import nn
 
 import kt_sft
-from kt_sft import KTConfig
-from kt_sft import runtime
+from kt_sft import KTConfig, runtime
 from kt_sft.integrations.transformers import loading as loading
 from kt_sft.models.spec import iter_routed_experts
 from tests.helpers import tiny_models

@@ -11,8 +11,7 @@ import torch
 import transformers
 
 import kt_sft
-from kt_sft import KTConfig, memory
-from kt_sft import runtime
+from kt_sft import KTConfig, memory, runtime
 from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, UnsupportedHardware, UnsupportedModel
 from kt_sft.integrations.transformers import loading as loading
 from tests.helpers import tiny_models
