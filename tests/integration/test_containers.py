@@ -23,11 +23,11 @@ from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, OutputError
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.integrations import peft as kt_peft
-from kt_sft.integrations import weight_cache
-from kt_sft.integrations.converting import convert_checkpoint
-from kt_sft.integrations.transformers import check_model
+from kt_sft.integrations.transformers.converting import convert_checkpoint
+from kt_sft.integrations.transformers.loading import check_model
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.native import native
+from kt_sft.sources import cache as weight_cache
 from tests.helpers import gguf_files, parity, quantized_checkpoints, tiny_models
 from tests.integration.test_gguf_experts import expert_tensors
 from tests.integration.test_saving import tensors_of
@@ -121,7 +121,7 @@ def test_a_container_of_another_model_is_refused(made):
 def test_several_pools_copy_and_refuse_to_map(made, pools):
     source, packed = made("mixtral")  # inter 36 has one shard, whatever the pools
     native().set_threads(2, 2, fake_nodes=True)
-    from kt_sft.integrations.packed_experts import copies
+    from kt_sft.sources.packed import copies
 
     assert copies(KTConfig(weight_load="auto")) and copies(KTConfig(weight_load="copy"))
     with pytest.raises(ConfigError, match="weight_load: mmap needs one group of threads, found 2.*weight_load: copy"):
