@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "inference": {"inference"} | LEAVES,
     "native": {"errors", "config", "env"},
     "memory": {"errors", "config", "env", "formats", "models"},
-    "models": {"models", "formats", "errors", "config"},
+    "models": {"models", "formats", "errors", "config", "env"},
     "formats": {"formats", "native", "errors", "config"},
     "config": {"errors"},
     "env": {"errors"},

@@ -8,8 +8,7 @@ transposed weights.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -107,28 +106,3 @@ def iter_routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if all(hasattr(type(module), method) for method in ("load_expert", "unpack_expert", "packed_bytes")):
             yield name, module
-
-
-def find_routers(model: nn.Module, num_experts: Mapping[str, int]) -> Iterator[str]:
-    """Routers that are linear layers (DeepSeek-V2's `mlp.gate`), by name.
-
-    A router is a Linear beside the experts, or inside a sibling whose class says router or gate, with one output per
-    expert.
-
-    Args:
-        num_experts: of each experts module, by name.
-    """
-    for name, outputs in num_experts.items():
-        block_name, _, experts_name = name.rpartition(".")
-        for child_name, child in model.get_submodule(block_name).named_children():
-            if child_name == experts_name or not (_is_linear(child) or re.search("Router|Gate", type(child).__name__)):
-                continue
-            for inner_name, inner in child.named_modules(prefix=f"{block_name}.{child_name}".lstrip(".")):
-                if _is_linear(inner) and inner.out_features == outputs:
-                    yield inner_name
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from torch import nn
-
-    return isinstance(module, nn.Linear)

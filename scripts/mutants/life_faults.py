@@ -360,7 +360,7 @@ FAULTS = (
     ),
     Fault(
         "code beside a checkpoint goes before transformers' own class",
-        "kt_sft/integrations/transformers/auto_class.py",
+        "kt_sft/models/auto_class.py",
         "trusts = False if is_native else trust_remote_code",
         "trusts = trust_remote_code",
         (f"{_REMOTE}test_loading_takes_the_class_that_transformers_has",),

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from kt_sft.integrations.peft import coverage
-from kt_sft.integrations.peft.targets import indexer_linears
+from kt_sft.models.routers import indexer_linears
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, LoraFactor
 

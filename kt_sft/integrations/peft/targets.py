@@ -24,8 +24,9 @@ from kt_sft.adapters.patterns import Patterns
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.peft import names
-from kt_sft.integrations.peft.unwrapped import plain_modules, plain_name
-from kt_sft.models.spec import find_routers, iter_routed_experts
+from kt_sft.models.routers import frozen_linears, indexer_linears, router_linears
+from kt_sft.models.spec import iter_routed_experts
+from kt_sft.models.unwrapped import plain_modules, plain_name
 
 logger = logging.getLogger(__name__)
 _matches = names.suffix_matches
@@ -149,27 +150,6 @@ def effective_rank(config: LoraConfig, parameter: str) -> int:
     patterns = Patterns.of(config.rank_pattern)
     key = patterns.key_of(parameter)
     return config.r if key is None else patterns[key]
-
-
-def router_linears(model: nn.Module) -> list[str]:
-    """Routers that are `nn.Linear` (DeepSeek-V2's `mlp.gate`), so that a LoRA target could hit them.
-
-    Routers that hold a bare Parameter cannot be hit.
-    """
-    experts = {plain_name(name): module for name, module in iter_routed_experts(model)}
-    return list(find_routers(model, {name: module.gate_up_proj.shape[0] for name, module in experts.items()}))
-
-
-def indexer_linears(model: nn.Module) -> list[str]:
-    """Linear layers of indexers (GLM-5, DeepSeek-V3.2), which choose what attention sees: no gradient reaches them."""
-    modules = plain_modules(model)
-    indexers = tuple(f"{name}." for name, module in modules.items() if type(module).__name__.endswith("Indexer"))
-    return [name for name, m in modules.items() if name.startswith(indexers) and isinstance(m, nn.Linear)]
-
-
-def frozen_linears(model: nn.Module) -> set[str]:
-    """Linear layers that no target trains by `target_modules`."""
-    return {*router_linears(model), *indexer_linears(model)}
 
 
 def _expert_parameters(experts: Iterable[str]) -> list[str]:
