@@ -137,8 +137,8 @@ FAULTS = (
     Fault(
         "DDP leaves the gradients of expert LoRA to each process",
         _BINDING,
-        "    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)\n",
-        "    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)\n"
+        "    peft_model.load_adapter = types.MethodType(load_adapter, peft_model)\n",
+        "    peft_model.load_adapter = types.MethodType(load_adapter, peft_model)\n"
         "    mine = [name for name, _ in peft_model.named_parameters() if '.experts.' in name]\n"
         "    peft_model._ddp_params_and_buffers_to_ignore = mine\n",
         (f"{_TRUTH}test_two_processes_train_as_one_that_accumulates",),

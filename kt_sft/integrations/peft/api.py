@@ -14,6 +14,7 @@ from torch import nn
 
 from kt_sft.adapters.folder import CONFIG_NAME
 from kt_sft.errors import ConfigError, FormatError, KTError
+from kt_sft.integrations.peft import reloading
 from kt_sft.integrations.peft.adapter_dir import (
     check_adapter_fits,
     check_patterns,
@@ -152,4 +153,4 @@ def _remove_offload_hooks(model: nn.Module) -> None:
         remove_hook_from_submodules(model)
 
 
-install(load_adapter)
+install(load_adapter, reloading.load_adapter)

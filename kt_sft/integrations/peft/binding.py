@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -110,10 +111,14 @@ def bind_experts(model: nn.Module, *, dropout: float = 0.0) -> None:
     hide_placeholders(model)
 
 
-def bind_expert_lora(peft_model: PeftModel) -> PeftModel:
-    """Replace, on this object, PEFT's methods that do not know about the experts; idempotent."""
+def bind_expert_lora(peft_model: PeftModel, load_adapter: Callable[..., Any]) -> PeftModel:
+    """Replace, on this object, PEFT's methods that do not know about the experts; idempotent.
+
+    Args:
+        load_adapter: what the method of this name does, given the model and the method's arguments.
+    """
     peft_model.get_nb_trainable_parameters = types.MethodType(_get_nb_trainable_parameters, peft_model)
-    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)
+    peft_model.load_adapter = types.MethodType(load_adapter, peft_model)
     return peft_model
 
 
@@ -281,13 +286,6 @@ class _Merged:
         if "down_proj" in self.deltas:
             down = (down.float() + self.deltas["down_proj"].of(self.index)).to(down.dtype)
         return gate, up, down
-
-
-def _load_adapter(self: PeftModel, model_id, adapter_name: str, is_trainable: bool = False, **kwargs):
-    """See `reloading.load_adapter`."""
-    from kt_sft.integrations.peft import reloading  # reads adapters, for which it asks this module about PEFT's layout
-
-    return reloading.load_adapter(self, model_id, adapter_name, is_trainable, **kwargs)
 
 
 def _get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:
