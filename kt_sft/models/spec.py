@@ -25,8 +25,13 @@ _LATER = "this family is not supported yet"
 
 def is_experts_module(module: nn.Module) -> bool:
     """Whether transformers' experts interface governs this module, or a file of ours describes it."""
-    interface = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
-    return family_of(module) is not None or all(hasattr(module, name) for name in interface)
+    if family_of(module) is not None:
+        return True
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed")):
+        return False
+    from kt_sft.compat.transformers import has_gate_function
+
+    return has_gate_function(module)
 
 
 def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
@@ -37,7 +42,7 @@ def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
     Raises:
         UnsupportedModel: not gated, bias, transposed weights, a gate of its own, another activation or layout.
     """
-    from transformers.integrations.moe import _default_apply_gate
+    from kt_sft.compat.transformers import has_plain_gate
 
     def refuse(what: str, expected: object, found: object) -> UnsupportedModel:
         return UnsupportedModel(
@@ -58,7 +63,7 @@ def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
         raise refuse("expert weights", "no bias", "a bias")
     if module.is_transposed:
         raise refuse("expert weights", "[out, in]", "transposed [in, out]")
-    if type(module)._apply_gate is not _default_apply_gate:
+    if not has_plain_gate(module):
         raise refuse("gate", "act(gate) * up", "a gate function of its own")
     activation = activation_name(getattr(module, "act_fn", None))
     if activation is None:

@@ -382,7 +382,7 @@ FAULTS = (
     Fault(
         "several GPUs train by nn.DataParallel",
         _HOOK_FILE,
-        "training_args._n_gpu = 1",
+        "use_one_gpu(training_args)",
         "pass",
         (f"{_RUNS}test_several_gpus_without_torchrun_are_one",),
     ),

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import peft
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from kt_sft.adapters import layout, peft_config
@@ -21,6 +19,7 @@ from kt_sft.adapters.model import BaseModel
 from kt_sft.adapters.patterns import check_speed
 from kt_sft.adapters.plain import LinearReader
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
+from kt_sft.compat.peft import RELEASE, check_target_module_exists
 from kt_sft.errors import FormatError
 from kt_sft.formats.json_object import read_object
 from kt_sft.integrations.peft.targets import (
@@ -189,7 +188,7 @@ def read_adapter_config(folder: Path) -> ExpertLoraConfig:
         FormatError: missing, damaged, not LoRA, or with values that it cannot have.
     """
     config = ExpertLoraConfig.of(saved_config(folder))
-    config.peft_version = peft.__version__  # which writes it from now on, in its own layout
+    config.peft_version = RELEASE  # which writes it from now on, in its own layout
     beside = peft_config.read_side_file(folder)
     config.model_type = beside.get("model_type")
     if config.target_parameters:

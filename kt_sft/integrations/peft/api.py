@@ -9,10 +9,11 @@ from pathlib import Path
 
 import peft
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from kt_sft.adapters.folder import CONFIG_NAME
+from kt_sft.compat.peft import BaseTunerLayer
+from kt_sft.compat.transformers import renamed_on_loading
 from kt_sft.errors import ConfigError, FormatError, KTError
 from kt_sft.integrations.peft import reloading
 from kt_sft.integrations.peft.adapter_dir import (
@@ -98,7 +99,7 @@ def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str,
     check_adapter_fits(model, config, folder)
 
     config.inference_mode = not is_trainable
-    kwargs.setdefault("key_mapping", getattr(model, "_checkpoint_conversion_mapping", None))
+    kwargs.setdefault("key_mapping", renamed_on_loading(model))
     build = {key: kwargs[key] for key in ("autocast_adapter_dtype", "low_cpu_mem_usage") if key in kwargs}
     _remove_offload_hooks(model)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)

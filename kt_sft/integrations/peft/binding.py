@@ -14,10 +14,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from kt_sft.compat.peft import (
+    LoraLayer,
+    ParamWrapper,
+    check_adapters_to_merge,
+    check_forward_arguments,
+    has_exchanged_widths,
+)
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.outside import bind_outside
 from kt_sft.integrations.peft.targets import PROJECTIONS
@@ -31,7 +36,7 @@ class ExpertParamWrapper(ParamWrapper):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if "adapter_names" in kwargs:
-            self._check_forward_args(x, *args, **kwargs)
+            check_forward_arguments(self, x, *args, **kwargs)
             kwargs.pop("adapter_names")
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -199,7 +204,7 @@ def _pair(wrapper: ParamWrapper, adapter: str) -> LoraPair:
         raise ConfigError(
             f"expert LoRA: {wrapper.parameter_name} needs widths {in_width} and {out_width}, got {widths}"
         )
-    is_p_first = not getattr(wrapper, "_did_swap_in_out_features", False)
+    is_p_first = not has_exchanged_widths(wrapper)
     swapped = is_p_first != spec.is_transposed if in_width == out_width else widths == (out_width, in_width)
     mixed = spec.is_interleaved and wrapper.parameter_name == "gate_up_proj"  # along the output
     of_lora_a = LoraFactor(lora_a, EXPERT_MAJOR, num_experts, is_interleaved=mixed and swapped)

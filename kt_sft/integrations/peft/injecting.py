@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
 from kt_sft.adapters.folder import CONFIG_NAME
 from kt_sft.adapters.patterns import Patterns, check_speed
 from kt_sft.adapters.schema import find_faults
+from kt_sft.compat.peft import BaseTuner, BaseTunerLayer, LoraLayer, ParamWrapper
 from kt_sft.errors import ConfigError
 from kt_sft.formats.overwriting import MODEL_CARD, saved_into
 from kt_sft.integrations.peft import coverage

@@ -14,13 +14,12 @@ import logging
 import re
 from collections.abc import Iterable
 
-import peft
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
 from kt_sft.adapters import layout
 from kt_sft.adapters.patterns import Patterns
+from kt_sft.compat.peft import RELEASE, check_target_module_exists, every_linear
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.peft import names
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 _matches = names.suffix_matches
 
 SIDE_FILE = "kt_sft.json"
-RUNNING_FORM = layout.form_of(peft.__version__)  # in which the PEFT that runs writes LoRA of fused experts
+RUNNING_FORM = layout.form_of(RELEASE)  # in which the PEFT that runs writes LoRA of fused experts
 MAX_RANK = 256
 ALL_LINEAR = ("all", "all-linear")
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -171,7 +170,7 @@ def _every_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     """What PEFT takes for all-linear, without the routers and without the layers that the config leaves out."""
     probe = copy.copy(config)
     probe.target_modules = "all-linear"
-    found = _maybe_include_all_linear_layers(probe, model).target_modules - frozen_linears(model)
+    found = every_linear(probe, model) - frozen_linears(model)
     if config.layers_to_transform is None:
         return found
     return {name for name in found if _is_left_in(config, name)}
