@@ -35,19 +35,29 @@ MAY_IMPORT = {
         "convert",
         "schedule",
         "nn",
-        "ops",
+        "autograd",
     }
     | LEAVES,
-    "operator": {"operator", "integrations", "sources", "transfer", "residency", "convert", "schedule", "nn", "ops"}
+    "operator": {
+        "operator",
+        "integrations",
+        "sources",
+        "transfer",
+        "residency",
+        "convert",
+        "schedule",
+        "nn",
+        "autograd",
+    }
     | LEAVES,
     "sources": {"sources", "integrations", "convert", "nn"} | LEAVES,
     "transfer": {"transfer", "config", "errors"},
     "residency": {"residency", "config", "native", "errors"},
-    "convert": {"convert", "nn", "ops"} | LEAVES,
+    "convert": {"convert", "nn", "autograd"} | LEAVES,
     "placement": {"placement"} | LEAVES,
     "schedule": {"schedule"} | LEAVES,
-    "nn": {"nn", "ops", "schedule"} | LEAVES,
-    "ops": {"ops", "native", "errors", "config"},
+    "nn": {"nn", "autograd", "schedule"} | LEAVES,
+    "autograd": {"autograd", "native", "errors", "config"},
     "serving": {"serving", "inference", "integrations"} | LEAVES,
     "inference": {"inference"} | LEAVES,
     "native": {"errors", "config", "env"},
@@ -280,17 +290,20 @@ def machine_paths(root: Path) -> Iterator[str]:
 
 RULES: dict[Callable[[Path], Iterator[str]], tuple[str, str]] = {
     # rule -> (file, content) that violates it
-    long_files: ("kt_sft/ops/big.py", "x = 1\n" * (MAX_FILE_LINES + 1)),
-    long_python_functions: ("kt_sft/ops/big.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    long_files: ("kt_sft/autograd/big.py", "x = 1\n" * (MAX_FILE_LINES + 1)),
+    long_python_functions: ("kt_sft/autograd/big.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
     long_cpp_functions: (
         "native/moe/big.cc",
         "namespace kts {\nvoid f(int x) {\n" + "  x++;\n" * MAX_FUNCTION_LINES + "}\n}\n",
     ),
-    wrong_imports: ("kt_sft/ops/up.py", "def f():\n    from kt_sft.nn import routed_experts\n"),
+    wrong_imports: ("kt_sft/autograd/up.py", "def f():\n    from kt_sft.nn import routed_experts\n"),
     wrong_external_imports: ("kt_sft/nn/other.py", "import peft.tuners\n"),
-    stray_prints: ("kt_sft/ops/talk.py", "print('hello')\n"),
-    stray_environment_reads: ("kt_sft/ops/env2.py", "import os\nx = os.environ.get('HOME')\n"),
-    stray_writes: ("kt_sft/ops/write.py", "def f(path):\n    with open(path, 'wb') as file:\n        return file\n"),
+    stray_prints: ("kt_sft/autograd/talk.py", "print('hello')\n"),
+    stray_environment_reads: ("kt_sft/autograd/env2.py", "import os\nx = os.environ.get('HOME')\n"),
+    stray_writes: (
+        "kt_sft/autograd/write.py",
+        "def f(path):\n    with open(path, 'wb') as file:\n        return file\n",
+    ),
     stray_cpp_calls: ("native/moe/talk.cc", '#include <cstdio>\nvoid f() { printf("x"); }\n'),
     stray_intrinsics: ("native/moe/fast.cc", "#include <immintrin.h>\n"),
     wrong_includes: ("native/arch/up.cc", '#include "gemm/schedule.h"\n'),
@@ -306,7 +319,7 @@ def test_repository_keeps_the_rule(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_sees_a_planted_violation(rule, tmp_path):
-    for folder in ("kt_sft/nn", "kt_sft/ops", "native/gemm"):
+    for folder in ("kt_sft/nn", "kt_sft/autograd", "native/gemm"):
         (tmp_path / folder).mkdir(parents=True)
     name, text = RULES[rule]
     assert not list(rule(tmp_path))
