@@ -203,21 +203,24 @@ def machine_paths(root: Path) -> Iterator[str]:
 
 RULES: dict[Callable[[Path], Iterator[str]], tuple[str, str]] = {
     # rule -> (file, content) that violates it
-    long_files: ("kt_sft/ops/big.py", "x = 1\n" * (MAX_FILE_LINES + 1)),
-    long_python_functions: ("kt_sft/ops/big.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    long_files: ("kt_sft/autograd/big.py", "x = 1\n" * (MAX_FILE_LINES + 1)),
+    long_python_functions: ("kt_sft/autograd/big.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
     long_cpp_functions: (
         "native/moe/big.cc",
         "namespace kts {\nvoid f(int x) {\n" + "  x++;\n" * MAX_FUNCTION_LINES + "}\n}\n",
     ),
-    wrong_imports: ("kt_sft/ops/up.py", "def f():\n    from kt_sft.nn import routed_experts\n"),
+    wrong_imports: ("kt_sft/autograd/up.py", "def f():\n    from kt_sft.nn import routed_experts\n"),
     wrong_external_imports: ("kt_sft/nn/other.py", "import peft.tuners\n"),
     circular_imports: ("kt_sft/nn/here.py", "def f():\n    from kt_sft.nn import there\n"),
-    heavy_folders: ("kt_sft/ops/big.py", "x = 1\n" * 40),
+    heavy_folders: ("kt_sft/autograd/big.py", "x = 1\n" * 40),
     private_names: ("kt_sft/nn/other.py", "def f(model):\n    return model._keys_to_ignore_on_load_unexpected\n"),
     version_questions: ("kt_sft/nn/other.py", "import peft\nIS_NEW = peft.__version__ >= '0.19'\n"),
-    stray_prints: ("kt_sft/ops/talk.py", "print('hello')\n"),
-    stray_environment_reads: ("kt_sft/ops/env2.py", "import os\nx = os.environ.get('HOME')\n"),
-    stray_writes: ("kt_sft/ops/write.py", "def f(path):\n    with open(path, 'wb') as file:\n        return file\n"),
+    stray_prints: ("kt_sft/autograd/talk.py", "print('hello')\n"),
+    stray_environment_reads: ("kt_sft/autograd/env2.py", "import os\nx = os.environ.get('HOME')\n"),
+    stray_writes: (
+        "kt_sft/autograd/write.py",
+        "def f(path):\n    with open(path, 'wb') as file:\n        return file\n",
+    ),
     stray_cpp_calls: ("native/moe/talk.cc", '#include <cstdio>\nvoid f() { printf("x"); }\n'),
     stray_intrinsics: ("native/moe/fast.cc", "#include <immintrin.h>\n"),
     wrong_includes: ("native/arch/up.cc", '#include "gemm/schedule.h"\n'),
@@ -233,7 +236,7 @@ def test_repository_keeps_the_rule(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_sees_a_planted_violation(rule, tmp_path):
-    for folder in ("kt_sft/nn", "kt_sft/ops", "kt_sft/formats", "kt_sft/models", "kt_sft/sources", "native/gemm"):
+    for folder in ("kt_sft/nn", "kt_sft/autograd", "kt_sft/formats", "kt_sft/models", "kt_sft/sources", "native/gemm"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "small.py").write_text("x = 1\n" * 20)
     (tmp_path / "kt_sft/nn/there.py").write_text("from kt_sft.nn import here\n")

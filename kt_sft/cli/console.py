@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from kt_sft import env
 from kt_sft.errors import KTError
+from kt_sft.progress import Move
 
 
 def path(text: str) -> Path:
@@ -49,8 +50,8 @@ def errors_in_one_line(command: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar over experts or tensors; gives the function that moves it."""
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Move]:
+    """A bar over experts or tensors on the terminal of a command; with a console it is a `Bar`."""
     columns = (
         "{task.description}",
         BarColumn(),

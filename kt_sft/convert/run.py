@@ -37,14 +37,13 @@ from kt_sft.errors import ConfigError, FormatError, OutputError, unpackable
 from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, layer_header, read_manifest
 from kt_sft.formats.packed_manifest import Blob, Manifest, PackedLayer, parse_layer
 from kt_sft.formats.staging import part_of, read_own
+from kt_sft.progress import Move, no_bar
 
 if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
 
 JOURNAL_VERSION = 1
 _PARTS = (f"{MANIFEST_NAME}.part", f"{JOURNAL_NAME}.part")
-# done experts, all experts, name of the layer
-Progress = Callable[[int, int, str], None]
 
 
 def convert(
@@ -53,7 +52,7 @@ def convert(
     *,
     overwrite: bool = False,
     wait: bool = False,
-    progress: Progress = lambda done, total, layer: None,
+    progress: Move = no_bar,
 ) -> Manifest:
     """Write the container of a plan, or go on with one that was interrupted; a complete one is left as it is.
 
@@ -152,7 +151,7 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
 
 
-def _write(source: Experts, plan: ConvertPlan, progress: Progress) -> Manifest:
+def _write(source: Experts, plan: ConvertPlan, progress: Move) -> Manifest:
     folder = plan.output
     layers = _finished_layers(plan)
     check_space(plan, layers)
@@ -181,7 +180,7 @@ def _write(source: Experts, plan: ConvertPlan, progress: Progress) -> Manifest:
     return manifest
 
 
-def _count(progress: Progress, before: int, total: int, layer: str, more: int) -> None:
+def _count(progress: Move, before: int, total: int, layer: str, more: int) -> None:
     progress(before + more, total, layer)
 
 

@@ -23,7 +23,7 @@ _PEFT_MERGE = f"{_PEFT}test_merged_experts_are_base_plus_delta_rounded_once[qwen
 _BINDING = "kt_sft/integrations/peft/binding.py"
 _EXPERT_LORA = "kt_sft/nn/expert_lora.py"
 _EXPERTS = "kt_sft/nn/routed_experts.py"
-_OPS = "kt_sft/ops/moe.py"
+_OPS = "kt_sft/autograd/moe.py"
 _HOOK_FILE = "kt_sft/integrations/llamafactory/hook.py"
 
 FAULTS = (

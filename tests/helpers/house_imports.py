@@ -46,14 +46,14 @@ MAY_IMPORT = {
     "integrations.peft": {"integrations.transformers"} | BELOW_INTEGRATIONS,
     "integrations.transformers": {"integrations.gguf"} | BELOW_INTEGRATIONS,
     "integrations.gguf": BELOW_INTEGRATIONS,
-    "operator": {"convert", "nn", "ops", "residency", "schedule", "sources", "transfer"} | LEAVES,
+    "operator": {"convert", "nn", "autograd", "residency", "schedule", "sources", "transfer"} | LEAVES,
     "sources": {"convert", "nn"} | LEAVES,
     "convert": {"nn"} | LEAVES,
-    "nn": {"ops", "residency", "schedule", "transfer"} | LEAVES,
+    "nn": {"autograd", "residency", "schedule", "transfer"} | LEAVES,
     "placement": LEAVES,
     "schedule": {"errors"},
     "inference": {"errors"},
-    "ops": {"transfer", "native", "errors", "config"},
+    "autograd": {"transfer", "native", "errors", "config"},
     "transfer": {"config", "errors"},
     "residency": {"config", "native", "errors"},
     "adapters": {"formats", "models", "native", "errors"},
@@ -77,7 +77,7 @@ NOT_YET = {
 # External package -> the only places of kt_sft that may import it.
 ONLY_IN = {
     "llamafactory": ("kt_sft/integrations/llamafactory/",),
-    "transformers": ("kt_sft/compat/", "kt_sft/models/", "kt_sft/integrations/", "kt_sft/progress.py"),
+    "transformers": ("kt_sft/compat/", "kt_sft/models/", "kt_sft/integrations/"),
     "peft": ("kt_sft/compat/", "kt_sft/integrations/"),
     "kt_sft._native": ("kt_sft/native.py",),
 }

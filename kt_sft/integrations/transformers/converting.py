@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kt_sft.config import KTConfig
 from kt_sft.convert.plan import ConvertPlan, finished_manifest, plan_conversion
-from kt_sft.convert.run import Progress, convert
+from kt_sft.convert.run import convert
 from kt_sft.convert.verify import verify
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
@@ -20,6 +18,7 @@ from kt_sft.formats.packed_manifest import Manifest
 from kt_sft.integrations.transformers.base_model import meta_model
 from kt_sft.integrations.transformers.model_files import check_config_file, find_config_file
 from kt_sft.models.spec import find_experts
+from kt_sft.progress import Bar
 from kt_sft.runtime import prepare_native
 from kt_sft.sources.gguf import GgufExperts
 from kt_sft.sources.opening import ExpertSource, open_experts, open_weight_path
@@ -49,7 +48,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     check: bool = False,
     trust_remote_code: bool = False,
-    bar: Callable[[str, int], AbstractContextManager[Progress]],
+    bar: Bar,
 ) -> Converted:
     """Pack all experts of a checkpoint.
 
@@ -58,7 +57,7 @@ def convert_checkpoint(
         input_type: what the checkpoint must hold; `auto` takes any.
         check: read the container back afterwards (or the one that is there already).
         trust_remote_code: whether code beside the checkpoint's config.json may run.
-        bar: shows progress: (what, experts) -> context that gives the function to call.
+        bar: shows progress in experts.
 
     Raises:
         KTError: see `open_source`, `kt_sft.convert.run.convert` and `kt_sft.convert.verify.verify`.

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.finite import is_finite
@@ -25,6 +24,7 @@ from kt_sft.integrations.transformers.model_files import untie
 from kt_sft.models.expert_keys import ExpertPart, KeyMap
 from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
 from kt_sft.nn.packed_linear import has_rounded_linears, saving_packed_weights
+from kt_sft.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -205,11 +205,14 @@ def _write_experts(folder: Path, target: Path, plan: list[tuple[PlannedTensor, l
         shards[-1].append(entry)
         used_bytes += entry[0].num_bytes
     unpack = _Unpacker()
-    for number, shard in enumerate(hf_logging.tqdm(shards, desc="Writing expert shards"), 1):
-        tensors = [tensor for tensor, _ in shard]
-        parts = ((tensor.name, *part) for tensor, parts in shard for part in parts)
-        pieces = _pieces(target, tensors[0].dtype, parts, unpack)
-        write(folder / f"experts-{number:05d}.safetensors", tensors, pieces)
+    with progress_bar("Writing expert shards", len(shards), unit="file") as move:
+        for number, shard in enumerate(shards, 1):
+            tensors = [tensor for tensor, _ in shard]
+            parts = ((tensor.name, *part) for tensor, parts in shard for part in parts)
+            pieces = _pieces(target, tensors[0].dtype, parts, unpack)
+            file = folder / f"experts-{number:05d}.safetensors"
+            write(file, tensors, pieces)
+            move(number, len(shards), file.name)
 
 
 def _pieces(
