@@ -13,6 +13,8 @@ from typing import NamedTuple
 PACKAGE = "kt_sft"
 # Folders whose folders are rooms of their own.
 OPENED = ("integrations",)
+# Rooms below all others; they use one another.
+LEAVES = {"compat", "config", "env", "errors", "formats", "memory", "models", "native", "progress", "runtime"}
 
 
 class Import(NamedTuple):
@@ -74,17 +76,27 @@ def room_of(module: str) -> str:
     return ".".join(parts[:2]) if parts[0] in OPENED and len(parts) > 1 else parts[0]
 
 
+def rooms(root: Path) -> dict[str, set[str]]:
+    """Room -> rooms that it imports, of the package below `root`."""
+    edges: dict[str, set[str]] = {room_of(name): set() for name in modules(root) if name.split(".")[1:] != list(OPENED)}
+    for found in read(root):
+        first, second = room_of(found.importer), room_of(found.imported)
+        if first != second and second in edges:
+            edges[first].add(second)
+    return edges
+
+
 def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
     """The sets of nodes that reach one another, each as one shortest way round, sorted."""
     found = []
-    for component in _strongly_connected(edges):
+    for component in components(edges):
         if len(component) > 1:
             found.append(_way_round(min(component), edges, component))
     return sorted(found)
 
 
-def _strongly_connected(edges: Mapping[str, set[str]]) -> list[set[str]]:
-    """Tarjan's algorithm."""
+def components(edges: Mapping[str, set[str]]) -> list[set[str]]:
+    """The nodes of a graph, those that reach one another together (Tarjan's algorithm); who is reached comes first."""
     numbers: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
