@@ -38,9 +38,8 @@ MAY_IMPORT = {
         "ops",
     }
     | LEAVES,
-    "operator": {"operator", "integrations", "sources", "transfer", "residency", "convert", "schedule", "nn", "ops"}
-    | LEAVES,
-    "sources": {"sources", "integrations", "convert", "nn"} | LEAVES,
+    "operator": {"operator", "sources", "transfer", "residency", "convert", "schedule", "nn", "ops"} | LEAVES,
+    "sources": {"sources", "convert", "models", "formats", "config", "errors", "env", "native", "progress"},
     "transfer": {"transfer", "config", "errors"},
     "residency": {"residency", "config", "native", "errors"},
     "convert": {"convert", "nn", "ops"} | LEAVES,
@@ -51,7 +50,7 @@ MAY_IMPORT = {
     "serving": {"serving", "inference", "integrations"} | LEAVES,
     "inference": {"inference"} | LEAVES,
     "native": {"errors", "config", "env"},
-    "memory": {"errors", "config", "env", "formats", "models"},
+    "memory": {"errors", "config", "env", "formats", "models", "native"},
     "models": {"models", "formats", "errors", "config"},
     "formats": {"formats", "native", "errors", "config"},
     "config": {"errors"},
@@ -60,6 +59,8 @@ MAY_IMPORT = {
     "progress": set(),
     "errors": set(),
 }
+# The operator opens a checkpoint directory with transformers, which knows what its tensors are called; on first use.
+SEAMS = {("kt_sft/operator/weights.py", "kt_sft.integrations.transformers.converting.open_source")}
 # External package -> the only places of kt_sft that may import it.
 ONLY_IN = {
     "llamafactory": "kt_sft/integrations/llamafactory/",
@@ -173,6 +174,8 @@ def wrong_imports(root: Path) -> Iterator[str]:
             if within(name, "kt_sft") and "." in name and not within(name, "kt_sft._native"):
                 target = name.split(".")[1]
                 is_module = (root / "kt_sft" / target).is_dir() or (root / "kt_sft" / f"{target}.py").is_file()
+                if (path, name) in SEAMS:
+                    continue
                 if is_module and target != room and target not in MAY_IMPORT.get(room, set()):
                     yield f"{path}:{line}: {room} imports {name}; allowed: {sorted(MAY_IMPORT.get(room, set()))}"
 

@@ -30,10 +30,10 @@ from kt_sft.integrations.peft.targets import (
     effective_rank,
     expert_targets,
 )
-from kt_sft.integrations.peft.unwrapped import plain_modules, plain_name
 from kt_sft.integrations.transformers.base_model import describe
 from kt_sft.models.layout import ExpertsSpec
 from kt_sft.models.spec import iter_routed_experts
+from kt_sft.models.unwrapped import plain_modules, plain_name
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from kt_sft.adapters.forms import open_adapter
 from kt_sft.adapters.peft_config import RESIDUAL
 from kt_sft.integrations.peft.adapter_dir import read_adapter_config
 from kt_sft.integrations.peft.outside import RouterLinear
-from kt_sft.integrations.peft.unwrapped import plain_name
 from kt_sft.integrations.transformers.base_model import describe
 from kt_sft.models.spec import iter_routed_experts
+from kt_sft.models.unwrapped import plain_name
 
 
 def training_limits(peft_model: nn.Module, config: LoraConfig) -> list[str]:

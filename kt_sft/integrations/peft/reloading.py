@@ -21,9 +21,9 @@ from kt_sft.integrations.peft.adapter_dir import (
     read_adapter_config,
 )
 from kt_sft.integrations.peft.injecting import requesting
-from kt_sft.integrations.peft.unwrapped import plain_name
 from kt_sft.integrations.transformers.swapping import swap_experts
 from kt_sft.models.spec import iter_routed_experts
+from kt_sft.models.unwrapped import plain_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 _HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
