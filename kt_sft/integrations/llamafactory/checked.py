@@ -24,6 +24,7 @@ class CheckedModels:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], OpenedModel] = {}
+        self._changed: list[OpenedModel] = []
         self._gguf: dict[str, GgufIndex] = {}
 
     def use_directory(self, model_args: Any) -> None:
@@ -54,6 +55,7 @@ class CheckedModels:
         gguf = self._gguf_of(settings.weight_path)
         opened = check_model(model_args.model_name_or_path, settings, gguf=gguf, **kwargs)
         self._kept[_key(opened)] = opened
+        self._changed.append(opened)
         return opened
 
     def open_base(self, model_args: Any) -> OpenedModel:
@@ -66,8 +68,9 @@ class CheckedModels:
 
     def forget_models(self) -> None:
         """Free the models without weights, which checks have changed; what was read of files stays."""
-        for opened in self._kept.values():
+        for opened in self._changed:
             opened.forget_model()
+        self._changed.clear()
 
     def take(self, model_args: Any, device: torch.device) -> OpenedModel:
         """What was checked, for its load, or the same opened now.

@@ -78,7 +78,7 @@ class OpenedModel:
         self.given = KTConfig() if settings is None else settings
         self.kwargs = from_pretrained_kwargs
         self.hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
-        self._is_loaded = is_loaded
+        self._is_loaded, self._is_checked = is_loaded, False
         self._gguf = gguf
         places = (path, self.given.weight_path, self.given.optimize_rule)
         self._seen = {place: _marks(place) for place in places if place is not None}
@@ -138,9 +138,10 @@ class OpenedModel:
             FormatError: see `values`; the same of generation_config.json.
             UnsupportedModel: see `quantization`; settings that transformers does not take.
         """
-        if self.gguf is None:
+        if self.gguf is None and not self._is_checked:
             check_generation_config(self.config_file, self.values)
         _ = self.quantization
+        self._is_checked = True
 
     @cached_property
     def _headers(self) -> SafetensorsIndex:
