@@ -73,8 +73,9 @@ def convert(
     folder = plan.output
     try:
         if not overwrite and (manifest := finished_manifest(plan)) is not None:  # before anything is written
-            with contextlib.suppress(OSError), locked(folder, wait=False):  # it may be on a read-only disk
-                _tidy(folder)
+            if _strays(folder, {layer.file for layer in manifest.layers.values()}):
+                with contextlib.suppress(OSError), locked(folder, wait=False):  # it may be on a read-only disk
+                    _tidy(folder)
             return manifest
         with output_folder(folder, wait):
             if not overwrite and (manifest := finished_manifest(plan)) is not None:
@@ -275,12 +276,19 @@ def _publish(folder: Path, manifest: Manifest) -> None:
 
 def _tidy(folder: Path) -> None:
     """Remove what the container in the folder does not need, of its conversion or another one."""
-    for name in (JOURNAL_NAME, *_PARTS):
-        (folder / name).unlink(missing_ok=True)
-    held = files_of(folder)
-    for stray in [*folder.glob("layer-*.bin"), *folder.glob("layer-*.bin.part")]:
-        if stray.name not in held:
-            stray.unlink()
+    for stray in _strays(folder, files_of(folder)):
+        stray.unlink(missing_ok=True)
+
+
+def _strays(folder: Path, held: Collection[str]) -> list[Path]:
+    """Files of conversions in a folder that are none of a container's.
+
+    Args:
+        held: names of the container's layers.
+    """
+    rest = [folder / name for name in (JOURNAL_NAME, *_PARTS) if os.path.lexists(folder / name)]
+    layers = [*folder.glob("layer-*.bin"), *folder.glob("layer-*.bin.part")]
+    return rest + [path for path in layers if path.name not in held]
 
 
 def _begin_anew(plan: ConvertPlan) -> None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from kt_sft.autograd.moe import NO_LORA, MoeCall, moe, moe_into
-from kt_sft.errors import NonFinite
-from kt_sft.models.spec import ExpertsSpec
+from kt_sft.formats.finite import check_finite
+from kt_sft.models.layout import ExpertsSpec, Formats, Matrices
 from kt_sft.native import native
 from kt_sft.nn.expert_lora import ExpertLora
 from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
 
 PLACEHOLDERS = ("gate_up_proj", "down_proj")
-WeightFormats = str | tuple[str, str, str]  # of all projections, or of gate, up and down
 Buffer = memoryview | bytearray  # anything of bytes that the buffer protocol gives
-Matrices = tuple[Tensor, Tensor, Tensor]  # gate, up [inter, hidden], down [hidden, inter] of one expert
 
 
 class RoutedExperts(nn.Module):
@@ -47,7 +44,7 @@ class RoutedExperts(nn.Module):
         self,
         spec: ExpertsSpec,
         *,
-        weight_format: WeightFormats = "bf16",
+        weight_format: Formats = "bf16",
         group_size: int = 32,
         expert_activations: str = "auto",
         chunk_size: int = 1024,
@@ -297,22 +294,6 @@ class RoutedExperts(nn.Module):
         rows = "" if self.is_exact else f", activations={self.expert_activations}"
         name = "/".join(dict.fromkeys(self.formats))
         return f"{sizes}, {self.spec.activation}, {name}{group}{rows}"
-
-
-def check_finite(gate: Tensor, up: Tensor, down: Tensor) -> None:
-    """Raise where a matrix `[rows, cols]` of an expert has NaN or infinity in it; uint8 blocks are left alone.
-
-    Raises:
-        NonFinite: names the first such number.
-    """
-    for projection, weight in enumerate((gate, up, down)):
-        # A sum carries NaN and infinity, and is twenty times as fast as asking each number; it may overflow, too.
-        if not weight.is_floating_point() or math.isfinite(weight.sum().item()):
-            continue
-        places = torch.isfinite(weight).logical_not_().nonzero()
-        if len(places):
-            row, column = places[0].tolist()
-            raise NonFinite(projection, f"{weight[row, column].item()} at row {row}, column {column}")
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

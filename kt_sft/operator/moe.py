@@ -17,10 +17,11 @@ from kt_sft.nn.routed_experts import RoutedExperts
 from kt_sft.operator.chains import join_chain
 from kt_sft.operator.saving import save_layer
 from kt_sft.operator.threads import join_pool
-from kt_sft.operator.weights import LayerSizes, TensorExperts, load_from_path, load_from_tensors
+from kt_sft.operator.weights import LayerSizes, load_from_path, load_from_tensors
 from kt_sft.residency.expert_map import ExpertMap
 from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
+from kt_sft.sources.tensors import TensorExperts
 from kt_sft.transfer.routes import Route, route_of
 from kt_sft.transfer.staging import Inputs, Key, Staging
 
@@ -170,7 +171,8 @@ class KTMoEWrapper:
             ValueError: a shape or type, or a map that does not fit; weights that cannot be packed.
             OutputError: the container cannot be written.
         """
-        source = TensorExperts(gate_proj, up_proj, down_proj, self._sizes)
+        sizes, name = self._sizes, f"layer {self.layer_idx}"
+        source = TensorExperts(gate_proj, up_proj, down_proj, hidden=sizes.hidden, inter=sizes.inter, name=name)
         experts = load_from_tensors(source, self._sizes, self._expert_map, self._config, physical_to_logical_map)
         if self.cpu_save:
             save_layer(source, self._sizes, self._config)

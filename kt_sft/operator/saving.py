@@ -7,8 +7,9 @@ from pathlib import Path
 from kt_sft.config import KTConfig
 from kt_sft.convert.plan import AppendPlan
 from kt_sft.convert.run import append_layer
-from kt_sft.models.spec import ExpertsSpec
-from kt_sft.operator.weights import LayerSizes, TensorExperts
+from kt_sft.models.layout import ExpertsSpec
+from kt_sft.operator.weights import LayerSizes
+from kt_sft.sources.tensors import TensorExperts
 
 
 def save_layer(source: TensorExperts, sizes: LayerSizes, config: KTConfig) -> None:

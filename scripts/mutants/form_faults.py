@@ -24,7 +24,7 @@ _KINDS_FILE = "kt_sft/adapters/kinds.py"
 _CHANGES = "kt_sft/adapters/changes.py"
 _PLAIN = "kt_sft/adapters/plain.py"
 _GGUF = "kt_sft/formats/gguf_expert_tensors.py"
-_EXPERTS = "kt_sft/nn/routed_experts.py"
+_FINITE = "kt_sft/formats/finite.py"
 _PACKED = "kt_sft/sources/packed.py"
 
 FAULTS = (
@@ -274,21 +274,21 @@ FAULTS = (
     ),
     Fault(
         "NaN in an expert is packed",
-        _EXPERTS,
+        _FINITE,
         "if not weight.is_floating_point() or math.isfinite(weight.sum().item()):",
         "if True:",
         (f"{_NON_FINITE}test_tensors_of_a_caller",),
     ),
     Fault(
         "infinity in an expert is packed",
-        _EXPERTS,
+        _FINITE,
         "if not weight.is_floating_point() or math.isfinite(weight.sum().item()):",
         "if not weight.is_floating_point() or not weight.sum().isnan():",
         (f"{_NON_FINITE}test_tensors_of_a_caller",),
     ),
     Fault(
         "large numbers are taken for infinity",
-        _EXPERTS,
+        _FINITE,
         "        if len(places):\n",
         "        if True:\n",
         (f"{_NON_FINITE}test_large_finite_numbers_are_taken",),

@@ -318,8 +318,8 @@ FAULTS = (
     Fault(
         "memory is counted for the policy alone",
         _REFERENCES_FILE,
-        "needed = [_memory(policy, model_args), _memory(reference, reference_args)]",
-        "needed = [_memory(policy, model_args)]",
+        "memory.check_together([policy.memory, reference.memory],",
+        "memory.check_together([policy.memory],",
         (f"{_REFERENCES}test_refusal_is_one_line[one_fits-words6]",),
     ),
     # --- data sets, keys of others, code beside a checkpoint

@@ -340,15 +340,15 @@ FAULTS = (
     Fault(
         "a configuration that cannot work is accepted",
         _HOOK_FILE,
-        "    args.check(*groups)\n",
-        "",
+        "    settings = args.check(*groups)\n",
+        "    settings = args.kt_config(model_args)\n",
         (f"{_ARGS}test_refusal_is_one_line_with_the_names",),
     ),
     Fault(
         "files are looked at after the data set is made",
         _HOOK_FILE,
-        "    model = check_inputs(model_args)\n",
-        "    model = None\n",
+        "    opened = check_inputs(model_args)\n",
+        "    opened = None\n",
         (f"{_ARGS}test_refusal_is_one_line_with_the_names",),
     ),
     Fault(

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "integrations.transformers": {"integrations.gguf"} | BELOW_INTEGRATIONS,
     "integrations.gguf": BELOW_INTEGRATIONS,
     "operator": {"convert", "nn", "autograd", "residency", "schedule", "sources", "transfer"} | PLAIN_LEAVES,
-    "sources": {"convert", "nn"} | PLAIN_LEAVES,
+    "sources": {"convert"} | PLAIN_LEAVES,
     "convert": {"nn"} | PLAIN_LEAVES,
     "nn": {"autograd", "residency", "schedule", "transfer"} | PLAIN_LEAVES,
     "placement": PLAIN_LEAVES,
@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "residency": {"config", "native", "errors"},
     "adapters": {"formats", "models", "native", "errors"},
     "compat": {"errors"},
-    "memory": {"config", "env", "errors", "formats", "models"},
+    "memory": {"config", "env", "errors", "formats", "models", "native"},
     "models": {"compat", "config", "env", "errors", "formats"},
     "formats": {"config", "errors", "native"},
     "runtime": {"config", "env", "errors", "native"},
@@ -68,12 +68,9 @@ MAY_IMPORT = {
     "config": {"errors"},
     "errors": set(),
 }
-# Of that table, what is left to do; a test wants each of them to be true, still.
-NOT_YET = {
-    ("integrations.gguf", "integrations.transformers"),
-    ("operator", "integrations.transformers"),
-    ("sources", "integrations.transformers"),
-}
+# Beside that table, (file, what it imports): the operator opens a checkpoint directory with transformers, on first use,
+# which alone knows what its tensors are called.
+SEAMS = {("kt_sft/operator/weights.py", "kt_sft.integrations.transformers.converting.open_source")}
 # External package -> the only places of kt_sft that may import it.
 ONLY_IN = {
     "llamafactory": ("kt_sft/integrations/llamafactory/",),
@@ -128,7 +125,7 @@ def wrong_imports(root: Path) -> Iterator[str]:
                 continue
             first, target = root / "kt_sft" / name.split(".")[1], room_of(name)
             is_module = first.is_dir() or first.with_suffix(".py").is_file()
-            if (room, target) in NOT_YET:
+            if (path, name) in SEAMS:
                 continue
             if is_module and target != room and target not in MAY_IMPORT.get(room, set()):
                 yield f"{path}:{line}: {room} imports {name}; allowed: {sorted(MAY_IMPORT.get(room, set()))}"

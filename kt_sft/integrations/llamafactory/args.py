@@ -177,23 +177,28 @@ def no_effect(model_args: Any) -> list[str]:
     return [key for key in keys if getattr(model_args, key, None) is not None]
 
 
-def check(*groups: Any) -> None:
+def check(*groups: Any) -> KTConfig:
     """Refuse a configuration with `use_kt: true` that cannot work, before any model or data is read.
 
     Args:
         groups: the parsed argument objects of LLaMA-Factory, any of them.
+
+    Returns:
+        The settings of the experts.
 
     Raises:
         ConfigError: lists every fault.
     """
     faults = list(_faults(groups))
     model_args = next(group for group in groups if hasattr(group, "use_kt"))
+    config = None
     try:
-        kt_config(model_args)
+        config = kt_config(model_args)
     except ConfigError as error:
         faults += error.faults
-    if faults:
+    if faults or config is None:
         raise ConfigError(faults)
+    return config
 
 
 def given(values: dict[str, Any] | list[str], key: str) -> Any:

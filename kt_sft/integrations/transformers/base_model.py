@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from kt_sft.adapters.model import BaseModel
 from kt_sft.compat.transformers import revert_weight_conversion
 from kt_sft.errors import ConfigError, FormatError
-from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations.gguf import model as gguf_model
-from kt_sft.integrations.transformers import placing
-from kt_sft.integrations.transformers.model_files import find_config_file, read_config_file
+from kt_sft.integrations.gguf.model import is_gguf_model
+from kt_sft.integrations.transformers.opened import OpenedModel
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
 from kt_sft.models.unwrapped import is_of_adapter, plain_modules, plain_name
@@ -41,29 +39,15 @@ def find_base_model(
     """
     if name is None:
         raise ConfigError(f"{adapter}: names no base model; name its directory with --base-model")
-    if not gguf_model.is_gguf_model(name):
+    opened = OpenedModel(name, trust_remote_code=trust_remote_code)
+    if not is_gguf_model(name):
         try:
-            find_config_file(name, {})
+            _ = opened.config_file
         except FormatError as error:
             where = f"; looked for in {os.getcwd()}, in the directories above the adapter, and on the hub"
             told = "" if os.path.isabs(name) or os.path.exists(name) else where
             raise ConfigError(f"{adapter}: base model: {error}{told}; name its directory with --base-model") from None
-    return describe(meta_model(name, trust_remote_code=trust_remote_code), str(name))
-
-
-def meta_model(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a directory, hub name or GGUF file without weights, as transformers builds it.
-
-    Raises:
-        FormatError: nothing there, or a damaged config.json.
-        UnsupportedModel: a model that transformers does not know, or a config that it cannot build one of.
-    """
-    if gguf_model.is_gguf_model(name):
-        with GgufIndex.from_path(Path(name)) as index:
-            return placing.meta_model(gguf_model.read_config(index))
-    read_config_file(find_config_file(name, {}))
-    config = placing.read_config(name, {"trust_remote_code": trust_remote_code})
-    return placing.meta_model(config, trust_remote_code)
+    return describe(opened.model, str(name))
 
 
 def describe(model: nn.Module, path: str | None = None) -> BaseModel:
@@ -202,4 +186,4 @@ def default_name(adapter_base: str | None, adapter: Path) -> str | None:
 
 
 def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file() or (path.is_file() and gguf_model.is_gguf_model(path))
+    return (path / "config.json").is_file() or (path.is_file() and is_gguf_model(path))

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from kt_sft.compat.transformers import mark_initialized
 from kt_sft.config import KTConfig
 from kt_sft.models.families import adapt_block
-from kt_sft.models.spec import ExpertsSpec
-from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts, WeightFormats
+from kt_sft.models.layout import ExpertsSpec, Formats
+from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts
 from kt_sft.schedule.deferred import Deferral, LayerChain
 
 
 def swap_experts(
-    model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig, formats: dict[str, WeightFormats]
+    model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig, formats: dict[str, Formats]
 ) -> None:
     """Put our experts modules, empty, in the place of transformers'."""
     dtype = model.dtype
