@@ -38,7 +38,7 @@ class OurLayer:
     ) -> None:
         shape = layer.shape
         self._settings = {
-            "weight_format": weight_format,
+            "formats": weight_format,
             "group_size": GROUP_SIZE,
             "chunk_size": chunk_size,
             "cpu_activation": cpu_activation,

@@ -108,7 +108,7 @@ def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
             file = _free_file(plan.number, {layer.file for layer in layers.values()})
             layers[plan.name] = _write_layer(source, plan, (plan.name, plan.spec), file, lambda done: None)
             ordered = {name: layers[name] for name in sorted(layers, key=_by_number)}
-            manifest = Manifest(plan.identity, plan.weight_format, plan.group, "", ("tensors",), (), ordered)
+            manifest = Manifest(plan.identity, plan.format, plan.group, "", ("tensors",), (), ordered)
             _publish(folder, manifest)
             return manifest
     except OSError as error:
@@ -133,10 +133,10 @@ def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
         return {}
     manifest = read_manifest(plan.output)
     if manifest.identity != plan.identity:
-        held = name_of(manifest.weight_format, manifest.group)
+        held = name_of(manifest.format, manifest.group)
         raise ConfigError(
             f"{plan.output}: expected a container of layers from tensors in "
-            f"{name_of(plan.weight_format, plan.group)}, found {held} with {len(manifest.layers)} layers "
+            f"{name_of(plan.format, plan.group)}, found {held} with {len(manifest.layers)} layers "
             f"{'from tensors' if not manifest.source_files else 'from a checkpoint'}; choose another"
         )
     return dict(manifest.layers)
@@ -170,7 +170,7 @@ def _write(source: Experts, plan: ConvertPlan, progress: Move) -> Manifest:
         _write_journal(plan, layers)
     manifest = Manifest(
         plan.identity,
-        plan.weight_format,
+        plan.format,
         plan.group,
         plan.model_type,
         plan.source_formats,
@@ -190,7 +190,7 @@ def _write_layer(
 ) -> PackedLayer:
     name, spec = layer
     file_bytes = plan.layer_bytes(name)
-    slot = ExpertSlot(spec, plan.weight_format, plan.group)
+    slot = ExpertSlot(spec, plan.format, plan.group)
     experts = []
     with part_of(plan.output / file) as stream:
         stream.write(layer_header(plan.identity, name, file_bytes))
@@ -234,7 +234,7 @@ def _finished_layers(plan: ConvertPlan) -> dict[str, PackedLayer]:
         return {}  # stopped while the very first line was written
     if not isinstance(start, dict) or start.get("id") != plan.identity or start.get("version") != JOURNAL_VERSION:
         began = start.get("weights") if isinstance(start, dict) else None
-        now = name_of(plan.weight_format, plan.group)
+        now = name_of(plan.format, plan.group)
         reason = f"to {began} where {now} is asked for" if began not in (None, now) else "from other source files"
         raise ConfigError(
             f"{plan.output}: holds an unfinished conversion {reason}; repeat its settings to finish it, choose another "
@@ -243,7 +243,7 @@ def _finished_layers(plan: ConvertPlan) -> dict[str, PackedLayer]:
     layers: dict[str, PackedLayer] = {}
     for line in lines[1:]:
         with contextlib.suppress(FormatError):
-            layer = parse_layer(_parsed(line), path, plan.weight_format, plan.group)
+            layer = parse_layer(_parsed(line), path, plan.format, plan.group)
             if layer.name in plan.specs and _has_size(plan.output / layer.file, layer.file_bytes):
                 layers[layer.name] = layer
     return layers
@@ -261,7 +261,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _write_journal(plan: ConvertPlan, layers: Mapping[str, PackedLayer]) -> None:
-    weights = name_of(plan.weight_format, plan.group)
+    weights = name_of(plan.format, plan.group)
     start = {"version": JOURNAL_VERSION, "id": plan.identity, "weights": weights}
     with part_of(plan.output / JOURNAL_NAME) as stream:
         for values in (start, *(layer.to_json() for layer in layers.values())):

@@ -34,7 +34,7 @@ def verify(
     total, slot, held = sum(spec.num_experts for spec in specs.values()), None, None
     for done, (name, expert) in enumerate(container.check_blobs(), 1):
         if slot is None or name != held:
-            slot, held = ExpertSlot(specs[name], manifest.weight_format, manifest.group), name
+            slot, held = ExpertSlot(specs[name], manifest.format, manifest.group), name
             source.close()
         slot.layer.copy_expert(0, *container.blobs(name, expert))
         blobs = manifest.layers[name].experts[expert]

@@ -171,9 +171,15 @@ class KeyMap:
         # Of experts in a ModuleList: key -> module, projection and number.
         self._listed = {key: (name, *part) for name, spec in specs.items() for key, part in _listed(name, spec)}
         self._parameters.update(self._listed)
+        self._targets: dict[str, tuple[str, str | None]] = {}  # of keys that were asked for: that is slow
 
     def target(self, key: str) -> tuple[str, str | None]:
         """The parameter that a checkpoint key feeds, and the converter pattern that matched (None: as it is)."""
+        if key not in self._targets:
+            self._targets[key] = self._target(key)
+        return self._targets[key]
+
+    def _target(self, key: str) -> tuple[str, str | None]:
         from kt_sft.compat.transformers import rename_source_key
 
         renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._parameters)

@@ -25,7 +25,7 @@ class RoutedExperts(nn.Module):
 
     Args:
         spec: sizes and activation.
-        weight_format: of all projections, or of gate, up and down. `bf16`, `int8` or `int4`: what is loaded is rounded
+        formats: of all projections, or of gate, up and down. `bf16`, `int8` or `int4`: what is loaded is rounded
             to it; `rawint4`: the integers and scales that `load_expert_int4` is given; `f16` or a block type of GGUF
             files: the rows of a file.
         group_size: weights that share a scale in `int4` and `rawint4`.
@@ -44,7 +44,7 @@ class RoutedExperts(nn.Module):
         self,
         spec: ExpertsSpec,
         *,
-        weight_format: Formats = "bf16",
+        formats: Formats = "bf16",
         group_size: int = 32,
         expert_activations: str = "auto",
         chunk_size: int = 1024,
@@ -56,14 +56,14 @@ class RoutedExperts(nn.Module):
         self.hidden_dim = spec.hidden
         self.intermediate_dim = spec.inter
         self.spec = spec
-        self.weight_format = weight_format if isinstance(weight_format, str) else "gguf"
-        self.formats = (weight_format,) * 3 if isinstance(weight_format, str) else weight_format
+        self.method = formats.upper() if isinstance(formats, str) else "GGUF"  # that these formats follow from
+        self.formats = (formats,) * 3 if isinstance(formats, str) else formats
         self.group_size = group_size
         self.expert_activations = expert_activations
         self.chunk_size = chunk_size
         self.retain = cpu_activation == "retain"
         sizes = (spec.num_experts, spec.hidden, spec.inter)
-        self.layer = native().MoeLayer(*sizes, weight_format, spec.activation, group_size, spec.alpha, spec.limit)
+        self.layer = native().MoeLayer(*sizes, formats, spec.activation, group_size, spec.alpha, spec.limit)
         self.lora: ExpertLora | None = None
         self.deferral: Deferral | None = None
         self._origins: dict[int, Callable[[], Matrices]] = {}
@@ -165,12 +165,12 @@ class RoutedExperts(nn.Module):
         it is the first one of a checkpointed layer, or a reference for the policy in training, and must compute what
         the pass with gradients computes.
         """
-        if self.expert_activations != "auto" and self.weight_format != "gguf":
+        if self.expert_activations != "auto" and self.method != "GGUF":
             return self.expert_activations
         in_training = self.expert_activations == "auto" and (self.training or torch.is_grad_enabled())
         if self.is_exact or in_training or self.expert_activations == "bf16":
             return "bf16"
-        best = {native().default_rows(weight_format) for weight_format in self.formats}
+        best = {native().default_rows(format) for format in self.formats}
         return best.pop() if len(best) == 1 else "bfp16"  # what projections of several formats have in common
 
     @property
@@ -290,7 +290,7 @@ class RoutedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden={self.hidden_dim}, inter={self.intermediate_dim}"
-        group = f" in groups of {self.group_size}" if "int4" in self.weight_format else ""
+        group = f" in groups of {self.group_size}" if "INT4" in self.method else ""
         rows = "" if self.is_exact else f", activations={self.expert_activations}"
         name = "/".join(dict.fromkeys(self.formats))
         return f"{sizes}, {self.spec.activation}, {name}{group}{rows}"

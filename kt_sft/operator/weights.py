@@ -98,7 +98,7 @@ def _load(
     memory.check_experts(layer, 0, {"layer": formats}, group, method=config.method, is_mapped=source.is_mapped)
     experts = RoutedExperts(
         spec,
-        weight_format=formats,
+        formats=formats,
         group_size=group,
         expert_activations=config.expert_activations,
         chunk_size=config.chunk_size,

@@ -13,7 +13,7 @@ from kt_sft.convert.plan import name_of, plan_conversion
 from kt_sft.convert.run import convert
 from kt_sft.errors import OutputError
 from kt_sft.formats.packed import PackedContainer
-from kt_sft.formats.packed_manifest import WEIGHT_FORMATS
+from kt_sft.formats.packed_manifest import FORMATS
 from kt_sft.progress import progress_bar
 from kt_sft.sources.packed import PackedExperts, copies
 
@@ -43,8 +43,8 @@ def through_cache(
         return source
     assert config.weight_cache is not None
     group = config.int4_group_size
-    plan = plan_conversion(source, specs, "", config.weight_format, group, model_type)
-    kind = name_of(plan.weight_format, plan.group).replace(" in groups of ", "g")
+    plan = plan_conversion(source, specs, "", config.format, group, model_type)
+    kind = name_of(plan.format, plan.group).replace(" in groups of ", "g")
     folder = Path(config.weight_cache).expanduser() / f"{model_type}-{kind}-{plan.identity[:16]}"
     plan = dataclasses.replace(plan, output=folder)
     try:
@@ -61,4 +61,4 @@ def through_cache(
 
 def uses_cache(config: KTConfig) -> bool:
     """Whether a checkpoint is loaded through a container in the cache."""
-    return config.weight_cache is not None and config.weight_format in WEIGHT_FORMATS
+    return config.weight_cache is not None and config.format in FORMATS

@@ -93,11 +93,11 @@ class GgufExperts:
         """To the user: what is in the file, and what becomes of it."""
         self._is_said = True
         self._say_what_is_not_read()
-        if experts.weight_format != "gguf":
+        if experts.method != "GGUF":
             found = Counter(kind for kinds in self.formats.values() for kind in kinds)
             types = ", ".join(f"{count} x {kind}" for kind, count in found.most_common())
             text = "experts from %s: projections in %s, dequantised to bf16 and packed as %s"
-            logger.info(text, self.path.name, types, experts.weight_format)
+            logger.info(text, self.path.name, types, experts.formats[0])
             return
         held = Counter(
             pair for name, kinds in self.formats.items() for pair in zip(kinds, self._held[name], strict=True)

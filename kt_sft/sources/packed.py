@@ -62,7 +62,7 @@ class PackedExperts:
         self._is_compared = False
         self._is_warned = False
         self._copies = copy
-        self.formats = {name: (f"packed {manifest.weight_format}",) * 3 for name in specs}
+        self.formats = {name: (f"packed {manifest.format}",) * 3 for name in specs}
 
     @property
     def is_mapped(self) -> bool:
@@ -77,16 +77,16 @@ class PackedExperts:
     def native_formats(self, name: str, method: str, group: int) -> Formats:
         """See `ExpertSource`; what is packed is not packed again."""
         manifest = self._container.manifest
-        held = name_of(manifest.weight_format, manifest.group)
+        held = name_of(manifest.format, manifest.group)
         wanted = name_of(method.lower(), group if method == "INT4" else 0)
         if held != wanted:
-            remedy = f"set method: {manifest.weight_format.upper()}"
-            if manifest.weight_format == "int4":
+            remedy = f"set method: {manifest.format.upper()}"
+            if manifest.format == "int4":
                 remedy += f" and int4_group_size: {manifest.group}"
             if method in ("BF16", "INT8", "INT4"):
                 remedy += f", or convert the checkpoint to {method.lower()}"
             raise ConfigError(f"method: {wanted} is asked for, but the container {self.path} holds {held}; {remedy}")
-        return manifest.weight_format
+        return manifest.format
 
     def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`."""
@@ -98,7 +98,7 @@ class PackedExperts:
     def read(self, name: str, expert: int) -> Matrices:
         """See `ExpertSource`; what is packed."""
         manifest = self._container.manifest
-        slot = ExpertSlot(self._specs[name], manifest.weight_format, manifest.group)
+        slot = ExpertSlot(self._specs[name], manifest.format, manifest.group)
         slot.load_packed(0, self._container.blobs(name, expert), copy=True)
         return slot.unpack_expert(0)
 
@@ -162,7 +162,7 @@ class PackedExperts:
             logger.warning(
                 "experts are taken as %s rounded them: the checkpoint that the container %s was made of is not the "
                 "model's own; give that one as the model to start from its exact weights",
-                self._container.manifest.weight_format.upper(),
+                self._container.manifest.format.upper(),
                 self.path,
             )
 

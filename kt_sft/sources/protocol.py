@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class ExpertLayer(Protocol):
     """What experts are loaded into: `kt_sft.nn.routed_experts.RoutedExperts`, where each call is described."""
 
+    method: str
     formats: tuple[str, str, str]
 
     def load_expert(

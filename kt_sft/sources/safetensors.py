@@ -70,7 +70,7 @@ class SafetensorsExperts:
         """See `ExpertSource`; an expert whose packed form rounds remembers where it came from."""
         self._say()
         slot = expert if slot is None else slot
-        if experts.formats == ("rawint4",) * 3:
+        if experts.method == "RAWINT4":
             experts.load_expert_int4(slot, *(self._index.int4(part.key) for part in self._open(name, expert)))
             return
         read = functools.partial(self.read, name, expert)

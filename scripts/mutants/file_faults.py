@@ -185,8 +185,8 @@ FAULTS = (
     Fault(
         "a conversion of other source files goes on with the old layers",
         "kt_sft/convert/plan.py",
-        "what = [LAYOUT_ID, self.weight_format, self.group, self.model_type, files, shapes]",
-        "what = [LAYOUT_ID, self.weight_format, self.group, self.model_type, shapes]",
+        "what = [LAYOUT_ID, self.format, self.group, self.model_type, files, shapes]",
+        "what = [LAYOUT_ID, self.format, self.group, self.model_type, shapes]",
         (f"{_CONVERT}test_other_settings_or_another_source_do_not_resume",),
     ),
     # --- placement

@@ -274,7 +274,7 @@ def _facts(engine: Any, config: dict[str, Any], model_name: str | None, *, has_s
         vocab_size=settings.vocab_size,
         family=settings.model_type,
         num_parameters=count,
-        weight_format=kt_config.method if kt_config else str(model.dtype).removeprefix("torch."),
+        format=kt_config.method if kt_config else str(model.dtype).removeprefix("torch."),
         size_bytes=sum(stat.st_size for _, stat in stats),
         created=max((stat.st_mtime for _, stat in stats), default=0.0),
         digest=hashlib.sha256(listing.encode()).hexdigest(),

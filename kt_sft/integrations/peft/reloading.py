@@ -60,7 +60,7 @@ def bare_twin(base: nn.Module) -> nn.Module:
     experts = {plain_name(name): module for name, module in iter_routed_experts(base)}
     with torch.device("meta"):
         twin = type(base)(copy.deepcopy(base.config))
-    formats = {name: e.formats if e.weight_format == "gguf" else e.weight_format for name, e in experts.items()}
+    formats = {name: e.formats if e.method == "GGUF" else e.formats[0] for name, e in experts.items()}
     swap_experts(twin, {name: e.spec for name, e in experts.items()}, base.kt_config, formats)
     return twin
 

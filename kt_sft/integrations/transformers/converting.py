@@ -67,7 +67,7 @@ def convert_checkpoint(
         )
     prepare_native(config)
     source, specs, model_type = open_source(input_path, input_type, trust_remote_code=trust_remote_code)
-    plan = plan_conversion(source, specs, output, config.weight_format, config.int4_group_size, model_type)
+    plan = plan_conversion(source, specs, output, config.format, config.int4_group_size, model_type)
     is_new = overwrite or finished_manifest(plan) is None
     if is_new:
         with bar("Converting", plan.num_experts) as progress:

@@ -185,7 +185,7 @@ class _Unpacker:
             except FormatError as error:
                 reason = str(error)
         if not self._has_warned:
-            name = experts.weight_format
+            name = experts.method.lower()
             logger.warning(
                 "experts are saved as %s rounded them, with a relative error of about %s: %s",
                 *(name.upper(), FORMAT_ERRORS[name], reason),

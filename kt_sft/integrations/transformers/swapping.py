@@ -28,7 +28,7 @@ def swap_experts(
         with torch.device("cpu"):
             experts = RoutedExperts(
                 spec,
-                weight_format=formats[name],
+                formats=formats[name],
                 group_size=config.int4_group_size,
                 expert_activations=config.expert_activations,
                 chunk_size=config.chunk_size,
