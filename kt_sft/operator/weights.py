@@ -19,8 +19,6 @@ from kt_sft.errors import ConfigError, FormatError, UnsupportedModel, unpackable
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_expert_tensors import ROUTER_SCALE_ARCHITECTURES, count_experts
 from kt_sft.formats.packed import PackedContainer
-from kt_sft.integrations.transformers.converting import open_source
-from kt_sft.integrations.transformers.memory_check import check_memory
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import Matrices, RoutedExperts, WeightFormats
 from kt_sft.residency.expert_map import ExpertMap, logical_experts
@@ -150,6 +148,8 @@ def _empty(
 ) -> RoutedExperts | None:
     if not expert_map.on_cpu:
         return None
+    from kt_sft.integrations.transformers.memory_check import check_memory
+
     spec = dataclasses.replace(spec, num_experts=len(expert_map.on_cpu))
     check_memory({"layer": spec}, 0, config, {"layer": weight_format})
     return RoutedExperts(
@@ -209,6 +209,8 @@ def _incomplete(name: str, found: str) -> UnsupportedModel:
 @functools.lru_cache(maxsize=1)
 def _open_checkpoint(path: str, marks: tuple) -> tuple[ExpertSource, dict[str, ExpertsSpec]]:
     """Opened once for all layers of a model: that builds the model on the meta device."""
+    from kt_sft.integrations.transformers.converting import open_source  # transformers, which takes seconds
+
     source, specs, _ = open_source(path)
     return source, specs
 

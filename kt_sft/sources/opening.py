@@ -18,7 +18,6 @@ from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.quantized_index import QuantizedIndex
 from kt_sft.formats.tensor_errors import INCOMPLETE
-from kt_sft.integrations.transformers.model_files import gguf_sources, open_checkpoint
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.progress import progress_bar
 from kt_sft.sources.gguf import GgufExperts
@@ -155,6 +154,8 @@ def _open(
     own = None if own_files is None else _own_checkpoint(key_map, own_files)
     path = config.weight_path
     if path is not None and is_container(path):
+        from kt_sft.integrations.transformers.model_files import gguf_sources
+
         open_own = None if own is None else partial(_checkpoint_experts, own, key_map)
         folder = own_files[0].parent if own_files else None
         return PackedExperts(path, specs, config, open_original=open_own, own_files=gguf_sources(folder))
@@ -167,6 +168,8 @@ def _open(
 
 def _own_checkpoint(key_map: KeyMap, files: list[Path]) -> QuantizedIndex:
     """The model's own files, with the shapes that the model needs and the biases of the experts, which lie there."""
+    from kt_sft.integrations.transformers.model_files import open_checkpoint
+
     foreign = [file for file in files if file.suffix != ".safetensors"]
     if foreign:
         raise FormatError(
@@ -213,6 +216,8 @@ def open_weight_path(path: str | Path) -> QuantizedIndex | GgufIndex | PackedCon
     has_safetensors = path.is_dir() and any(path.glob("*.safetensors"))
     if path.suffix == SUFFIX or (path.is_dir() and not has_safetensors and any(path.glob(f"*{SUFFIX}"))):
         return GgufIndex.from_path(path)
+    from kt_sft.integrations.transformers.model_files import open_checkpoint
+
     return open_checkpoint(str(path))
 
 
