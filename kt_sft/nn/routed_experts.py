@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports dynamo (800 modules, 3 s) at once
 
 from kt_sft.autograd.moe import NO_LORA, MoeCall, moe, moe_into
 from kt_sft.formats.finite import check_finite
@@ -184,7 +185,7 @@ class RoutedExperts(nn.Module):
             return self._forward_uncompiled(hidden_states, top_k_index, top_k_weights)
         return self._forward(hidden_states, top_k_index, top_k_weights)
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _forward_uncompiled(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self._forward(hidden_states, top_k_index, top_k_weights)
 
