@@ -4,6 +4,7 @@ model        the common form, and what is known of the base model
 folder       which files of a directory hold tensors that are read, and which are known to be something else
 tensor_file  one such file: names, shapes, tensors, and a look at every number
 schema       which values adapter_config.json may have, asked before anybody acts on them
+options      LoRA options that are refused, at which doors and why
 patterns     the regular expressions in it: keys of names, and whether matching comes to an end
 peft_config  adapter_config.json: ranks, scales, targets
 layout       what releases of PEFT make of fused experts, and which of them wrote an adapter

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kt_sft.adapters import fused, gguf, ktransformers, layout, peft_config, per_expert
+from kt_sft.adapters import fused, gguf, ktransformers, layout, options, peft_config, per_expert
 from kt_sft.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_files, left_out
 from kt_sft.adapters.kinds import FORMS, check_form
 from kt_sft.adapters.model import Adapter, BaseModel
@@ -109,9 +109,7 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers
     for file in (tensors, experts) if not reads_headers_only else ():
         if file is not None:
             file.check_finite()
-    if config.get("use_dora") and opened.experts:
-        found, remedy = f"LoRA on {opened.experts[0]}", "train the experts without DoRA"
-        raise FormatError(source, "use_dora", expected="an adapter without expert LoRA", found=found, remedy=remedy)
+    options.check_file(options.READ, config, source, opened.experts)
     return replace(opened, beside=beside)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kt_sft.adapters import layout, schema
+from kt_sft.adapters import layout, options, schema
 from kt_sft.adapters.model import Adapter, BaseModel
 from kt_sft.adapters.patterns import Patterns, tails
 from kt_sft.adapters.tensor_file import CONFIG_NAME
@@ -24,8 +24,6 @@ ALL_LINEAR = "all-linear"
 # PEFT 0.19 takes target_modules that end so for the matrices of experts, dense and shared MLPs included; as
 # target_parameters they are left alone, and their tensors are the same.
 _TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
-# Ways to begin that move a part of the weights into the factors: such an adapter belongs to what was left of them.
-RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _BESIDE: dict[str, tuple[Callable[[Any], bool], str]] = {  # keys of kt_sft.json
     "model_type": (lambda value: value is None or (isinstance(value, str) and len(value) <= 200), "a model type"),
     "lora_dropout": (schema.is_dropout, "a number from 0 to below 1"),
@@ -40,15 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         FormatError: see `read_values`; or an adapter that belongs to other weights than the base model's.
     """
     values = read_values(folder)
-    begun = values.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(RESIDUAL):
-        raise FormatError(
-            folder / CONFIG_NAME,
-            "init_lora_weights",
-            expected="LoRA of the base model's own weights",
-            found=f"{begun!r}, LoRA of what it left of them",
-            remedy="save it with PEFT's path_initial_model_for_weight_conversion",
-        )
+    options.check_file(options.READ, values, folder / CONFIG_NAME)
     return values
 
 

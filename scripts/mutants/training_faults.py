@@ -173,9 +173,9 @@ FAULTS = (
     ),
     Fault(
         "DoRA on experts is computed as LoRA",
-        "kt_sft/integrations/peft/targets.py",
-        'for option in ("use_dora", ',
-        "for option in (",
+        "kt_sft/adapters/options.py",
+        '"use_dora", _is_set, (RUN, TRAIN, LOAD)',
+        '"use_dora", _is_set, (RUN, LOAD)',
         (f"{_TARGETS}test_refusals_are_one_line_and_come_first",),
     ),
     # --- the experts module and its factors

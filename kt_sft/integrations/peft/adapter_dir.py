@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from kt_sft.adapters import layout, peft_config
+from kt_sft.adapters import layout, options, peft_config
 from kt_sft.adapters.folder import CONFIG_NAME, EXPERTS_NAME, check_names, left_out
 from kt_sft.adapters.forms import adapter_file, is_fused, is_per_expert, open_adapter, write_directory
 from kt_sft.adapters.model import BaseModel
@@ -207,11 +207,7 @@ def saved_config(folder: Path) -> LoraConfig:
     begun = values.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower() in _PLAIN_BEGINNINGS:
         values["init_lora_weights"] = True
-    if isinstance(begun, str) and begun.lower() in ("corda", "loftq", "lora_ga"):
-        raise FormatError(
-            folder / CONFIG_NAME, "init_lora_weights", expected="LoRA that begins without further files",
-            found=repr(begun), remedy="save it with PEFT's path_initial_model_for_weight_conversion",
-        )  # fmt: skip
+    options.check_file(options.LOAD, values, folder / CONFIG_NAME)
     try:
         return LoraConfig(**values)
     except (ValueError, TypeError, ImportError) as exc:  # options that exclude one another

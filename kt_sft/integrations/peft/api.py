@@ -12,6 +12,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from kt_sft.adapters import options
 from kt_sft.adapters.folder import CONFIG_NAME
 from kt_sft.errors import ConfigError, FormatError, KTError
 from kt_sft.integrations.peft.adapter_dir import (
@@ -91,7 +92,8 @@ def load_adapter(
 def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str, **kwargs) -> PeftModel:
     config = read_adapter_config(folder)
     check_patterns(model, config, folder)
-    faults = expert_faults(config, expert_targets(config, [name for name, _ in iter_routed_experts(model)]))
+    targets = expert_targets(config, [name for name, _ in iter_routed_experts(model)])
+    faults = expert_faults(config, targets, options.LOAD)
     if faults:
         raise ConfigError(f"{folder}: {fault}" for fault in faults)
     check_adapter_fits(model, config, folder)

@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
+from kt_sft.adapters import options
 from kt_sft.adapters.folder import CONFIG_NAME
 from kt_sft.adapters.patterns import Patterns, check_speed
 from kt_sft.adapters.schema import find_faults
@@ -38,7 +39,13 @@ from kt_sft.integrations.peft.binding import (
     restore_linear_dropout,
 )
 from kt_sft.integrations.peft.limits import lost_biases, training_limits
-from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_names, expert_targets, prepare_lora_config
+from kt_sft.integrations.peft.targets import (
+    ExpertLoraConfig,
+    expert_names,
+    expert_targets,
+    plain_values,
+    prepare_lora_config,
+)
 from kt_sft.models.spec import iter_routed_experts
 
 logger = logging.getLogger(__name__)
@@ -164,10 +171,7 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
     prepared = _saved(config) if request.is_saved else prepare_lora_config(model, config, expert_lora)
     lost = lost_biases(model, prepared)
     if lost and not prepared.inference_mode:
-        raise ConfigError(
-            f"bias: 'lora_only' would train biases such as that of {lost[0]}, and PEFT does not save them; use "
-            "'all' or 'none'"
-        )
+        raise ConfigError(options.faults(options.TRAIN, {"bias": prepared.bias}, {options.BIASES: lost[0]}))
     if lost:
         logger.warning("bias 'lora_only': PEFT has not saved biases such as that of %s; the base model's hold", lost[0])
     present = _adapters(model)
@@ -197,8 +201,8 @@ def _check_values(config: LoraConfig) -> None:
     Raises:
         ConfigError: all that is wrong.
     """
-    values = {key: list(v) if isinstance(v, set | tuple) else v for key, v in config.to_dict().items()}
-    faults = [str(fault) for fault in find_faults(values, is_file=False)]
+    values = plain_values(config)
+    faults = [str(fault) for fault in find_faults(values, is_file=False)] + options.faults(options.TRAIN, values)
     if faults:
         raise ConfigError(faults)
 

@@ -13,13 +13,14 @@ import json
 import logging
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
-from kt_sft.adapters import layout
+from kt_sft.adapters import layout, options
 from kt_sft.adapters.patterns import Patterns
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.formats.overwriting import saved_into
@@ -32,7 +33,6 @@ _matches = names.suffix_matches
 
 SIDE_FILE = "kt_sft.json"
 RUNNING_FORM = layout.form_of(peft.__version__)  # in which the PEFT that runs writes LoRA of fused experts
-MAX_RANK = 256
 ALL_LINEAR = ("all", "all-linear")
 PROJECTIONS = ("gate_up_proj", "down_proj")
 # How checkpoints and older adapters call the matrices of one expert -> the fused parameter that holds them.
@@ -73,6 +73,11 @@ class ExpertLoraConfig(LoraConfig):
             if self.adapter_dropout is not None:
                 beside["lora_dropout"] = self.adapter_dropout
             (staging / SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+
+
+def plain_values(config: LoraConfig) -> dict[str, Any]:
+    """A config's values as adapter_config.json would have them."""
+    return {key: list(v) if isinstance(v, set | tuple) else v for key, v in config.to_dict().items()}
 
 
 def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: bool | None = None) -> ExpertLoraConfig:
@@ -370,27 +375,18 @@ def _faults(config: LoraConfig, selected: set[str], experts: list[str], expert_l
     return faults + expert_faults(config, selected)
 
 
-def expert_faults(config: LoraConfig, selected: Iterable[str]) -> list[str]:
-    """What LoRA on the selected expert parameters cannot honour, one sentence each; none if nothing is selected."""
-    if not selected:
+def expert_faults(config: LoraConfig, selected: Iterable[str], door: str = options.TRAIN) -> list[str]:
+    """What LoRA on the selected expert parameters cannot honour, one sentence each; none if nothing is selected.
+
+    Args:
+        door: of `adapters.options`.
+    """
+    parameters = sorted(selected)
+    if not parameters:
         return []
-    off = "or set expert_lora=False to train without the experts"
-    faults = []
-    for option in ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "arrow_config"):
-        if getattr(config, option, None):
-            faults.append(f"{option}: expert LoRA does not support it; remove {option}, {off}")
-    if getattr(config, "alora_invocation_tokens", None) is not None:
-        faults.append(f"alora_invocation_tokens: expert LoRA does not support aLoRA; remove it, {off}")
-    init = config.init_lora_weights
-    if not isinstance(init, bool) and str(init).lower() != "gaussian":
-        faults.append(f"init_lora_weights: expert LoRA needs True, False or 'gaussian', got {init!r}; change it, {off}")
-    ranks = {effective_rank(config, parameter): parameter for parameter in sorted(selected)}
+    ranks = {effective_rank(config, parameter): parameter for parameter in parameters}
+    others = {option: value for option, value in vars(config).items() if option != "r"}
+    faults = options.faults(door, others, {options.EXPERTS: parameters[0]})
     for rank, parameter in ranks.items():
-        if not 1 <= rank <= MAX_RANK:
-            faults.append(
-                f"r: expert LoRA needs a rank of 1 to {MAX_RANK}, got {rank} for {parameter}; lower it, {off}"
-            )
-    dropout = config.lora_dropout
-    if not 0.0 <= dropout < 1.0:
-        faults.append(f"lora_dropout: expected 0 <= p < 1, got {dropout}")
+        faults += options.faults(door, {"r": rank}, {options.EXPERTS: parameter})
     return faults
