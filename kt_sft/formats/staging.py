@@ -22,6 +22,7 @@ from typing import IO
 
 from kt_sft.errors import OutputError
 from kt_sft.formats.disk import check_space, flush, flush_file, is_mounted, reporting, share, sync_folder
+from kt_sft.formats.file_names import ENTRIES
 from kt_sft.formats.renaming import exchange, rename_new
 
 HOLDER = re.compile(r"\.kt_sft-[0-9a-f]{16}")
@@ -275,7 +276,7 @@ def _remove(place: Path) -> None:
 
 def is_entry(path: Path) -> bool:
     """Whether a file is the one by which readers know that an adapter or a model is there."""
-    return path.name in ("adapter_config.json", "config.json")
+    return path.name in ENTRIES
 
 
 def open_new(path: str | os.PathLike[str]) -> IO[bytes]:

@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         "the dropout is not written beside the adapter",
         "kt_sft/integrations/peft/targets.py",
-        'beside["lora_dropout"] = self.adapter_dropout',
-        "pass",
+        "self.model_type, self.adapter_dropout, RUNNING_FORM",
+        "self.model_type, None, RUNNING_FORM",
         (f"{_PEFT}test_saved_adapter_gives_equal_logits_in_plain_peft[qwen3_moe-0.1]",),
     ),
     Fault(

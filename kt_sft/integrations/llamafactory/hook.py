@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from kt_sft import env
+from kt_sft.adapters.folder import local_adapter
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.gguf.model import is_gguf_model
 from kt_sft.integrations.llamafactory import (
@@ -37,7 +38,7 @@ from kt_sft.integrations.llamafactory import (
     trainer,
 )
 from kt_sft.integrations.peft import limits
-from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
+from kt_sft.integrations.peft.adapter_dir import check_adapter
 from kt_sft.integrations.peft.injecting import has_experts
 from kt_sft.integrations.peft.reloading import bare_twin
 from kt_sft.integrations.transformers.loading import check_model, from_gguf, quantization_config
@@ -189,7 +190,7 @@ def activate(groups: tuple[Any, ...], values: dict[str, Any] | list[str]) -> Non
     training_args = next((group for group in groups if hasattr(group, "per_device_train_batch_size")), None)
     if model is not None and (model_args.export_dir or finetuning_args.create_new_adapter):
         for adapter in model_args.adapter_name_or_path or []:
-            source = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **_hub(model_args))
+            source = local_adapter(adapter, subfolder=model_args.adapter_folder, **_hub(model_args))
             limits.check_merge(model, source)
     if training_args is not None:
         use_one_device(training_args, has_rules=model_args.kt_optimize_rule is not None)
@@ -235,7 +236,7 @@ def check_inputs(model_args: Any) -> nn.Module | None:
     remote = model_args.trust_remote_code
     model = check_model(path, args.kt_config(model_args), device_map={"": device}, trust_remote_code=remote, **from_hub)
     for adapter in model_args.adapter_name_or_path or []:
-        folder = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **from_hub)
+        folder = local_adapter(adapter, subfolder=model_args.adapter_folder, **from_hub)
         check_adapter(model, folder, may_grow=exporting.may_grow(model_args))
     return model
 

@@ -17,9 +17,9 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from kt_sft.adapters.model import PARAMETERS
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.outside import bind_outside
-from kt_sft.integrations.peft.targets import PROJECTIONS
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
 from kt_sft.nn.packed_linear import PackedLinear
@@ -127,7 +127,7 @@ def restore_linear_dropout(peft_model: PeftModel, adapter: str, dropout: float) 
 def hide_placeholders(model: nn.Module) -> None:
     """Take the experts' placeholders out of `parameters()`: they have no storage to broadcast, move or save."""
     for _, experts in iter_routed_experts(model):
-        for name in PROJECTIONS:
+        for name in PARAMETERS:
             parameter = experts._parameters.pop(name, None)
             if parameter is not None:
                 experts.__dict__[name] = parameter
@@ -144,14 +144,14 @@ def hidden_numel(model: nn.Module) -> int:
     experts_numel = sum(
         experts.__dict__[name].numel()
         for _, experts in iter_routed_experts(model)
-        for name in PROJECTIONS
+        for name in PARAMETERS
         if name in experts.__dict__
     )
     return experts_numel + sum(m.weight.numel() for m in model.modules() if isinstance(m, PackedLinear))
 
 
 def _expose(experts: nn.Module) -> None:
-    for name in PROJECTIONS:
+    for name in PARAMETERS:
         parameter = experts.__dict__.pop(name, None)
         if parameter is not None:
             experts.register_parameter(name, parameter)

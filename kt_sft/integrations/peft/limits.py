@@ -11,9 +11,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
-from kt_sft.adapters import kinds, options
+from kt_sft.adapters import kinds, options, peft_config
 from kt_sft.adapters.forms import open_adapter
-from kt_sft.integrations.peft.adapter_dir import read_adapter_config
 from kt_sft.integrations.peft.outside import RouterLinear
 from kt_sft.integrations.peft.targets import plain_values
 from kt_sft.integrations.transformers.base_model import describe
@@ -53,7 +52,7 @@ def check_merge(model: nn.Module, source: Path) -> None:
     Raises:
         FormatError: a bias that the model has not.
     """
-    if source.is_dir() and read_adapter_config(source).lora_bias:
+    if source.is_dir() and peft_config.read_config(source, options.LOAD).get("lora_bias"):
         kinds.check_merge(open_adapter(source, describe(model), reads_headers_only=True))
 
 

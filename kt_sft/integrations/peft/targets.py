@@ -9,7 +9,6 @@ config says 0 while the user's value travels beside it.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -20,8 +19,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
-from kt_sft.adapters import layout, options
-from kt_sft.adapters.patterns import Patterns
+from kt_sft.adapters import layout, options, peft_config
+from kt_sft.adapters.model import PARAMETERS
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.peft import names
@@ -31,10 +30,8 @@ from kt_sft.models.unwrapped import plain_modules, plain_name
 logger = logging.getLogger(__name__)
 _matches = names.suffix_matches
 
-SIDE_FILE = "kt_sft.json"
 RUNNING_FORM = layout.form_of(peft.__version__)  # in which the PEFT that runs writes LoRA of fused experts
 ALL_LINEAR = ("all", "all-linear")
-PROJECTIONS = ("gate_up_proj", "down_proj")
 # How checkpoints and older adapters call the matrices of one expert -> the fused parameter that holds them.
 ALIASES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
 ALIASES |= {"down_proj": "down_proj", "w2": "down_proj"}
@@ -69,10 +66,7 @@ class ExpertLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         with saved_into(save_directory) as staging:
             super().save_pretrained(str(staging), **kwargs)
-            beside = {"model_type": self.model_type, layout.MARK: RUNNING_FORM}
-            if self.adapter_dropout is not None:
-                beside["lora_dropout"] = self.adapter_dropout
-            (staging / SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+            peft_config.write_side_file(staging, self.model_type, self.adapter_dropout, RUNNING_FORM)
 
 
 def plain_values(config: LoraConfig) -> dict[str, Any]:
@@ -145,15 +139,12 @@ def expert_names(model: nn.Module) -> list[str]:
 
 def expert_targets(config: LoraConfig, experts: Iterable[str]) -> list[str]:
     """Full names of the experts' parameters that `config.target_parameters` names, in PEFT's nesting order."""
-    entries = config.target_parameters or []
-    return [name for name in _expert_parameters(experts) if any(_matches(entry, [name]) for entry in entries)]
+    return [parameter for name in experts for parameter in peft_config.named_parameters(vars(config), name)]
 
 
 def effective_rank(config: LoraConfig, parameter: str) -> int:
     """The rank that PEFT gives to a parameter or module of this name."""
-    patterns = Patterns.of(config.rank_pattern)
-    key = patterns.key_of(parameter)
-    return config.r if key is None else patterns[key]
+    return peft_config.rank_of(vars(config), parameter)
 
 
 def router_linears(model: nn.Module) -> list[str]:
@@ -178,7 +169,7 @@ def frozen_linears(model: nn.Module) -> set[str]:
 
 
 def _expert_parameters(experts: Iterable[str]) -> list[str]:
-    return [f"{name}.{projection}" for name in experts for projection in PROJECTIONS]
+    return [f"{name}.{projection}" for name in experts for projection in PARAMETERS]
 
 
 def _split_shorthand(config: LoraConfig) -> bool:
@@ -211,9 +202,9 @@ def _spellings(modules: dict[str, nn.Module], experts: list[str], *, singles: bo
     """Every way to name the experts' matrices; with `singles` also those of one expert."""
     spelled: Spellings = {}
     for name in experts:
-        both = {f"{name}.{projection}" for projection in PROJECTIONS}
+        both = {f"{name}.{projection}" for projection in PARAMETERS}
         spelled[name] = (both, None)
-        for spelling, projection in (*((p, p) for p in PROJECTIONS), *ALIASES.items()):
+        for spelling, projection in (*((p, p) for p in PARAMETERS), *ALIASES.items()):
             spelled[f"{name}.{spelling}"] = ({f"{name}.{projection}"}, None)
         for index in range(modules[name].num_experts if singles else 0):
             spelled[f"{name}.{index}"] = (both, index)
@@ -350,7 +341,7 @@ def _compact(model: nn.Module, experts: list[str], selected: set[str]) -> list[s
     """`mlp.experts.down_proj` instead of one name per layer, where it means exactly the selected parameters."""
     every = _every_parameter(model, experts)
     entries = []
-    for projection in PROJECTIONS:
+    for projection in PARAMETERS:
         names = {name for name in selected if name.rpartition(".")[2] == projection}
         suffixes = {".".join(name.split(".")[-3:]) for name in names}
         if len(suffixes) == 1 and set(_matches(next(iter(suffixes)), every)) == names:
