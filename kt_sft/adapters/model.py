@@ -37,7 +37,7 @@ class Lora:
         return self.a.shape[-2]
 
     def delta(self, expert: int | None = None) -> Tensor:
-        """What is added to the matrix, or to that of one expert, f32 `[out, in]`."""
+        """What is added to the matrix, or to that of one expert, f32 `[out, in]`: the one place with this product."""
         a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
         return self.scale * (b.float() @ a.float())
 

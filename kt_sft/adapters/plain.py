@@ -224,7 +224,7 @@ class LinearReader:
         tensors = {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
 
         def apply(weight: Tensor) -> Tensor:
-            return weight + scale * (a().float().mT @ b().float().mT)
+            return weight + Lora(b().mT, a().mT, scale).delta()  # a row for each token, so the roles are exchanged
 
         return Extra("embedding", f"{name}.weight", tensors, apply)
 

@@ -196,8 +196,8 @@ FAULTS = (
     Fault(
         "LoRA on an embedding is not scaled",
         _PLAIN,
-        "weight + scale * (a()",
-        "weight + (a()",
+        "Lora(b().mT, a().mT, scale)",
+        "Lora(b().mT, a().mT, 1.0)",
         (f"{_DOORS}[embedding]",),
     ),
     Fault(

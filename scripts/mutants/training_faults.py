@@ -80,15 +80,15 @@ FAULTS = (
     Fault(
         "merging into the model forgets the scale",
         _BINDING,
-        "return self.scaling * (self.b[index].T",
-        "return (self.b[index].T",
+        "Lora(a, b.mT, pair.scaling())",
+        "Lora(a, b.mT, 1.0)",
         (_PEFT_MERGE,),
     ),
     Fault(
         "merging into the model adds expert 0's down to all",
         _BINDING,
-        'self.deltas["down_proj"].of(self.index)',
-        'self.deltas["down_proj"].of(0)',
+        'self.deltas["down_proj"].delta(self.index)',
+        'self.deltas["down_proj"].delta(0)',
         (_PEFT_MERGE,),
     ),
     Fault(
