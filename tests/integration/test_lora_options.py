@@ -52,6 +52,12 @@ def value_of(row: options.Refusal, door: str) -> object:
     return "corda" if is_begun else VALUES.get(row.option, True)
 
 
+def wider(name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """Zeros in the place of a factor of rank 3."""
+    (rows, columns), factor = tensor.shape, rank // 3
+    return torch.zeros(rows * factor, columns) if "lora_A" in name else torch.zeros(rows, columns * factor)
+
+
 def call(
     doors: Doors, on_experts: Path, with_biases, row: options.Refusal, door: str, value: object, folder: Path
 ) -> None:
@@ -68,6 +74,8 @@ def call(
     else:
         adapter = shutil.copytree(on_experts, folder / "adapter")
         edit(adapter, **{row.option: value})
+        if row.option == "r":
+            adapters.damaged(lambda tensors: {name: wider(name, t, value) for name, t in tensors.items()})(adapter)
         if door == options.LOAD:
             kt_sft.load_adapter(doors.model, adapter)
         else:
