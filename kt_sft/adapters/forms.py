@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from kt_sft.formats import gguf_writer
 from kt_sft.formats.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.json_object import read_object
-from kt_sft.formats.staging import new_path
+from kt_sft.formats.staging import new_path, put_copy, put_json
 
 logger = logging.getLogger(__name__)
 
@@ -202,10 +200,10 @@ def write_directory(adapter: Adapter, form: str, folder: Path) -> None:
     kind = fused if form in fused.RELEASES else per_expert
     config, _ = kind.write(adapter, form)
     write_tensors(folder / ADAPTER_WEIGHTS, lambda: kind.write(adapter, form)[1])
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    put_json(folder / ADAPTER_CONFIG, config)
     for path in sorted(adapter.source.glob("*")) if adapter.source.is_dir() else ():
         if path.name.startswith(_COPIED) and path.is_file():
-            shutil.copyfile(path, folder / path.name)
+            put_copy(path, folder)
     has_parameters = bool(config["target_parameters"])
     peft_config.write_side_file(
         folder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from kt_sft.adapters.patterns import Patterns, tails
 from kt_sft.errors import FormatError
 from kt_sft.formats.file_names import ADAPTER_CONFIG
 from kt_sft.formats.json_object import read_object
+from kt_sft.formats.staging import put_json
 
 _WITHOUT = "restore the file or delete it (dropout is then 0)"
 ALL_LINEAR = "all-linear"
@@ -75,7 +75,7 @@ def write_side_file(folder: Path, model_type: str | None, dropout: float | None,
     """
     values = {"model_type": model_type, "lora_dropout": dropout, layout.MARK: layout_name}
     kept = {key: value for key, value in values.items() if value is not None or key == "model_type"}
-    (folder / SIDE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    put_json(folder / SIDE_FILE, kept)
 
 
 def rank_of(config: Mapping[str, Any], target: str) -> int:
