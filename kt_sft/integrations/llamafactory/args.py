@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, FormatError, near, unknown_names
+from kt_sft.errors import ConfigError, FormatError, near, under_name, unknown_names
 from kt_sft.formats.json_object import read_object
 from kt_sft.integrations.llamafactory import lora_options
 
@@ -320,7 +320,7 @@ def _value(groups: tuple[Any, ...], key: str) -> Any:
 
 
 def _under_key(fault: str) -> str:
-    field, colon, rest = fault.partition(":")
+    key, colon, rest = under_name(fault, KEY_OF_SETTING).partition(":")
     for setting in ("optimize_rule", "rule_vars", "weight_path", "weight_cache"):  # none is a word of the sentence
         rest = re.sub(rf"\b{setting}\b", KEY_OF_SETTING[setting], rest)
-    return f"{KEY_OF_SETTING.get(field, field)}{colon}{rest}"
+    return f"{key}{colon}{rest}"

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from kt_sft.adapters import options
+from kt_sft.errors import under_name
 
 _KEY_OF_OPTION = {
     "target_modules": "lora_target",
@@ -36,9 +37,9 @@ def key_of(option: str) -> str:
 
 def under_key(fault: str) -> str:
     """A fault of PEFT's option as one of the key; LLaMA-Factory has none for target_parameters and exclude_modules."""
-    option, colon, rest = fault.partition(":")
+    option, colon, rest = under_name(fault, _KEY_OF_OPTION).partition(":")
     rest = rest.replace("name its parameter in target_parameters, or leave it out", "leave it out")
     rest = re.sub(r", or set exclude_modules: '[^']*'", "", rest)
     rest = rest.replace("pass it alone, as a string", "name the layers")
     rest = re.sub(r"\bexpert_lora=False\b", "kt_expert_lora: false", rest)
-    return f"{key_of(option)}{colon}{rest}"
+    return f"{option}{colon}{rest}"

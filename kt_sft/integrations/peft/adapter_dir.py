@@ -18,7 +18,7 @@ from torch import nn
 from kt_sft.adapters import options, peft_config
 from kt_sft.adapters.forms import open_adapter, write_directory
 from kt_sft.adapters.model import Adapter
-from kt_sft.errors import FormatError
+from kt_sft.errors import FormatError, as_ours, first_line
 from kt_sft.formats.file_names import ADAPTER_CONFIG
 from kt_sft.integrations.peft.targets import RUNNING_FORM, ExpertLoraConfig
 from kt_sft.integrations.transformers.base_model import describe
@@ -91,7 +91,9 @@ def saved_config(folder: Path) -> LoraConfig:
     begun = values.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower() in _PLAIN_BEGINNINGS:
         values["init_lora_weights"] = True
-    try:
+
+    def ours(error: BaseException) -> FormatError:  # of options that exclude one another
+        return FormatError(folder / ADAPTER_CONFIG, f"not a PEFT config ({first_line(error)})")
+
+    with as_ours(ours, (ValueError, TypeError, ImportError)):
         return LoraConfig(**values)
-    except (ValueError, TypeError, ImportError) as exc:  # options that exclude one another
-        raise FormatError(folder / ADAPTER_CONFIG, f"not a PEFT config ({str(exc).splitlines()[0]})") from exc

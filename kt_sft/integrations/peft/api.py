@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import peft
@@ -14,7 +13,7 @@ from torch import nn
 
 from kt_sft.adapters import options
 from kt_sft.adapters.folder import local_adapter
-from kt_sft.errors import ConfigError, FormatError, KTError
+from kt_sft.errors import ConfigError, FormatError, as_ours, first_line
 from kt_sft.formats.file_names import ADAPTER_CONFIG
 from kt_sft.integrations.peft.adapter_dir import (
     in_running_form,
@@ -108,16 +107,13 @@ def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str,
     return peft_model
 
 
-@contextmanager
-def _saying_whose(folder: Path) -> Iterator[None]:
+def _saying_whose(folder: Path) -> AbstractContextManager[None]:
     """What PEFT says of a config that it cannot build, as an error of the adapter."""
-    try:
-        yield
-    except KTError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise FormatError(folder / ADAPTER_CONFIG, f"PEFT cannot build its modules ({reason})") from error
+
+    def ours(error: BaseException) -> FormatError:
+        return FormatError(folder / ADAPTER_CONFIG, f"PEFT cannot build its modules ({first_line(error)})")
+
+    return as_ours(ours, (ValueError, TypeError, KeyError, AttributeError, NotImplementedError))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
