@@ -63,6 +63,7 @@ MAY_IMPORT = {
 # External package -> the only places of kt_sft that may import it.
 ONLY_IN = {
     "llamafactory": "kt_sft/integrations/llamafactory/",
+    "omegaconf": "kt_sft/integrations/llamafactory/",
     "peft": "kt_sft/integrations/",
     "kt_sft._native": "kt_sft/native.py",
 }
