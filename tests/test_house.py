@@ -35,13 +35,28 @@ MAX_FUNCTION_LINES = 120
 
 # Where writing to the terminal is the job: the command line, and the hook that replaces Python's traceback.
 MAY_PRINT = ("kt_sft/cli/", "kt_sft/integrations/llamafactory/hook.py")
-# The one way to write; and the rescue of an adapter when its own folder is full.
-MAY_WRITE = (
-    "kt_sft/formats/staging.py",
-    "kt_sft/formats/overwriting.py",
-    "kt_sft/formats/renaming.py",
-    "kt_sft/integrations/llamafactory/disk.py",
-)
+# The one way to write.
+MAY_WRITE = ("kt_sft/formats/staging.py", "kt_sft/formats/overwriting.py", "kt_sft/formats/renaming.py")
+# What else writes, all of it into a folder of staging, but for what is gone again: file -> calls.
+INTO_STAGING = {
+    "kt_sft/integrations/gguf/model.py": ("save_pretrained",),
+    "kt_sft/integrations/transformers/saving.py": ("save_pretrained", "rename"),
+    "kt_sft/integrations/peft/targets.py": ("save_pretrained",),
+    "kt_sft/integrations/peft/adapter_dir.py": ("TemporaryDirectory",),  # read by PEFT, and removed
+    "kt_sft/integrations/llamafactory/disk.py": ("save_pretrained", "TemporaryFile"),  # the latter tries a folder out
+}
+# Calls that make, change or rename files, whatever their arguments: functions of modules, and methods of anything.
+WRITING_FUNCTIONS = {
+    "os.replace", "os.rename", "os.renames", "os.link", "os.symlink", "os.truncate", "os.mkfifo", "shutil.move",
+    "shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copytree", "shutil.make_archive",
+    "shutil.unpack_archive", "torch.save", "json.dump", "pickle.dump", "yaml.dump", "yaml.safe_dump", "np.save",
+    "np.savez", "save_file", "safetensors.torch.save_file",
+}  # fmt: skip
+WRITING_METHODS = {
+    "mkdtemp", "mkstemp", "NamedTemporaryFile", "TemporaryDirectory", "TemporaryFile", "write_text", "write_bytes",
+    "touch", "rename", "symlink_to", "hardlink_to", "tofile", "save_pretrained",
+}  # fmt: skip
+OPENING = ("open", "fdopen", "ZipFile", "TarFile", "GzipFile", "memmap")
 # Lower may not include upper: a file below native/<key>/ includes only these rooms' headers ("kts" is the contracts).
 CPP_MAY_INCLUDE = {
     "include": {"kts"},
@@ -135,9 +150,17 @@ def stray_environment_reads(root: Path) -> Iterator[str]:
                 yield f"{path}:{line}: imports {name}; every environment variable is read in kt_sft/env.py"
 
 
+def opens_to_write(node: ast.Call, name: str) -> bool:
+    """Whether a call opens a file with a mode, or with flags of `os.open`, that can change it."""
+    if name not in OPENING:
+        return False
+    modes = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+    is_mode = any(isinstance(mode, str) and re.fullmatch(r"[rbt]*[wax+][bt+]*", mode) for mode in modes)
+    return is_mode or re.search(r"\bO_(WRONLY|RDWR|CREAT|TRUNC|APPEND)\b", ast.unparse(node)) is not None
+
+
 def stray_writes(root: Path) -> Iterator[str]:
-    """Renames, and files opened for writing, outside the rooms of MAY_WRITE; what lies in staging may be written."""
-    calls = {"os.replace", "os.rename", "os.renames", "os.link", "shutil.move", "tempfile.mkdtemp"}
+    """Whatever makes, changes or renames files, outside MAY_WRITE and but for the calls of INTO_STAGING."""
     for path, text in files(root, ("kt_sft",), ".py"):
         if path in MAY_WRITE:
             continue
@@ -145,10 +168,10 @@ def stray_writes(root: Path) -> Iterator[str]:
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
-            modes = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
-            opens = name.rpartition(".")[2] in ("open", "fdopen")
-            writes = opens and any(isinstance(m, str) and re.fullmatch(r"[rbt]*[wax+][bt+]*", m) for m in modes)
-            if name in calls or writes:
+            dot, last = name.rpartition(".")[1:]
+            if last not in INTO_STAGING.get(path, ()) and (
+                name in WRITING_FUNCTIONS or (dot and last in WRITING_METHODS) or opens_to_write(node, last)
+            ):
                 yield f"{path}:{node.lineno}: {name}; kt_sft/formats/staging.py and overwriting.py write"
 
 
@@ -261,6 +284,37 @@ def test_external_rule_sees_every_way_to_import(path, text, tmp_path):
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_text(text)
     assert list(wrong_external_imports(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "path.write_text('x')",
+        "(folder / 'a').write_bytes(b'x')",
+        "open(path, mode='a')",
+        "path.open('r+b')",
+        "os.open(path, os.O_RDWR | os.O_CREAT)",
+        "shutil.copyfile(path, other)",
+        "tempfile.mkdtemp()",
+        "path.rename(other)",
+        "json.dump(values, stream)",
+        "model.save_pretrained(folder)",
+        "zipfile.ZipFile(path, 'w')",
+    ],
+)
+def test_write_rule_sees_every_way_to_write(call, tmp_path):
+    (tmp_path / "kt_sft" / "ops").mkdir(parents=True)
+    (tmp_path / "kt_sft" / "ops" / "write.py").write_text(f"def f(path):\n    {call}\n")
+    assert list(stray_writes(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "call", ["open(path)", "text.replace('w', 'a')", "os.open(path, os.O_RDONLY)", "json.dumps(x)"]
+)
+def test_write_rule_lets_readers_alone(call, tmp_path):
+    (tmp_path / "kt_sft" / "ops").mkdir(parents=True)
+    (tmp_path / "kt_sft" / "ops" / "read.py").write_text(f"def f(path):\n    {call}\n")
+    assert not list(stray_writes(tmp_path))
 
 
 def test_every_room_of_the_package_has_an_import_rule():

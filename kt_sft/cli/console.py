@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from kt_sft import env
-from kt_sft.errors import KTError
+from kt_sft.errors import KTError, one_line
 from kt_sft.progress import Move
 
 
@@ -42,7 +42,7 @@ def errors_in_one_line(command: str) -> Iterator[None]:
     except (KTError, OSError) as error:
         if env.traceback():
             raise
-        found = str(error) if isinstance(error, KTError) else " ".join(str(error).split()) or type(error).__name__
+        found = str(error) if isinstance(error, KTError) else one_line(error)
         Console(stderr=True).print(f"kt-sft {command}: error: {escape(found)}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

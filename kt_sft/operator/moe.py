@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kt_sft.autograd.moe import INTEGERS, MoeCall, moe_into
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError
+from kt_sft.errors import ConfigError, under_name
 from kt_sft.nn.routed_experts import RoutedExperts
 from kt_sft.operator.chains import join_chain
 from kt_sft.operator.saving import save_layer
@@ -28,6 +28,7 @@ from kt_sft.transfer.staging import Inputs, Key, Staging
 _staging = Staging()
 # What the kernels take; larger numbers would fill memory before these could refuse them.
 _MOST, _WIDEST = 1 << 20, 32768
+_ARGUMENTS = {"threads": "cpuinfer_threads", "chunk_size": "chunked_prefill_size"}  # of settings with other names
 
 
 @dataclass
@@ -102,7 +103,7 @@ class KTMoEWrapper:
                 weight_path=weight_path,
             )
         except ConfigError as error:
-            faults += map(_in_our_words, error.faults)
+            faults += [under_name(fault, _ARGUMENTS) for fault in error.faults]
         if not faults:
             try:
                 self._expert_map = ExpertMap(num_experts, num_gpu_experts, gpu_experts_mask)
@@ -318,10 +319,3 @@ def _wrong_numbers(numbers: dict[str, tuple[object, int, int]]) -> Iterator[str]
             yield f"{name}: expected a whole number >= {least}, found {value!r}"
         elif value > most:
             yield f"{name}: expected a whole number <= {most}, found one of {value.bit_length()} bits"
-
-
-def _in_our_words(fault: str) -> str:
-    """A fault of `KTConfig` under the name of our argument."""
-    names = {"threads": "cpuinfer_threads", "chunk_size": "chunked_prefill_size"}
-    name, colon, rest = fault.partition(":")
-    return f"{names.get(name, name)}{colon}{rest}"

@@ -178,8 +178,8 @@ FAULTS = (
     Fault(
         "two processes write to one folder",
         "kt_sft/convert/folder.py",
-        "fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)",
-        "fcntl.LOCK_UN",
+        "held = lock.acquire()",
+        "held = contextlib.nullcontext()",
         (f"{_CONVERT}test_two_processes_do_not_write_to_one_folder",),
     ),
     Fault(

@@ -110,8 +110,8 @@ FAULTS = (
     Fault(
         "a saved adapter does not say its layout",
         "kt_sft/integrations/peft/targets.py",
-        ", layout.MARK: RUNNING_FORM}",
-        "}",
+        "self.adapter_dropout, RUNNING_FORM)",
+        "self.adapter_dropout, None)",
         (f"{_LAYOUT}test_saved_adapters_say_their_layout",),
     ),
     # --- files of an adapter directory
@@ -126,7 +126,7 @@ FAULTS = (
         "a pickle beside the adapter is taken for a part of it",
         _FOLDER,
         "known = (*(read or (main, EXPERTS_NAME)), *_REWARD_HEADS)",
-        "known = (*(read or (main, PICKLE_NAME, EXPERTS_NAME)), *_REWARD_HEADS)",
+        "known = (*(read or (main, ADAPTER_PICKLE, EXPERTS_NAME)), *_REWARD_HEADS)",
         (f"{_UNREAD}[adapter_model.bin]",),
     ),
     Fault(
@@ -196,8 +196,8 @@ FAULTS = (
     Fault(
         "LoRA on an embedding is not scaled",
         _PLAIN,
-        "weight + scale * (a()",
-        "weight + (a()",
+        "Lora(b().mT, a().mT, scale)",
+        "Lora(b().mT, a().mT, 1.0)",
         (f"{_DOORS}[embedding]",),
     ),
     Fault(

@@ -80,15 +80,15 @@ FAULTS = (
     Fault(
         "merging into the model forgets the scale",
         _BINDING,
-        "return self.scaling * (self.b[index].T",
-        "return (self.b[index].T",
+        "Lora(a, b.mT, pair.scaling())",
+        "Lora(a, b.mT, 1.0)",
         (_PEFT_MERGE,),
     ),
     Fault(
         "merging into the model adds expert 0's down to all",
         _BINDING,
-        'self.deltas["down_proj"].of(self.index)',
-        'self.deltas["down_proj"].of(0)',
+        'self.deltas["down_proj"].delta(self.index)',
+        'self.deltas["down_proj"].delta(0)',
         (_PEFT_MERGE,),
     ),
     Fault(
@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         "the dropout is not written beside the adapter",
         "kt_sft/integrations/peft/targets.py",
-        'beside["lora_dropout"] = self.adapter_dropout',
-        "pass",
+        "self.model_type, self.adapter_dropout, RUNNING_FORM",
+        "self.model_type, None, RUNNING_FORM",
         (f"{_PEFT}test_saved_adapter_gives_equal_logits_in_plain_peft[qwen3_moe-0.1]",),
     ),
     Fault(
@@ -173,9 +173,9 @@ FAULTS = (
     ),
     Fault(
         "DoRA on experts is computed as LoRA",
-        "kt_sft/integrations/peft/targets.py",
-        'for option in ("use_dora", ',
-        "for option in (",
+        "kt_sft/adapters/options.py",
+        '"use_dora", _is_set, (RUN, TRAIN, LOAD)',
+        '"use_dora", _is_set, (RUN, LOAD)',
         (f"{_TARGETS}test_refusals_are_one_line_and_come_first",),
     ),
     # --- the experts module and its factors

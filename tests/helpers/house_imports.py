@@ -74,6 +74,7 @@ SEAMS = {("kt_sft/operator/weights.py", "kt_sft.integrations.transformers.conver
 # External package -> the only places of kt_sft that may import it.
 ONLY_IN = {
     "llamafactory": ("kt_sft/integrations/llamafactory/",),
+    "omegaconf": ("kt_sft/integrations/llamafactory/",),
     "transformers": ("kt_sft/compat/", "kt_sft/models/", "kt_sft/integrations/"),
     "peft": ("kt_sft/compat/", "kt_sft/integrations/"),
     "kt_sft._native": ("kt_sft/native.py",),
@@ -94,7 +95,8 @@ DOCUMENTED = {
 }
 # Private names of others that may be used where needed: torch has no public ones for these.
 PRIVATE_OF_OTHERS = {
-    "_C", "_apply", "_forward_hooks", "_forward_pre_hooks", "_load_from_state_dict", "_make_subclass", "_modules",
+    "_C", "_apply", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_load_from_state_dict", "_make_subclass", "_modules",
+    "_non_persistent_buffers_set",
     "_parameters", "_save_to_state_dict", "_version",
     "_exit", "_initializing",  # Python
     "_hf_hook",  # accelerate

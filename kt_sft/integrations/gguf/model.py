@@ -27,7 +27,7 @@ from kt_sft.formats.gguf_names import PlainTensor, plain_tensors, scale_of
 from kt_sft.formats.safetensors_index import SINGLE_NAME
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
 from kt_sft.formats.source_hash import hash_source
-from kt_sft.formats.staging import new_path
+from kt_sft.formats.staging import new_path, put_json
 from kt_sft.integrations.gguf.tokenizer import read_tokenizer
 from kt_sft.models.auto_class import errors_in_one_line
 from kt_sft.models.expert_keys import KeyMap
@@ -95,9 +95,9 @@ def write_model_directory(index: GgufIndex, target: Path) -> None:
     plan = [PlannedTensor(tensor.name, _dtype(tensor.name), tensor.shape) for tensor in tensors]
     try:
         with new_path(target, is_file=False, needed_bytes=sum(tensor.num_bytes for tensor in plan)) as staging:
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            put_json(staging / "config.json", config)
             sources = {"files": [str(file.resolve()) for file in index.files]}
-            (staging / GGUF_SOURCES).write_text(json.dumps(sources) + "\n", encoding="utf-8")
+            put_json(staging / GGUF_SOURCES, sources)
             _check(staging, tensors, index)
             read_tokenizer(index).save_pretrained(staging)
             write(staging / SINGLE_NAME, plan, _pieces(index, tensors))

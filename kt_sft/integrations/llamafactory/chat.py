@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from kt_sft.adapters.folder import local_adapter
 from kt_sft.compat.transformers import keeps_state
 from kt_sft.errors import ConfigError
 from kt_sft.inference.backend import MIN_TEMPERATURE, ModelFacts, PromptError, Sampling, ToolCall
@@ -26,7 +27,6 @@ from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory import autoload
 from kt_sft.integrations.llamafactory.args import adapter_paths
 from kt_sft.integrations.llamafactory.run_file import read_config
-from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 
 __all__ = ["LlamaFactoryChat", "load", "read_config"]
 MAX_SCAN_STEPS = 20_000_000  # characters that LLaMA-Factory's patterns may look at in vain in one message; about 0.2 s
@@ -53,7 +53,7 @@ def load(config: dict[str, Any], *, model_name: str | None = None, prefill_chunk
     if config.get("use_kt"):
         autoload.install()
     for adapter in adapter_paths(config):
-        local_adapter_dir(adapter, subfolder=config.get("adapter_folder"), cache_dir=config.get("cache_dir"))
+        local_adapter(adapter, subfolder=config.get("adapter_folder"), cache_dir=config.get("cache_dir"))
     from llamafactory.chat import ChatModel
 
     chat_model = ChatModel(dict(config))

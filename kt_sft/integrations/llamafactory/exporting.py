@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from kt_sft.adapters.folder import local_adapter
 from kt_sft.errors import ConfigError
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.llamafactory import checked
 from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.merge.safetensors import write_merged
-from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 from kt_sft.integrations.transformers.saving import parse_size
 from kt_sft.progress import progress_bar
 
@@ -44,7 +44,7 @@ def open_merged(model_args: Any) -> MergedCheckpoint:
         KTError: see `MergedCheckpoint`.
     """
     adapters = [
-        local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
+        local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
         for adapter in model_args.adapter_name_or_path or []
     ]
     return MergedCheckpoint(checked.of(model_args).open_base(model_args), adapters)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from kt_sft import env
+from kt_sft.adapters.folder import local_adapter
 from kt_sft.compat.transformers import use_one_gpu
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.llamafactory import (
@@ -38,7 +39,7 @@ from kt_sft.integrations.llamafactory import (
     trainer,
 )
 from kt_sft.integrations.peft import limits
-from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
+from kt_sft.integrations.peft.adapter_dir import check_adapter
 from kt_sft.integrations.peft.injecting import has_experts
 from kt_sft.integrations.peft.reloading import bare_twin
 from kt_sft.integrations.transformers.model_files import drop_quantization
@@ -191,7 +192,7 @@ def activate(groups: tuple[Any, ...], values: dict[str, Any] | list[str]) -> Non
     training_args = next((group for group in groups if hasattr(group, "per_device_train_batch_size")), None)
     if opened is not None and (model_args.export_dir or finetuning_args.create_new_adapter):
         for adapter in model_args.adapter_name_or_path or []:
-            source = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
+            source = local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
             limits.check_merge(opened.model, source)
     if training_args is not None:
         use_one_device(training_args, has_rules=model_args.kt_optimize_rule is not None)
@@ -224,7 +225,7 @@ def check_inputs(model_args: Any) -> OpenedModel | None:
         return None  # only LLaMA-Factory can ask those hubs
     opened = checked.of(model_args).check(model_args)
     for adapter in model_args.adapter_name_or_path or []:
-        folder = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
+        folder = local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
         check_adapter(opened.model, folder, may_grow=exporting.may_grow(model_args))
     return opened
 

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from kt_sft.adapters import fused
+from kt_sft.adapters.folder import local_adapter
 from kt_sft.adapters.forms import open_adapter
 from kt_sft.compat.peft import check_target_module_exists
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.llamafactory import args, peer_keys, value_types
 from kt_sft.integrations.llamafactory.run_file import read_config as read_run_file
-from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 from kt_sft.integrations.peft.targets import expert_targets, prepare_lora_config
 from kt_sft.integrations.transformers.base_model import describe
 from kt_sft.integrations.transformers.linears import plain_linears
@@ -287,7 +287,7 @@ def _lora_of(path: str, values: dict[str, Any], model: nn.Module) -> tuple[dict[
     """
     hub = {"cache_dir": values.get("cache_dir")}
     base = describe(model)
-    folder = local_adapter_dir(path, subfolder=values.get("adapter_folder"), **hub)
+    folder = local_adapter(path, subfolder=values.get("adapter_folder"), **hub)
     adapter = open_adapter(folder, base, reads_headers_only=True)
     elements = {name: adapter.ranks[name] * sum(base.linears[name]) for name in adapter.linears}
     highest = 0

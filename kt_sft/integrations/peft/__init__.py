@@ -12,10 +12,9 @@ here is a plain PEFT adapter.
     binding      PEFT's wrappers around the experts: pass-through forward, merge into packed weights
     outside      PEFT layers outside the experts that need help: routers, tied heads
     limits       what can be trained and not be merged, converted or saved
-    adapter_dir  what lies in a saved adapter's directory, and whether it fits the model
+    adapter_dir  PEFT's config of a saved adapter, whether it fits the model, and a copy in the running form
 """
 
-from kt_sft.integrations.peft.adapter_dir import check_adapter_fits
 from kt_sft.integrations.peft.api import count_parameters, get_peft_model, load_adapter
 from kt_sft.integrations.peft.binding import bind_experts, expose_placeholders, hide_placeholders
 from kt_sft.integrations.peft.targets import ExpertLoraConfig, prepare_lora_config
@@ -23,7 +22,6 @@ from kt_sft.integrations.peft.targets import ExpertLoraConfig, prepare_lora_conf
 __all__ = [
     "ExpertLoraConfig",
     "bind_experts",
-    "check_adapter_fits",
     "count_parameters",
     "expose_placeholders",
     "get_peft_model",

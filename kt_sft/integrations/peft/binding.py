@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from kt_sft.adapters.model import PARAMETERS, Lora
 from kt_sft.compat.peft import (
     LoraLayer,
     ParamWrapper,
@@ -25,7 +26,6 @@ from kt_sft.compat.peft import (
 )
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.outside import bind_outside
-from kt_sft.integrations.peft.targets import PROJECTIONS
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
 from kt_sft.nn.packed_linear import PackedLinear
@@ -137,7 +137,7 @@ def restore_linear_dropout(peft_model: PeftModel, adapter: str, dropout: float) 
 def hide_placeholders(model: nn.Module) -> None:
     """Take the experts' placeholders out of `parameters()`: they have no storage to broadcast, move or save."""
     for _, experts in iter_routed_experts(model):
-        for name in PROJECTIONS:
+        for name in PARAMETERS:
             parameter = experts._parameters.pop(name, None)
             if parameter is not None:
                 experts.__dict__[name] = parameter
@@ -154,14 +154,14 @@ def hidden_numel(model: nn.Module) -> int:
     experts_numel = sum(
         experts.__dict__[name].numel()
         for _, experts in iter_routed_experts(model)
-        for name in PROJECTIONS
+        for name in PARAMETERS
         if name in experts.__dict__
     )
     return experts_numel + sum(m.weight.numel() for m in model.modules() if isinstance(m, PackedLinear))
 
 
 def _expose(experts: nn.Module) -> None:
-    for name in PROJECTIONS:
+    for name in PARAMETERS:
         parameter = experts.__dict__.pop(name, None)
         if parameter is not None:
             experts.register_parameter(name, parameter)
@@ -232,7 +232,7 @@ def _merge(wrappers: list[ParamWrapper], *, safe_merge: bool, adapter_names: lis
         if not todo:
             continue
         experts = todo[0].get_base_layer()
-        deltas = {w.parameter_name: _Delta(w, adapter) for w in todo}
+        deltas = {w.parameter_name: _lora(w, adapter) for w in todo}
         num_experts = todo[0].get_param().shape[0]
         merged = [_Merged(_origin(experts, index), index, deltas) for index in range(num_experts)]
         if safe_merge:
@@ -247,18 +247,13 @@ def _merge(wrappers: list[ParamWrapper], *, safe_merge: bool, adapter_names: lis
             wrapper.merged_adapters.append(adapter)
 
 
-class _Delta:
-    """scaling * b_e^T a_e of one projection, for one expert at a time in f32."""
-
-    def __init__(self, wrapper: ParamWrapper, adapter: str):
-        pair = _pair(wrapper, adapter)
-        kind = {"device": "cpu", "dtype": torch.float32, "copy": True}  # it outlives the adapter
-        self.a = pair.a.canonical().detach().to(**kind)  # [experts, rank, in]
-        self.b = pair.b.canonical().detach().to(**kind)  # [experts, rank, out]
-        self.scaling = pair.scaling()
-
-    def of(self, index: int) -> Tensor:
-        return self.scaling * (self.b[index].T @ self.a[index])  # [out, in]
+def _lora(wrapper: ParamWrapper, adapter: str) -> Lora:
+    """One projection of all experts, f32, on the CPU."""
+    pair = _pair(wrapper, adapter)
+    kind = {"device": "cpu", "dtype": torch.float32, "copy": True}  # it outlives the adapter
+    a = pair.a.canonical().detach().to(**kind)  # [experts, rank, in]
+    b = pair.b.canonical().detach().to(**kind)  # [experts, rank, out]
+    return Lora(a, b.mT, pair.scaling())
 
 
 def _origin(experts: nn.Module, index: int) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
@@ -281,15 +276,15 @@ class _Merged:
 
     base: Callable[[], tuple[Tensor, Tensor, Tensor]]
     index: int
-    deltas: dict[str, _Delta]
+    deltas: dict[str, Lora]
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = self.base()
         if "gate_up_proj" in self.deltas:
-            gate_delta, up_delta = self.deltas["gate_up_proj"].of(self.index).chunk(2)
+            gate_delta, up_delta = self.deltas["gate_up_proj"].delta(self.index).chunk(2)
             gate, up = (gate.float() + gate_delta).to(gate.dtype), (up.float() + up_delta).to(up.dtype)
         if "down_proj" in self.deltas:
-            down = (down.float() + self.deltas["down_proj"].of(self.index)).to(down.dtype)
+            down = (down.float() + self.deltas["down_proj"].delta(self.index)).to(down.dtype)
         return gate, up, down
 
 

@@ -50,10 +50,13 @@ def find_base_model(
     return describe(opened.model, str(name))
 
 
-def describe(model: nn.Module, path: str | None = None) -> BaseModel:
+def describe(model: nn.Module, path: str | None = None, *, may_grow: bool = False) -> BaseModel:
     """Of a model in memory (meta device is enough), with transformers' experts modules or ours.
 
     Wrappers of PEFT are looked through: the model below them is described.
+
+    Args:
+        may_grow: its vocabulary may still become another one.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -65,14 +68,22 @@ def describe(model: nn.Module, path: str | None = None) -> BaseModel:
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "name_or_path", None) or None
     layers = hub_layers(model, specs)
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    named = [*model.named_parameters(remove_duplicate=False), *_saved_buffers(model)]
     shapes = {plain_name(name): tuple(tensor.shape) for name, tensor in named if not is_of_adapter(name)}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
     matrices = linears | {name.removesuffix(".weight"): shape for name, shape in bare.items()}
     return BaseModel(
         name, config.model_type, values, specs, layers, linears, _hub_names(model, matrices), shapes, bare,
-        frozenset(_routers(modules, linears, specs)), _tied(model),
+        frozenset(_routers(modules, linears, specs)), _tied(model), may_grow,
     )  # fmt: skip
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that checkpoints hold, by name."""
+    for name, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield f"{name}.{key}" if name else key, buffer
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from kt_sft.errors import FormatError
+from kt_sft.errors import FormatError, first_line
 from kt_sft.formats.checkpoint import MOST_CONFIG_BYTES
 from kt_sft.formats.config_values import check_values
 from kt_sft.formats.json_object import read_object
@@ -45,12 +45,11 @@ def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -
             raise OSError("it has no config.json")
         return Path(found_file)
     except (OSError, ValueError, TypeError) as error:  # the last two of other arguments: names, revisions, folders
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FormatError(
             text,
             "model",
             expected="a model directory, or a hub id that is cached or can be reached",
-            found=f"neither ({reason})",
+            found=f"neither ({first_line(error)})",
             remedy="correct the path or download the model first",
         ) from error
 

@@ -19,6 +19,7 @@ from kt_sft.formats.finite import is_finite
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
+from kt_sft.formats.staging import put_json
 from kt_sft.integrations.transformers.base_model import expert_shapes
 from kt_sft.integrations.transformers.model_files import untie
 from kt_sft.models.expert_keys import ExpertPart, KeyMap
@@ -96,7 +97,7 @@ def save_full_model(
             config = staging / "config.json"
             values = json.loads(config.read_text(encoding="utf-8"))
             untie(values)
-            config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            put_json(config, values)
         _write_experts(staging, target, plan, limit_bytes)
         _write_index(staging)
 
@@ -251,4 +252,4 @@ def _write_index(folder: Path) -> None:
     for file in folder.glob("*.new"):
         file.rename(file.with_suffix(""))
     content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    put_json(folder / INDEX_NAME, content)
