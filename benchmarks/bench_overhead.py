@@ -25,9 +25,9 @@ from torch import Tensor
 
 import kt_sft
 from benchmarks import session
+from kt_sft.autograd.moe import NO_LORA, MoeCall, moe
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import RoutedExperts
-from kt_sft.ops.moe import NO_LORA, MoeCall, moe
 
 TARGET_US = 60.0
 RANK = 8

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness import ROOT
-from benchmarks.moe_layer import LayerShape
-from benchmarks.our_layer import GROUP_SIZE
+from benchmarks.kt_sft_contender import GROUP_SIZE
+from benchmarks.problem import LayerShape
 
 FORMATS = ("bf16", "int8", "int4")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft import env, memory
+from kt_sft.compat.releases import release_of
 from kt_sft.errors import GIB, KTError, first_line
 
 # Shown in this order; ranges come from the metadata of the installed kt_sft, so that they are stated once.
@@ -151,7 +152,7 @@ def _gpus(report: Report) -> None:
     try:
         import torch
     except Exception as error:  # a torch that is broken raises OSError, RuntimeError, ...
-        if _version("torch") is not None:
+        if release_of("torch") is not None:
             report.add(
                 "error", f"torch cannot be imported: {first_line(error)}", "reinstall torch (in a clone: make setup)"
             )
@@ -193,10 +194,10 @@ def _versions(report: Report) -> None:
             "pip install .",
         )
     report.versions.append(_judged(report, "python", platform.python_version(), ranges.get("python")))
-    own = _version("kt_sft")
+    own = release_of("kt_sft")
     report.versions.append({"name": "kt_sft", "installed": own, "supported": None, "ok": own is not None})
     for name in PACKAGES:
-        report.versions.append(_judged(report, name, _version(name), ranges.get(name)))
+        report.versions.append(_judged(report, name, release_of(name), ranges.get(name)))
 
 
 def _judged(report: Report, name: str, installed: str | None, supported: str | None) -> dict[str, Any]:
@@ -245,13 +246,6 @@ def _hook(report: Report) -> None:
     if not env.use_kt() and status.get("llamafactory"):
         what += " (LLaMA-Factory itself answers `use_kt: true` by asking for other packages)"
     report.add(level, what, status["remedy"])
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _gguf_types(library: Any) -> dict[str, list[str]]:

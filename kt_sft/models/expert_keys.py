@@ -156,8 +156,7 @@ class KeyMap:
     """
 
     def __init__(self, model: nn.Module, specs: Mapping[str, ExpertsSpec]):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from kt_sft.compat.transformers import WeightConverter, WeightRenaming, get_model_conversion_mapping
 
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -175,7 +174,7 @@ class KeyMap:
 
     def target(self, key: str) -> tuple[str, str | None]:
         """The parameter that a checkpoint key feeds, and the converter pattern that matched (None: as it is)."""
-        from transformers.core_model_loading import rename_source_key
+        from kt_sft.compat.transformers import rename_source_key
 
         renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._parameters)
         if renamed not in self._parameters and key in self._parameters:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kt_sft.autograd.linear import packed_linear
 from kt_sft.native import native
-from kt_sft.ops.linear import packed_linear
 
 logger = logging.getLogger(__name__)
 

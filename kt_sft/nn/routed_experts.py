@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kt_sft.autograd.moe import NO_LORA, MoeCall, moe, moe_into
 from kt_sft.errors import NonFinite
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.native import native
 from kt_sft.nn.expert_lora import ExpertLora
-from kt_sft.ops.moe import NO_LORA, MoeCall, moe, moe_into
 from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kt_sft.autograd.moe import INTEGERS, MoeCall, moe_into
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError, under_name
 from kt_sft.nn.routed_experts import RoutedExperts
@@ -17,8 +18,7 @@ from kt_sft.operator.chains import join_chain
 from kt_sft.operator.saving import save_layer
 from kt_sft.operator.threads import join_pool
 from kt_sft.operator.weights import LayerSizes, TensorExperts, load_from_path, load_from_tensors
-from kt_sft.ops.moe import INTEGERS, MoeCall, moe_into
-from kt_sft.residency.expert_map import Placement
+from kt_sft.residency.expert_map import ExpertMap
 from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
 from kt_sft.transfer.routes import Route, route_of
@@ -105,7 +105,7 @@ class KTMoEWrapper:
             faults += [under_name(fault, _ARGUMENTS) for fault in error.faults]
         if not faults:
             try:
-                self._placement = Placement(num_experts, num_gpu_experts, gpu_experts_mask)
+                self._expert_map = ExpertMap(num_experts, num_gpu_experts, gpu_experts_mask)
             except ConfigError as error:
                 faults += error.faults
         if cpu_save and weight_path is None:
@@ -148,7 +148,7 @@ class KTMoEWrapper:
             )
         self._take(
             load_from_path(
-                self._config.weight_path, self._sizes, self._placement, self._config, physical_to_logical_map
+                self._config.weight_path, self._sizes, self._expert_map, self._config, physical_to_logical_map
             )
         )
 
@@ -172,7 +172,7 @@ class KTMoEWrapper:
             OutputError: the container cannot be written.
         """
         source = TensorExperts(gate_proj, up_proj, down_proj, self._sizes)
-        experts = load_from_tensors(source, self._sizes, self._placement, self._config, physical_to_logical_map)
+        experts = load_from_tensors(source, self._sizes, self._expert_map, self._config, physical_to_logical_map)
         if self.cpu_save:
             save_layer(source, self._sizes, self._config)
         self._take(experts)
@@ -246,11 +246,11 @@ class KTMoEWrapper:
         out = route.output(tokens, hidden, x.dtype)
         inputs: Inputs = _staging.take(Inputs, Key(tokens, hidden, topk_ids.shape[1], is_pinned=route.is_pinned))
         wait = route.bring(inputs, x, topk_ids, topk_weights)
-        placement, call = self._placement, self._call
+        expert_map, call = self._expert_map, self._call
 
         def prepare() -> tuple[Tensor, Tensor, int]:
             wait()
-            return placement.slots(inputs.topk_ids), inputs.topk_weights, placement.skip
+            return expert_map.slots(inputs.topk_ids), inputs.topk_weights, expert_map.skip
 
         def compute(ids: Tensor, result: Tensor) -> None:
             if call is None:

@@ -23,7 +23,7 @@ from kt_sft.integrations.transformers.converting import open_source
 from kt_sft.integrations.transformers.memory_check import check_memory
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import Matrices, RoutedExperts, WeightFormats
-from kt_sft.residency.expert_map import Placement, logical_experts
+from kt_sft.residency.expert_map import ExpertMap, logical_experts
 from kt_sft.sources.gguf import GgufExperts
 from kt_sft.sources.opening import ExpertSource, check_method, open_weight_path, weight_formats
 from kt_sft.sources.packed import PackedExperts
@@ -44,7 +44,7 @@ class LayerSizes:
 
 
 def load_from_path(
-    path: str, sizes: LayerSizes, placement: Placement, config: KTConfig, physical_to_logical_map: Tensor | None
+    path: str, sizes: LayerSizes, expert_map: ExpertMap, config: KTConfig, physical_to_logical_map: Tensor | None
 ) -> RoutedExperts | None:
     """The experts of one layer, those on a GPU left out; None if all are there.
 
@@ -61,10 +61,10 @@ def load_from_path(
         source, name, spec, config = _open_layer(path, sizes, config)
         stack.callback(source.close)
         logical = logical_experts(physical_to_logical_map, sizes.num_experts, spec.num_experts)
-        experts = _empty(spec, placement, config, weight_formats(source, config)[name])
+        experts = _empty(spec, expert_map, config, weight_formats(source, config)[name])
         if experts is None:
             return None
-        for slot, expert in enumerate(placement.on_cpu):
+        for slot, expert in enumerate(expert_map.on_cpu):
             try:
                 source.load(experts, name, logical[expert], slot=slot)
             except FormatError:
@@ -117,7 +117,7 @@ class TensorExperts:
 def load_from_tensors(
     source: TensorExperts,
     sizes: LayerSizes,
-    placement: Placement,
+    expert_map: ExpertMap,
     config: KTConfig,
     physical_to_logical_map: Tensor | None,
 ) -> RoutedExperts | None:
@@ -136,8 +136,8 @@ def load_from_tensors(
     logical = logical_experts(physical_to_logical_map, sizes.num_experts, source.num_experts)
     spec = ExpertsSpec(source.num_experts, sizes.hidden, sizes.inter)
     config = dataclasses.replace(config, weight_path=None)  # written to, if anything, and not loaded from
-    experts = _empty(spec, placement, config, config.weight_format)
-    for slot, expert in enumerate(placement.on_cpu if experts is not None else ()):
+    experts = _empty(spec, expert_map, config, config.weight_format)
+    for slot, expert in enumerate(expert_map.on_cpu if experts is not None else ()):
         try:
             experts.load_expert(slot, *source.read("", logical[expert]))
         except ValueError as error:
@@ -146,11 +146,11 @@ def load_from_tensors(
 
 
 def _empty(
-    spec: ExpertsSpec, placement: Placement, config: KTConfig, weight_format: WeightFormats
+    spec: ExpertsSpec, expert_map: ExpertMap, config: KTConfig, weight_format: WeightFormats
 ) -> RoutedExperts | None:
-    if not placement.on_cpu:
+    if not expert_map.on_cpu:
         return None
-    spec = dataclasses.replace(spec, num_experts=len(placement.on_cpu))
+    spec = dataclasses.replace(spec, num_experts=len(expert_map.on_cpu))
     check_memory({"layer": spec}, 0, config, {"layer": weight_format})
     return RoutedExperts(
         spec,

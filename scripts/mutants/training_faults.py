@@ -23,7 +23,7 @@ _PEFT_MERGE = f"{_PEFT}test_merged_experts_are_base_plus_delta_rounded_once[qwen
 _BINDING = "kt_sft/integrations/peft/binding.py"
 _EXPERT_LORA = "kt_sft/nn/expert_lora.py"
 _EXPERTS = "kt_sft/nn/routed_experts.py"
-_OPS = "kt_sft/ops/moe.py"
+_OPS = "kt_sft/autograd/moe.py"
 _HOOK_FILE = "kt_sft/integrations/llamafactory/hook.py"
 
 FAULTS = (
@@ -137,8 +137,8 @@ FAULTS = (
     Fault(
         "DDP leaves the gradients of expert LoRA to each process",
         _BINDING,
-        "    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)\n",
-        "    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)\n"
+        "    peft_model.load_adapter = types.MethodType(load_adapter, peft_model)\n",
+        "    peft_model.load_adapter = types.MethodType(load_adapter, peft_model)\n"
         "    mine = [name for name, _ in peft_model.named_parameters() if '.experts.' in name]\n"
         "    peft_model._ddp_params_and_buffers_to_ignore = mine\n",
         (f"{_TRUTH}test_two_processes_train_as_one_that_accumulates",),
@@ -382,7 +382,7 @@ FAULTS = (
     Fault(
         "several GPUs train by nn.DataParallel",
         _HOOK_FILE,
-        "training_args._n_gpu = 1",
+        "use_one_gpu(training_args)",
         "pass",
         (f"{_RUNS}test_several_gpus_without_torchrun_are_one",),
     ),

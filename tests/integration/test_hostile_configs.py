@@ -285,4 +285,4 @@ def test_values_of_a_config_object(tmp_path):
     with pytest.raises(FormatError, match="num_hidden_layers: expected a whole number"):
         kt_sft.integrations.transformers.placing.meta_model(config)
     with pytest.raises(UnsupportedModel, match="unknown/model: expected the config of a known model"):
-        kt_sft.integrations.transformers.auto_class.read_auto_config("unknown/model", local_files_only=True)
+        kt_sft.models.auto_class.read_auto_config("unknown/model", local_files_only=True)

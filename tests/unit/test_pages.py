@@ -21,7 +21,9 @@ from tests.helpers import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
-    path for pattern in ("*.md", "docs/*.md", "configs/*.md", "examples/*.md") for path in sorted(ROOT.glob(pattern))
+    path
+    for pattern in ("*.md", "docs/*.md", "docs/decisions/*.md", "configs/*.md", "examples/*.md")
+    for path in sorted(ROOT.glob(pattern))
 ]
 FOLDERS = "kt_sft|tests|scripts|native|benchmarks|packaging|examples|configs|docs"
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -18,8 +18,8 @@ from kt_sft.integrations.peft.names import LORA_LAYERS, suffix_matches
 from kt_sft.integrations.peft.targets import (
     ALL_LINEAR,
     expert_names,
-    frozen_linears,
 )
+from kt_sft.models.routers import frozen_linears
 from kt_sft.models.unwrapped import plain_modules
 
 logger = logging.getLogger(__name__)

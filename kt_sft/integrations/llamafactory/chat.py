@@ -20,6 +20,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from kt_sft.adapters.folder import local_adapter
+from kt_sft.compat.transformers import keeps_state
 from kt_sft.errors import ConfigError
 from kt_sft.inference.backend import MIN_TEMPERATURE, ModelFacts, PromptError, Sampling, ToolCall
 from kt_sft.integrations import peft as kt_peft
@@ -251,7 +252,7 @@ def _can_chunk(model: nn.Module) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     has_window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return not getattr(model, "_is_stateful", False) and kinds == {"full_attention"} and not has_window
+    return not keeps_state(model) and kinds == {"full_attention"} and not has_window
 
 
 def _facts(engine: Any, config: dict[str, Any], model_name: str | None, *, has_switch: bool) -> ModelFacts:

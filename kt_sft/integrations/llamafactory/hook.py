@@ -19,6 +19,7 @@ from torch import nn
 
 from kt_sft import env
 from kt_sft.adapters.folder import local_adapter
+from kt_sft.compat.transformers import use_one_gpu
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.gguf.model import is_gguf_model
 from kt_sft.integrations.llamafactory import (
@@ -287,7 +288,7 @@ def use_one_device(training_args: Any, *, has_rules: bool = False) -> None:
         if not has_rules:
             seen = f"{training_args.n_gpu} GPUs are visible, this process uses one"
             _warn(f"{seen}; FORCE_TORCHRUN=1 starts a process for each, kt_optimize_rule spreads the layers over them")
-        training_args._n_gpu = 1
+        use_one_gpu(training_args)
 
 
 def load_experts_apart(model_args: Any, init_kwargs: dict[str, Any]) -> None:

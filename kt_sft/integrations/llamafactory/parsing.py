@@ -10,12 +10,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_npu_available, is_torch_xpu_available
 
+from kt_sft.compat.transformers import reporters
 from kt_sft.errors import ConfigError, as_ours, nearest, one_line
 from kt_sft.integrations.llamafactory import args, autoload, value_types
 from kt_sft.integrations.llamafactory.run_file import read_config
@@ -90,14 +87,14 @@ def check_unparsed(values: dict[str, Any] | list[str], kinds: Iterable[type]) ->
 
 def reporting_faults(report_to: Any) -> Iterator[str]:
     """What `report_to` names and the trainer could not report to, which it finds after the model is loaded."""
-    there = get_available_reporting_integrations()
+    there, known = reporters()
     for name in [report_to] if isinstance(report_to, str) else report_to or ():
         if name in ("all", "none", *_NOT_LISTED) or name in there:
             continue
-        if name in INTEGRATION_TO_CALLBACK:
+        if name in known:
             yield f"report_to: {name} is not installed; install it, or set report_to: none"
         else:
-            yield f"report_to: {name}: unknown; {nearest(name, ['none', *INTEGRATION_TO_CALLBACK])}"
+            yield f"report_to: {name}: unknown; {nearest(name, ['none', *known])}"
 
 
 def raise_fault(message: str) -> NoReturn:

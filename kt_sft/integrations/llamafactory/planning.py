@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PretrainedConfig
 
 from kt_sft.adapters import fused
 from kt_sft.adapters.folder import local_adapter
 from kt_sft.adapters.forms import open_adapter
+from kt_sft.compat.peft import check_target_module_exists
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
 from kt_sft.formats.gguf import GgufIndex

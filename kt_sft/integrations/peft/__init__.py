@@ -1,7 +1,7 @@
 """Expert LoRA owned by stock PEFT and computed by the kernels.
 
 PEFT wraps the experts' placeholder parameters (`LoraConfig.target_parameters`), owns lora_A and lora_B, saves and loads
-them; `bind_expert_lora` hands these very parameters to `RoutedExperts`, which multiplies with them. An adapter written
+them; `bind_experts` hands these very parameters to `RoutedExperts`, which multiplies with them. An adapter written
 here is a plain PEFT adapter.
 
     api          get_peft_model, load_adapter, count_parameters
@@ -16,12 +16,11 @@ here is a plain PEFT adapter.
 """
 
 from kt_sft.integrations.peft.api import count_parameters, get_peft_model, load_adapter
-from kt_sft.integrations.peft.binding import bind_expert_lora, bind_experts, expose_placeholders, hide_placeholders
+from kt_sft.integrations.peft.binding import bind_experts, expose_placeholders, hide_placeholders
 from kt_sft.integrations.peft.targets import ExpertLoraConfig, prepare_lora_config
 
 __all__ = [
     "ExpertLoraConfig",
-    "bind_expert_lora",
     "bind_experts",
     "count_parameters",
     "expose_placeholders",

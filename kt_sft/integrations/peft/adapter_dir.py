@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import peft
 from peft import LoraConfig
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from kt_sft.adapters import options, peft_config
 from kt_sft.adapters.forms import open_adapter, write_directory
 from kt_sft.adapters.model import Adapter
+from kt_sft.compat.peft import RELEASE
 from kt_sft.errors import FormatError, as_ours, first_line
 from kt_sft.formats.file_names import ADAPTER_CONFIG
 from kt_sft.integrations.peft.targets import RUNNING_FORM, ExpertLoraConfig
@@ -73,7 +73,7 @@ def read_adapter_config(folder: Path) -> ExpertLoraConfig:
         FormatError: missing, damaged, not LoRA, or with values that it cannot have.
     """
     config = ExpertLoraConfig.of(saved_config(folder))
-    config.peft_version = peft.__version__  # which writes it from now on, in its own layout
+    config.peft_version = RELEASE  # which writes it from now on, in its own layout
     beside = peft_config.read_side_file(folder)
     config.model_type = beside.get("model_type")
     if config.target_parameters:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import peft
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from kt_sft.adapters import options
 from kt_sft.adapters.folder import local_adapter
+from kt_sft.compat.peft import BaseTunerLayer
+from kt_sft.compat.transformers import renamed_on_loading
 from kt_sft.errors import ConfigError, FormatError, as_ours, first_line
 from kt_sft.formats.file_names import ADAPTER_CONFIG
+from kt_sft.integrations.peft import reloading
 from kt_sft.integrations.peft.adapter_dir import (
     in_running_form,
     read_adapter_config,
@@ -93,7 +95,7 @@ def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str,
     if faults:
         raise ConfigError(f"{folder}: {fault}" for fault in faults)
     config.inference_mode = not is_trainable
-    kwargs.setdefault("key_mapping", getattr(model, "_checkpoint_conversion_mapping", None))
+    kwargs.setdefault("key_mapping", renamed_on_loading(model))
     build = {key: kwargs[key] for key in ("autocast_adapter_dtype", "low_cpu_mem_usage") if key in kwargs}
     _remove_offload_hooks(model)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
@@ -145,4 +147,4 @@ def _remove_offload_hooks(model: nn.Module) -> None:
         remove_hook_from_submodules(model)
 
 
-install(load_adapter)
+install(load_adapter, reloading.load_adapter)

@@ -10,14 +10,20 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from kt_sft.adapters.model import PARAMETERS, Lora
+from kt_sft.compat.peft import (
+    LoraLayer,
+    ParamWrapper,
+    check_adapters_to_merge,
+    check_forward_arguments,
+    has_exchanged_widths,
+)
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.outside import bind_outside
 from kt_sft.models.spec import iter_routed_experts
@@ -30,7 +36,7 @@ class ExpertParamWrapper(ParamWrapper):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if "adapter_names" in kwargs:
-            self._check_forward_args(x, *args, **kwargs)
+            check_forward_arguments(self, x, *args, **kwargs)
             kwargs.pop("adapter_names")
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -110,10 +116,14 @@ def bind_experts(model: nn.Module, *, dropout: float = 0.0) -> None:
     hide_placeholders(model)
 
 
-def bind_expert_lora(peft_model: PeftModel) -> PeftModel:
-    """Replace, on this object, PEFT's methods that do not know about the experts; idempotent."""
+def bind_expert_lora(peft_model: PeftModel, load_adapter: Callable[..., Any]) -> PeftModel:
+    """Replace, on this object, PEFT's methods that do not know about the experts; idempotent.
+
+    Args:
+        load_adapter: what the method of this name does, given the model and the method's arguments.
+    """
     peft_model.get_nb_trainable_parameters = types.MethodType(_get_nb_trainable_parameters, peft_model)
-    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)
+    peft_model.load_adapter = types.MethodType(load_adapter, peft_model)
     return peft_model
 
 
@@ -194,7 +204,7 @@ def _pair(wrapper: ParamWrapper, adapter: str) -> LoraPair:
         raise ConfigError(
             f"expert LoRA: {wrapper.parameter_name} needs widths {in_width} and {out_width}, got {widths}"
         )
-    is_p_first = not getattr(wrapper, "_did_swap_in_out_features", False)
+    is_p_first = not has_exchanged_widths(wrapper)
     swapped = is_p_first != spec.is_transposed if in_width == out_width else widths == (out_width, in_width)
     mixed = spec.is_interleaved and wrapper.parameter_name == "gate_up_proj"  # along the output
     of_lora_a = LoraFactor(lora_a, EXPERT_MAJOR, num_experts, is_interleaved=mixed and swapped)
@@ -276,13 +286,6 @@ class _Merged:
         if "down_proj" in self.deltas:
             down = (down.float() + self.deltas["down_proj"].delta(self.index)).to(down.dtype)
         return gate, up, down
-
-
-def _load_adapter(self: PeftModel, model_id, adapter_name: str, is_trainable: bool = False, **kwargs):
-    """See `reloading.load_adapter`."""
-    from kt_sft.integrations.peft import reloading  # reads adapters, for which it asks this module about PEFT's layout
-
-    return reloading.load_adapter(self, model_id, adapter_name, is_trainable, **kwargs)
 
 
 def _get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
 from kt_sft.adapters import options
 from kt_sft.adapters.patterns import Patterns, check_speed
 from kt_sft.adapters.schema import find_faults
+from kt_sft.compat.peft import BaseTuner, BaseTunerLayer, LoraLayer, ParamWrapper
 from kt_sft.errors import ConfigError
 from kt_sft.formats.file_names import ADAPTER_CONFIG
 from kt_sft.formats.overwriting import MODEL_CARD, saved_into
@@ -79,11 +78,12 @@ def requesting(*, expert_lora: bool | None = None, is_saved: bool = False) -> It
         _request.reset(token)
 
 
-def install(load_adapter: Callable[..., PeftModel]) -> None:
+def install(load_adapter: Callable[..., PeftModel], reload_adapter: Callable[..., Any]) -> None:
     """Put the step into PEFT, once per process.
 
     Args:
         load_adapter: what `PeftModel.from_pretrained` does on a model with our experts.
+        reload_adapter: what a PeftModel's `load_adapter` does, if it has our experts.
     Raises:
         RuntimeError: this PEFT lacks one of the names, or a parameter that the step reads.
     """
@@ -110,7 +110,7 @@ def install(load_adapter: Callable[..., PeftModel]) -> None:
     def init(self: PeftModel, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         stock_init(self, model, *args, **kwargs)
         if has_experts(model):
-            bind_expert_lora(self)
+            bind_expert_lora(self, reload_adapter)
 
     @functools.wraps(stock_from_pretrained)
     def from_pretrained(cls, model, model_id, adapter_name="default", is_trainable=False, config=None, **kwargs):

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peft import LoraConfig
-from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from kt_sft.adapters import kinds, options, peft_config
 from kt_sft.adapters.forms import open_adapter
+from kt_sft.compat.peft import LoraEmbedding, LoraLayer, ParamWrapper, check_target_module_exists
 from kt_sft.integrations.peft.outside import RouterLinear
 from kt_sft.integrations.peft.targets import plain_values
 from kt_sft.integrations.transformers.base_model import describe
@@ -86,7 +85,7 @@ def _kinds(peft_model: nn.Module, config: LoraConfig) -> Iterator[str]:
             yield "saved"
         elif isinstance(module, TrainableTokensWrapper):
             yield "tokens"
-        elif isinstance(module, Embedding):
+        elif isinstance(module, LoraEmbedding):
             yield "embedding"
         elif isinstance(module, LoraLayer):
             is_router = name in base.routers or (isinstance(module, ParamWrapper) and f"{name}.weight" in base.bare)

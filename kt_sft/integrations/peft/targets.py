@@ -14,23 +14,23 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import peft
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
 from kt_sft.adapters import layout, options, peft_config
 from kt_sft.adapters.model import PARAMETERS
+from kt_sft.compat.peft import RELEASE, check_target_module_exists, every_linear
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.peft import names
-from kt_sft.models.spec import find_routers, iter_routed_experts
+from kt_sft.models.routers import frozen_linears, indexer_linears, router_linears
+from kt_sft.models.spec import iter_routed_experts
 from kt_sft.models.unwrapped import plain_modules, plain_name
 
 logger = logging.getLogger(__name__)
 _matches = names.suffix_matches
 
-RUNNING_FORM = layout.form_of(peft.__version__)  # in which the PEFT that runs writes LoRA of fused experts
+RUNNING_FORM = layout.form_of(RELEASE)  # in which the PEFT that runs writes LoRA of fused experts
 ALL_LINEAR = ("all", "all-linear")
 # How checkpoints and older adapters call the matrices of one expert -> the fused parameter that holds them.
 ALIASES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
@@ -147,27 +147,6 @@ def effective_rank(config: LoraConfig, parameter: str) -> int:
     return peft_config.rank_of(vars(config), parameter)
 
 
-def router_linears(model: nn.Module) -> list[str]:
-    """Routers that are `nn.Linear` (DeepSeek-V2's `mlp.gate`), so that a LoRA target could hit them.
-
-    Routers that hold a bare Parameter cannot be hit.
-    """
-    experts = {plain_name(name): module for name, module in iter_routed_experts(model)}
-    return list(find_routers(model, {name: module.gate_up_proj.shape[0] for name, module in experts.items()}))
-
-
-def indexer_linears(model: nn.Module) -> list[str]:
-    """Linear layers of indexers (GLM-5, DeepSeek-V3.2), which choose what attention sees: no gradient reaches them."""
-    modules = plain_modules(model)
-    indexers = tuple(f"{name}." for name, module in modules.items() if type(module).__name__.endswith("Indexer"))
-    return [name for name, m in modules.items() if name.startswith(indexers) and isinstance(m, nn.Linear)]
-
-
-def frozen_linears(model: nn.Module) -> set[str]:
-    """Linear layers that no target trains by `target_modules`."""
-    return {*router_linears(model), *indexer_linears(model)}
-
-
 def _expert_parameters(experts: Iterable[str]) -> list[str]:
     return [f"{name}.{projection}" for name in experts for projection in PARAMETERS]
 
@@ -187,7 +166,7 @@ def _every_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     """What PEFT takes for all-linear, without the routers and without the layers that the config leaves out."""
     probe = copy.copy(config)
     probe.target_modules = "all-linear"
-    found = _maybe_include_all_linear_layers(probe, model).target_modules - frozen_linears(model)
+    found = every_linear(probe, model) - frozen_linears(model)
     if config.layers_to_transform is None:
         return found
     return {name for name in found if _is_left_in(config, name)}

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from kt_sft.adapters.model import BaseModel
+from kt_sft.compat.transformers import revert_weight_conversion
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations.gguf import model as gguf_model
@@ -82,7 +82,7 @@ def describe(model: nn.Module, path: str | None = None, *, may_grow: bool = Fals
     linears = {name: (m.out_features, m.in_features) for name, m in modules.items() if _is_linear(m, name, specs)}
     bare = dict(_bare(modules, linears, specs))
     values = config.get_text_config().to_dict()
-    name = path or getattr(config, "_name_or_path", None) or None
+    name = path or getattr(config, "name_or_path", None) or None
     layers = hub_layers(model, specs)
     named = [*model.named_parameters(remove_duplicate=False), *_saved_buffers(model)]
     shapes = {plain_name(name): tuple(tensor.shape) for name, tensor in named if not is_of_adapter(name)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kt_sft.config import KTConfig
 from kt_sft.errors import GIB, ConfigError
-from kt_sft.integrations.peft.targets import router_linears
+from kt_sft.models.routers import router_linears
 from kt_sft.native import native
 from kt_sft.nn.packed_linear import pack_linear
 

@@ -14,7 +14,6 @@ from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.integrations.gguf.model import is_gguf_model, model_directory
-from kt_sft.integrations.transformers.auto_class import HUB_ARGS, auto_class, has_native_class
 from kt_sft.integrations.transformers.memory_check import bytes_outside_experts, check_memory, uses_main_memory
 from kt_sft.integrations.transformers.model_files import (
     check_config_file,
@@ -24,6 +23,7 @@ from kt_sft.integrations.transformers.model_files import (
 from kt_sft.integrations.transformers.placing import given_dtype, meta_model, plan_checkpoint, plan_here, read_config
 from kt_sft.integrations.transformers.quantizer import KTExpertsConfig
 from kt_sft.integrations.transformers.swapping import swap_experts
+from kt_sft.models.auto_class import HUB_ARGS, auto_class, has_native_class
 from kt_sft.models.spec import find_experts
 from kt_sft.nn.routed_experts import WeightFormats
 from kt_sft.placement.inject import device_map, expert_settings

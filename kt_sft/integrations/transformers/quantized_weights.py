@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from kt_sft.compat.transformers import ConversionOps, WeightConverter, drop_conversions
 from kt_sft.errors import UnsupportedModel
 from kt_sft.formats.quantized_index import QuantizedIndex
 from kt_sft.integrations.transformers.model_files import open_checkpoint
@@ -70,9 +70,7 @@ class Dequantizer:
     def close(self, model: nn.Module) -> None:
         """Drop file mappings, and take the conversions off a loaded model: it is saved in floating point."""
         self._index.close()
-        kept = [entry for entry in getattr(model, "_weight_conversions", None) or [] if not _is_ours(entry)]
-        if hasattr(model, "_weight_conversions"):
-            model._weight_conversions = kept
+        drop_conversions(model, _is_ours)
 
 
 def _is_ours(conversion: Any) -> bool:

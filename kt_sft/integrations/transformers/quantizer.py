@@ -8,17 +8,16 @@ and takes itself off the model.
 from __future__ import annotations
 
 import types
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kt_sft.compat.transformers import WeightConverter, forget_quantizer, leave_unread, read_all_again
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.transformers.linears import pack_linears
@@ -109,11 +108,7 @@ class KTExpertsQuantizer(HfQuantizer):
         swap_experts(model, specs, self.kt_config, formats)
         for name in specs:
             model.get_submodule(name).hide_placeholders()
-        model._keys_to_ignore_on_load_unexpected = [
-            *(model._keys_to_ignore_on_load_unexpected or []),
-            *unread_patterns(model, specs),
-            *(UNREAD if self._dequantizer is not None else ()),
-        ]
+        leave_unread(model, [*unread_patterns(model, specs), *(UNREAD if self._dequantizer is not None else ())])
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Asked for after `preprocess_model`: what dequantises the weights outside the experts."""
@@ -136,8 +131,7 @@ class KTExpertsQuantizer(HfQuantizer):
             self._source = None
         pack_linears(model, self.kt_config, self.quantization_config.packed_linears)
         self.remove_quantization_config(model)
-        with suppress(AttributeError):
-            del model._keys_to_ignore_on_load_unexpected
+        read_all_again(model)
         model.kt_config = self.kt_config
         model.save_pretrained = types.MethodType(save_full_model, model)
         model.load_adapter = types.MethodType(_refuse_load_adapter, model)
@@ -163,11 +157,7 @@ def _refuse_load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> No
 
 
 def _register() -> None:
-    # transformers refuses to register a name twice, which happens when this module is executed again.
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-
-    AUTO_QUANTIZER_MAPPING.pop(METHOD_NAME, None)
-    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD_NAME, None)
+    forget_quantizer(METHOD_NAME)  # of an earlier execution of this module
     register_quantizer(METHOD_NAME)(KTExpertsQuantizer)
     register_quantization_config(METHOD_NAME)(KTExpertsConfig)
 

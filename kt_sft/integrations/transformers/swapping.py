@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
+from kt_sft.compat.transformers import mark_initialized
 from kt_sft.config import KTConfig
 from kt_sft.models.families import adapt_block
 from kt_sft.models.spec import ExpertsSpec
@@ -38,7 +39,7 @@ def swap_experts(
             chain.append(experts)
             experts.deferral = Deferral(chain, config.max_deferred_experts_per_token)
         for placeholder in PLACEHOLDERS:
-            getattr(experts, placeholder)._is_hf_initialized = True
+            mark_initialized(getattr(experts, placeholder))
         block = model.get_submodule(parent)
         adapt_block(block, getattr(block, attribute))
         setattr(block, attribute, experts)

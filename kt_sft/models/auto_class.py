@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from kt_sft import env
+from kt_sft.compat.transformers import serves
 from kt_sft.errors import UnsupportedModel, as_ours
 from kt_sft.models import kimi_k2
 
@@ -46,7 +47,7 @@ def auto_class(config: PretrainedConfig) -> Any:
         kinds = kinds[1:] + kinds[:1]
     remote = getattr(config, "auto_map", None) or {}
     for kind in kinds:
-        if kind.__name__ in remote or type(config) in kind._model_mapping:
+        if kind.__name__ in remote or serves(kind, type(config)):
             return kind
     return AutoModelForCausalLM
 
@@ -119,7 +120,7 @@ def has_native_class(path: str | os.PathLike[str], **hub_kwargs: Any) -> bool:
         model_type = PretrainedConfig.get_config_dict(path, **hub_kwargs)[0].get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return False
-    return any(CONFIG_MAPPING[model_type] in kind._model_mapping for kind in _KINDS)
+    return any(serves(kind, CONFIG_MAPPING[model_type]) for kind in _KINDS)
 
 
 def _forget_code(config: PretrainedConfig) -> bool:
