@@ -8,7 +8,6 @@ old container has not taken: until the new manifest is there it is the old conta
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import itertools
 import json
@@ -34,6 +33,7 @@ from kt_sft.convert.plan import (
 )
 from kt_sft.convert.slot import ExpertSlot
 from kt_sft.errors import ConfigError, FormatError, OutputError, unpackable
+from kt_sft.formats.disk import reporting
 from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, layer_header, read_manifest
 from kt_sft.formats.packed_manifest import Blob, Manifest, PackedLayer, parse_layer
 from kt_sft.formats.staging import part_of, read_own
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
 
 JOURNAL_VERSION = 1
+_WRITING, _GOES_ON = "writing the container", " and run the same command again: finished layers are kept"
 _PARTS = (f"{MANIFEST_NAME}.part", f"{JOURNAL_NAME}.part")
 
 
@@ -71,7 +72,7 @@ def convert(
         FormatError: the source is damaged, changed, or has weights that cannot be packed.
     """
     folder = plan.output
-    try:
+    with reporting(folder, _WRITING, _GOES_ON):
         if not overwrite and (manifest := finished_manifest(plan)) is not None:  # before anything is written
             if _strays(folder, {layer.file for layer in manifest.layers.values()}):
                 with contextlib.suppress(OSError), locked(folder, wait=False):  # it may be on a read-only disk
@@ -84,10 +85,6 @@ def convert(
             if overwrite:
                 _begin_anew(plan)
             return _write(source, plan, progress)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise _not_written(folder, error) from error
 
 
 def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
@@ -101,20 +98,15 @@ def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
         FormatError: a damaged manifest; weights that cannot be packed.
     """
     folder = plan.output
-    try:
-        with output_folder(folder, wait=True):
-            layers = _appendable_layers(plan)
-            # A layer that is replaced keeps its file until the manifest names the new one.
-            file = _free_file(plan.number, {layer.file for layer in layers.values()})
-            layers[plan.name] = _write_layer(source, plan, (plan.name, plan.spec), file, lambda done: None)
-            ordered = {name: layers[name] for name in sorted(layers, key=_by_number)}
-            manifest = Manifest(plan.identity, plan.format, plan.group, "", ("tensors",), (), ordered)
-            _publish(folder, manifest)
-            return manifest
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise _not_written(folder, error) from error
+    with reporting(folder, _WRITING, _GOES_ON), output_folder(folder, wait=True):
+        layers = _appendable_layers(plan)
+        # A layer that is replaced keeps its file until the manifest names the new one.
+        file = _free_file(plan.number, {layer.file for layer in layers.values()})
+        layers[plan.name] = _write_layer(source, plan, (plan.name, plan.spec), file, lambda done: None)
+        ordered = {name: layers[name] for name in sorted(layers, key=_by_number)}
+        manifest = Manifest(plan.identity, plan.format, plan.group, "", ("tensors",), (), ordered)
+        _publish(folder, manifest)
+        return manifest
 
 
 def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
@@ -311,13 +303,3 @@ def _is_begun(plan: ConvertPlan) -> bool:
         return bool(_finished_layers(plan))
     except (ConfigError, OSError):
         return False
-
-
-def _not_written(folder: Path, error: OSError) -> OutputError:
-    cure = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "correct that"
-    return OutputError(
-        error.filename or folder,
-        "writing the container",
-        found=error.strerror or str(error),
-        remedy=f"{cure} and run the same command again: finished layers are kept",
-    )

@@ -85,9 +85,11 @@ def check_space(target: Path, needed_bytes: int, remedy: str = "free space, or c
 
 
 @contextlib.contextmanager
-def reporting(target: object, what: str = "writing") -> Iterator[None]:
+def reporting(target: object, what: str = "writing", then: str = ", then again") -> Iterator[None]:
     """Faults of the file system, those of torch's and safetensors' writers too, as one line.
 
+    Args:
+        then: what to do once the cause is gone.
     Raises:
         OutputError: instead of them.
     """
@@ -97,7 +99,7 @@ def reporting(target: object, what: str = "writing") -> Iterator[None]:
             return None
         cure = "free space" if getattr(error, "errno", None) in _FULL else "correct that"
         path = getattr(error, "filename", None) or target
-        return OutputError(path, what, found=reason(error), remedy=f"{cure}, then again")
+        return OutputError(path, what, found=reason(error), remedy=f"{cure}{then}")
 
     with as_ours(ours):
         yield

@@ -20,10 +20,7 @@ from kt_sft.adapters.model import Adapter
 from kt_sft.compat.peft import RELEASE
 from kt_sft.errors import FormatError, as_ours, first_line
 from kt_sft.formats.file_names import ADAPTER_CONFIG
-from kt_sft.integrations.peft.targets import (
-    RUNNING_FORM,
-    ExpertLoraConfig,
-)
+from kt_sft.integrations.peft.targets import RUNNING_FORM, ExpertLoraConfig
 from kt_sft.integrations.transformers.base_model import describe
 
 # Ways to begin that leave the base model as it is: the factors are in the file, and PEFT need not make others first.
