@@ -62,7 +62,7 @@ FAULTS = (
     ),
     Fault(
         "what transformers cannot build is a traceback in load_model",
-        "kt_sft/integrations/transformers/opened.py",
+        "kt_sft/integrations/transformers/model_files.py",
         '    with torch.device("meta"), errors_in_one_line(path, trust_remote_code=trust_remote_code):',
         '    with torch.device("meta"):',
         (f"{_DOORS}test_config_values",),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -192,3 +194,29 @@ def test_layers_of_an_operator_share_an_open_checkpoint(root):
             wrapper.load_weights()
     files = {name: count for name, count in counts.items() if "/" in name}
     assert files == headers(root / "plain") and counts["meta models"] == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_path": "model.gguf", "method": "GGUF"}])
+def test_model_on_the_hub_is_opened_once(root, tmp_path, settings):
+    settings = {key: str(root / value) if key == "weight_path" else value for key, value in settings.items()}
+    snapshot = tmp_path / "models--kt-sft-tests--tiny" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(root / "single", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    with counted(root) as beside, counted(snapshot) as counts:
+        model = kt_sft.load_model("kt-sft-tests/tiny", KTConfig(**settings), cache_dir=tmp_path, local_files_only=True)
+    wanted = kt_sft.load_model(root / "single", KTConfig(**settings))
+    ids = tiny_models.token_ids()
+    assert torch.equal(model(ids).logits, wanted(ids).logits)
+    assert counts["config.json"] == counts["model.safetensors"] == counts["meta models"] == counts["preparations"] == 1
+    assert beside.get("model.gguf", 0) == len(settings) // 2
+
+
+def test_another_class_of_the_config_reads_no_header_again(root):
+    hook = KTExpertsConfig(open_model(root / "plain", KTConfig()))
+    with counted(root) as counts:
+        backbone = transformers.AutoModel.from_pretrained(root / "plain", quantization_config=hook)
+    assert not counts
+    wanted = kt_sft.load_model(root / "plain").model
+    ids = tiny_models.token_ids()
+    assert torch.equal(backbone(ids).last_hidden_state, wanted(ids).last_hidden_state)

@@ -8,14 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from kt_sft.errors import FormatError, first_line
 from kt_sft.formats.checkpoint import MOST_CONFIG_BYTES
 from kt_sft.formats.config_values import check_values
 from kt_sft.formats.json_object import read_object
-from kt_sft.models.auto_class import HUB_ARGS, errors_in_one_line, read_auto_config
+from kt_sft.models.auto_class import (
+    HUB_ARGS,
+    auto_class,
+    config_file,
+    errors_in_one_line,
+    read_auto_config,
+)
 
 
 def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> Path:
@@ -91,11 +98,25 @@ def load_config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> dict[st
     return kwargs
 
 
-def drop_quantization(config: PreTrainedConfig) -> None:
+def drop_quantization(config: PretrainedConfig) -> None:
     """Have transformers take a checkpoint for one in floating point; its weights are dequantised by us."""
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+
+
+def meta_model(config: PretrainedConfig, trust_remote_code: bool | None = None) -> PreTrainedModel:
+    """The model of a config without weights; takes the config's own quantization off.
+
+    Raises:
+        FormatError: a value that no model has.
+        UnsupportedModel: a config that no model can be built of, or whose own code does not run.
+    """
+    drop_quantization(config)
+    path = config.name_or_path or "model"
+    check_values(config_file(path), config.to_dict(), has_defaults=True)
+    with torch.device("meta"), errors_in_one_line(path, trust_remote_code=trust_remote_code):
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def untie(values: dict[str, Any]) -> None:

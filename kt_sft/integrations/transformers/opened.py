@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -22,22 +21,15 @@ from kt_sft import memory
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.checkpoint import SAFETENSORS, Weights, config_values, open_weights
-from kt_sft.formats.config_values import check_values
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_config import model_config
 from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.formats.unchanged_files import Mark, mark
 from kt_sft.integrations.gguf.model import gguf_config, is_gguf_model, model_directory
-from kt_sft.integrations.transformers.model_files import check_generation_config, drop_quantization, find_config_file
-from kt_sft.integrations.transformers.placing import given_dtype, plan_here
-from kt_sft.models.auto_class import (
-    HUB_ARGS,
-    auto_class,
-    config_file,
-    errors_in_one_line,
-    read_auto_config,
-)
+from kt_sft.integrations.transformers.model_files import check_generation_config, find_config_file, meta_model
+from kt_sft.integrations.transformers.placing import bytes_outside_experts, given_dtype, plan_here, uses_main_memory
+from kt_sft.models.auto_class import HUB_ARGS, read_auto_config
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.layout import ExpertsSpec, Formats
 from kt_sft.models.spec import find_experts
@@ -50,8 +42,6 @@ from kt_sft.sources.packed import copies
 
 if TYPE_CHECKING:
     from kt_sft.sources.protocol import ExpertSource
-
-logger = logging.getLogger(__name__)
 
 
 class OpenedModel:
@@ -380,38 +370,9 @@ def open_model(
     return opened
 
 
-def meta_model(config: PretrainedConfig, trust_remote_code: bool | None = None) -> PreTrainedModel:
-    """The model of a config without weights; takes the config's own quantization off.
-
-    Raises:
-        FormatError: a value that no model has.
-        UnsupportedModel: a config that no model can be built of, or whose own code does not run.
-    """
-    drop_quantization(config)
-    path = config.name_or_path or "model"
-    check_values(config_file(path), config.to_dict(), has_defaults=True)
-    with torch.device("meta"), errors_in_one_line(path, trust_remote_code=trust_remote_code):
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-
-
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of everything that a checkpoint of a model may hold."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def bytes_outside_experts(model: torch.nn.Module, specs: Mapping[str, ExpertsSpec]) -> int:
-    """Bytes of all parameters and buffers outside the experts."""
-    outside = (
-        t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.rpartition(".")[0] not in specs
-    )
-    return sum(tensor.numel() * tensor.element_size() for tensor in outside)
-
-
-def uses_main_memory(device_map: dict[str, Any] | str | None) -> bool:
-    """Whether weights outside the experts stay in main memory under this device map."""
-    if not isinstance(device_map, dict):
-        return device_map in (None, "cpu")
-    return any(str(device) == "cpu" for device in device_map.values())
 
 
 def _marks(place: str | os.PathLike[str]) -> dict[str, Mark]:

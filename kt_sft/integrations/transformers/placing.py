@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from kt_sft import env
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
+from kt_sft.models.layout import ExpertsSpec
 from kt_sft.placement.inject import check_devices
 from kt_sft.placement.plan import Plan
 from kt_sft.placement.resolve import NO_RULES, resolve
@@ -70,3 +73,18 @@ def plan_here(model: PreTrainedModel, config: KTConfig, device_map: Any = None, 
 def given_dtype(from_pretrained_kwargs: dict[str, Any]) -> Any:
     """The dtype among `from_pretrained`'s arguments, under its new name or the old one."""
     return from_pretrained_kwargs.get("dtype", from_pretrained_kwargs.get("torch_dtype"))
+
+
+def bytes_outside_experts(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> int:
+    """Bytes of all parameters and buffers outside the experts."""
+    outside = (
+        t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.rpartition(".")[0] not in specs
+    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in outside)
+
+
+def uses_main_memory(device_map: dict[str, Any] | str | None) -> bool:
+    """Whether weights outside the experts stay in main memory under this device map."""
+    if not isinstance(device_map, dict):
+        return device_map in (None, "cpu")
+    return any(str(device) == "cpu" for device in device_map.values())

@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kt_sft.compat.transformers import WeightConverter, forget_quantizer, leave_unread, read_all_again
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.transformers.linears import pack_linears
-from kt_sft.integrations.transformers.opened import OpenedModel, bytes_outside_experts, uses_main_memory
+from kt_sft.integrations.transformers.opened import OpenedModel
+from kt_sft.integrations.transformers.placing import bytes_outside_experts, uses_main_memory
 from kt_sft.integrations.transformers.quantized_weights import UNREAD, Dequantizer
 from kt_sft.integrations.transformers.saving import save_full_model
 from kt_sft.integrations.transformers.swapping import swap_experts, unread_patterns
