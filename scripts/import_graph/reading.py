@@ -1,6 +1,7 @@
 """The import graph of the package, read from its source: which module names which, at the top or inside a function.
 
-Nothing is imported, so a tree that does not run can be read, too.
+Nothing is imported, so a tree that does not run can be read, too. Names that are put together at run time, or that
+stand in a table (the public names, the patches of `autoload.py`), are not seen.
 """
 
 from __future__ import annotations
