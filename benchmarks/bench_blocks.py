@@ -21,7 +21,7 @@ import torch
 from rich.table import Table
 
 from benchmarks import session
-from benchmarks.moe_layer import worst_error
+from benchmarks.problem import worst_error
 from benchmarks.worker import Worker
 from tests.helpers.blocks import BLOCKS, random_rows
 

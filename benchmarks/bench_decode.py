@@ -16,12 +16,12 @@ from statistics import median
 import torch
 from rich.table import Table
 
-from benchmarks import kt_kernel_opponent, layer_bench, moe_layer, session
+from benchmarks import contest, kt_kernel_opponent, problem, session
 from benchmarks.bench_moe_layer import ratio_text
+from benchmarks.contest import BASE_ONLY, MODELS, OURS, REFERENCE, LayerBench
 from benchmarks.harness import CaseResult
-from benchmarks.layer_bench import BASE_ONLY, MODELS, OURS, REFERENCE, LayerBench
-from benchmarks.moe_layer import LayerShape
-from benchmarks.our_layer import OurLayer
+from benchmarks.kt_sft_contender import OurLayer
+from benchmarks.problem import LayerShape
 from benchmarks.targets import inference_names
 
 TOKENS = (1, 2, 4)
@@ -41,8 +41,8 @@ def decode_shape(whole: LayerShape, full: bool) -> LayerShape:
 def call_overhead_us(shape: LayerShape, rank: int) -> float:
     """Microseconds of one inference call of a layer that has next to no work, with as many experts and slots."""
     tiny = replace(shape, hidden=32, inter=32)
-    ours = OurLayer(moe_layer.make_layer(tiny, rank))
-    (batch,) = moe_layer.make_batches(tiny, 1, 1)
+    ours = OurLayer(problem.make_layer(tiny, rank))
+    (batch,) = problem.make_batches(tiny, 1, 1)
     times = []
     with torch.no_grad():
         for _ in range(OVERHEAD_CALLS):
@@ -54,16 +54,16 @@ def call_overhead_us(shape: LayerShape, rank: int) -> float:
 
 def run_model(key: str, options: argparse.Namespace, running: session.Session) -> list[CaseResult]:
     shape = decode_shape(MODELS[key].whole, options.full)
-    layer = moe_layer.make_layer(shape, layer_bench.LORA_RANK)
+    layer = problem.make_layer(shape, contest.LORA_RANK)
     bench = LayerBench(layer, running.roofline, max_pass_seconds=5.0, most=options.repeats, least=3)
     bench.add_ours([OURS, *inference_names(running.library).values()], ranks=(0,))
     bench.add_torch([REFERENCE])
     cases = []
     with kt_kernel_opponent.joined(bench, options, running, max(TOKENS)):
         for tokens in TOKENS:
-            batches = moe_layer.make_batches(shape, tokens, layer_bench.NUM_BATCHES)
+            batches = problem.make_batches(shape, tokens, contest.NUM_BATCHES)
             trial = bench.run(list(bench.contestants), batches, tokens, backward=False, budget=options.seconds_per_case)
-            cases.append(trial.case(OURS, layer_bench.LORA_RANK))
+            cases.append(trial.case(OURS, contest.LORA_RANK))
     for name, reason in bench.missing.items():
         running.console.print(f"{name}: not measured: {reason}")
     return cases
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     for key in options.models:
         name = MODELS[key].whole.model
         shape = decode_shape(MODELS[key].whole, options.full)
-        overhead[name] = round(call_overhead_us(shape, layer_bench.LORA_RANK), 1)
+        overhead[name] = round(call_overhead_us(shape, contest.LORA_RANK), 1)
         done = run_model(key, options, running)
         running.console.print(table_of(done, overhead[name]))
         cases += done

@@ -13,7 +13,8 @@ from dataclasses import asdict
 from rich.table import Table
 
 from benchmarks import session
-from benchmarks.gemm_bench import (
+from benchmarks.contest import MODELS
+from benchmarks.products import (
     ROWS_PER_EXPERT,
     GemmCase,
     Kernel,
@@ -23,7 +24,6 @@ from benchmarks.gemm_bench import (
     run_shape,
     shapes_of,
 )
-from benchmarks.layer_bench import MODELS
 from benchmarks.report import product_cell
 
 QUICK_MODELS = ("deepseek-v2-lite",)

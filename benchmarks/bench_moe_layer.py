@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from rich.table import Table
 
-from benchmarks import kt_kernel_opponent, layer_bench, moe_layer, session
+from benchmarks import contest, kt_kernel_opponent, problem, session
+from benchmarks.contest import BASE_ONLY, FORMATS, MODELS, OURS, LayerBench, Model
 from benchmarks.harness import CaseResult
-from benchmarks.layer_bench import BASE_ONLY, FORMATS, MODELS, OURS, LayerBench, Model
 
 SHORT = {"forward": "fwd", "forward + backward": "fwd + bwd"}
 FULL_TOKENS, QUICK_TOKENS = (1, 16, 512, 2048), (16, 512)
@@ -32,7 +32,7 @@ def run_model(
 ) -> None:
     """All token counts of one model; the weights live only as long as this call."""
     shape = model.full if options.full else model.slice
-    layer = moe_layer.make_layer(shape, options.lora_rank)
+    layer = problem.make_layer(shape, options.lora_rank)
     bench = LayerBench(
         layer,
         running.roofline,
@@ -46,7 +46,7 @@ def run_model(
     tokens_of = {t: t if options.full else model.slice_tokens(t) for t in options.tokens}
     with kt_kernel_opponent.joined(bench, options, running, max(tokens_of.values())):
         for tokens, scaled in tokens_of.items():
-            batches = moe_layer.make_batches(shape, scaled, layer_bench.NUM_BATCHES)
+            batches = problem.make_batches(shape, scaled, contest.NUM_BATCHES)
             seconds = share()
             for backward in (False, True):
                 budget = seconds * (2 if backward else 1) / 3
@@ -134,15 +134,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--opponents",
         nargs="*",
-        choices=moe_layer.OPPONENTS,
-        default=list(moe_layer.OPPONENTS),
+        choices=problem.OPPONENTS,
+        default=list(problem.OPPONENTS),
         metavar="NAME",
-        help=", ".join(f'"{one}"' for one in moe_layer.OPPONENTS),
+        help=", ".join(f'"{one}"' for one in problem.OPPONENTS),
     )
     parser.add_argument(
         "--tokens", nargs="+", type=int, help="T of the whole layer (default: 16 512, with --full 1 16 512 2048)"
     )
-    parser.add_argument("--lora-rank", type=int, default=layer_bench.LORA_RANK, help="8 by default; 0: no LoRA")
+    parser.add_argument("--lora-rank", type=int, default=contest.LORA_RANK, help="8 by default; 0: no LoRA")
     parser.add_argument("--repeats", type=int, default=20, help="most samples per contender (default 20)")
     parser.add_argument("--seconds", type=float, help="aim for this run time (default: 90, with --full 1800)")
     parser.add_argument("--details", action="store_true", help="also a table of every contender, case by case")
@@ -159,7 +159,7 @@ def mode_of(options: argparse.Namespace) -> str:
         set(options.models) == set(MODELS)
         and set(options.tokens) >= set(FULL_TOKENS if options.full else QUICK_TOKENS)
         and set(options.formats) == set(OTHER_FORMATS)
-        and set(options.opponents) == set(moe_layer.OPPONENTS)
+        and set(options.opponents) == set(problem.OPPONENTS)
     )
     if not is_whole:
         return "part"

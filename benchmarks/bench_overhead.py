@@ -25,9 +25,9 @@ from torch import Tensor
 
 import kt_sft
 from benchmarks import session
+from kt_sft.autograd.moe import NO_LORA, MoeCall, moe
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import RoutedExperts
-from kt_sft.ops.moe import NO_LORA, MoeCall, moe
 
 TARGET_US = 60.0
 RANK = 8
@@ -132,7 +132,7 @@ def overhead_of(times: dict[str, float]) -> dict[str, float]:
 def products_us(layer: Layer, method: str, rounds: int) -> float:
     """Median of the native call at true size, as many experts as one token uses."""
     spec = ExpertsSpec(layer.top_k, layer.hidden, layer.inter)
-    experts = RoutedExperts(spec, weight_format=method.lower()).eval()
+    experts = RoutedExperts(spec, formats=method.lower()).eval()
     shapes = ((layer.inter, layer.hidden), (layer.inter, layer.hidden), (layer.hidden, layer.inter))
     for expert in range(layer.top_k):
         experts.load_expert(expert, *((torch.randn(shape) / shape[1] ** 0.5).to(torch.bfloat16) for shape in shapes))

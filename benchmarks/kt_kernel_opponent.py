@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import moe_layer
-from benchmarks.layer_bench import BASE_ONLY, Contestant, LayerBench
-from benchmarks.moe_layer import Batch, Layer
+from benchmarks import problem
+from benchmarks.contest import BASE_ONLY, Contestant, LayerBench
+from benchmarks.problem import Batch, Layer
 from benchmarks.roofline import last_level_cache_bytes
 from benchmarks.session import Session
 
@@ -185,7 +185,7 @@ def joined(
     except KtKernelMissing as reason:
         bench.missing.update({name: str(reason) for name in names.values()})
         answers = {}
-    base = bench.contestants[BASE_ONLY].layer if BASE_ONLY in bench.contestants else moe_layer.with_rank(bench.layer, 0)
+    base = bench.contestants[BASE_ONLY].layer if BASE_ONLY in bench.contestants else problem.with_rank(bench.layer, 0)
     for method, answer in answers.items():
         if "reason" in answer:
             bench.missing[names[method]] = answer["reason"]

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness import ROOT
-from benchmarks.moe_layer import LayerShape
-from benchmarks.our_layer import GROUP_SIZE
+from benchmarks.kt_sft_contender import GROUP_SIZE
+from benchmarks.problem import LayerShape
 
 FORMATS = ("bf16", "int8", "int4")
 
@@ -62,7 +62,7 @@ def _measure(weight_format: str, num_experts: int, hidden: int, inter: int) -> f
         return gate, up, torch.full((hidden, inter), 0.5, dtype=torch.bfloat16)
 
     def load(num_experts: int, hidden: int, inter: int) -> RoutedExperts:
-        experts = RoutedExperts(ExpertsSpec(num_experts, hidden, inter, "silu"), weight_format=weight_format)
+        experts = RoutedExperts(ExpertsSpec(num_experts, hidden, inter, "silu"), formats=weight_format)
         for index in range(num_experts):
             experts.load_expert(index, *expert(hidden, inter))
         return experts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.gemm_bench import GemmCase
 from benchmarks.harness import quantile
+from benchmarks.products import GemmCase
 from kt_sft.formats.staging import new_file
 
 # One colour per weight format (bf16 rows) and one for the int8 rows of each; from Okabe and Ito's colour-blind set.

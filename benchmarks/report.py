@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchmarks import bench_generate, bench_loading, bench_overhead
+from benchmarks.demands import HEADINGS, MISS, PASS, UNKNOWN, rows_of
 from benchmarks.harness import RESULTS, ROOT
-from benchmarks.target_lines import HEADINGS, MISS, PASS, UNKNOWN, rows_of
 from kt_sft.formats.staging import write_text
 
 PAGE = ROOT / "docs" / "performance.md"

@@ -12,13 +12,13 @@ import json
 import sys
 from dataclasses import dataclass, field
 
-from benchmarks import gemm_bench, kt_kernel_opponent, layer_bench, memory, moe_layer, session, target_lines
-from benchmarks.block_layer import DOWN
-from benchmarks.gemm_bench import Kernel, MatrixShape, PackedMatrices, Product
+from benchmarks import contest, demands, kt_kernel_opponent, memory, problem, products, session
+from benchmarks.contest import BASE_ONLY, MODELS, OURS, REFERENCE, LayerBench, Model, Trial, rank_name
+from benchmarks.demands import AVX2_FMA, AVX2_KT, BANDS, FORWARD, GROUPED, INFERENCE, KT, STEP, V3, W8A8, Figure
+from benchmarks.gguf_mix import DOWN
 from benchmarks.harness import time_ratio
-from benchmarks.layer_bench import BASE_ONLY, MODELS, OURS, REFERENCE, LayerBench, Model, Trial, rank_name
+from benchmarks.products import Kernel, MatrixShape, PackedMatrices, Product
 from benchmarks.roofline import Roofline, unit_of
-from benchmarks.target_lines import AVX2_FMA, AVX2_KT, BANDS, FORWARD, GROUPED, INFERENCE, KT, STEP, V3, W8A8, Figure
 
 R64 = rank_name(64)
 # T, backward, contestants; kt-kernel is timed beside the run without LoRA, since it has none.
@@ -61,8 +61,8 @@ class Run:
         return min(MAX_TRIAL_SECONDS, max(MIN_TRIAL_SECONDS, 0.4 * left))
 
 
-def selected(options: argparse.Namespace) -> list[target_lines.Demand]:
-    return [one for one in target_lines.DEMANDS if options.only in one.line]
+def selected(options: argparse.Namespace) -> list[demands.Demand]:
+    return [one for one in demands.DEMANDS if options.only in one.line]
 
 
 def inference_names(library: object) -> dict[str, str]:
@@ -79,13 +79,13 @@ def trial_figures(trial: Trial, mode: str, tokens: int, aliases: dict[str, str],
         real = aliases.get(name, name)
         note = notes.get(real, "")
         for limit in ("dram", "fma", "unit"):
-            figures[target_lines.share(mode, tokens, name, limit)] = Figure(trial.fraction(real, limit), note)
+            figures[demands.share(mode, tokens, name, limit)] = Figure(trial.fraction(real, limit), note)
     for name in (*names, *notes):
         real = aliases.get(name, name)
         for ours in names:
             value = trial.ratio(real, aliases.get(ours, ours))
             reason = trial.notes.get(real, notes.get(real, "")) if value is None or real in trial.at_least else ""
-            figures[target_lines.times(mode, tokens, name, ours)] = Figure(value, reason, real in trial.at_least)
+            figures[demands.times(mode, tokens, name, ours)] = Figure(value, reason, real in trial.at_least)
     return figures
 
 
@@ -96,19 +96,19 @@ def run_layer(run: Run, key: str, model: Model) -> None:
     if not wanted:
         return
     shape = model.full if options.full else model.slice
-    layer = moe_layer.make_layer(shape, layer_bench.LORA_RANK)
+    layer = problem.make_layer(shape, contest.LORA_RANK)
     bench = LayerBench(layer, running.roofline, max_pass_seconds=20.0 if options.full else 1.5, most=run.most, least=3)
     aliases = inference_names(running.library)
     names = {aliases.get(one, one) for *_, some in wanted for one in some}
-    bench.add_ours([one for one in layer_bench.FORMATS if one in names or one == OURS], ranks=(0, 64))
+    bench.add_ours([one for one in contest.FORMATS if one in names or one == OURS], ranks=(0, 64))
     bench.add_blocks([one for one in DOWN if one in names])
-    bench.add_torch([one for one in moe_layer.OPPONENTS if one in names])
+    bench.add_torch([one for one in problem.OPPONENTS if one in names])
     notes = {W8A8: rows_note(running)}
     tokens_of = {t: _tokens(options, model, key, t) for t, *_ in wanted}
     with kt_kernel_opponent.joined(bench, options, running, max(tokens_of.values())):
         notes |= bench.missing
         for t, backward, some in wanted:
-            batches = moe_layer.make_batches(shape, tokens_of[t], layer_bench.NUM_BATCHES)
+            batches = problem.make_batches(shape, tokens_of[t], contest.NUM_BATCHES)
             real = list(dict.fromkeys(aliases.get(one, one) for one in some))
             trial = bench.run(real, batches, t, backward=backward, budget=run.budget)
             mine = {alias: name for alias, name in aliases.items() if alias in some}
@@ -152,9 +152,9 @@ def run_avx2(run: Run, key: str, model: Model) -> None:
     library.set_isa("avx2")
     try:
         roofline = Roofline("avx2", running.threads)
-        parts = [avx2_share(run, shape, roofline) for shape in gemm_bench.shapes_of([key])]
+        parts = [avx2_share(run, shape, roofline) for shape in products.shapes_of([key])]
         run.figures[key][AVX2_FMA] = Figure(min(parts))
-        same = run.figures[key].get(target_lines.times(FORWARD, 512, KT["bf16"], BASE_ONLY))
+        same = run.figures[key].get(demands.times(FORWARD, 512, KT["bf16"], BASE_ONLY))
         if running.isa == "avx2" and same is not None:  # the trial before has measured just that
             run.figures[key][AVX2_KT] = same
         else:
@@ -165,13 +165,13 @@ def run_avx2(run: Run, key: str, model: Model) -> None:
 
 def avx2_against_kt_kernel(run: Run, model: Model, roofline: Roofline) -> Figure:
     """Forward at T = 512 without LoRA, both with AVX2."""
-    bench = LayerBench(moe_layer.make_layer(model.slice, 0), roofline, max_pass_seconds=5.0, most=run.most, least=3)
+    bench = LayerBench(problem.make_layer(model.slice, 0), roofline, max_pass_seconds=5.0, most=run.most, least=3)
     bench.add_ours([OURS])
     tokens, opponent = model.slice_tokens(512), KT["bf16"]
     with kt_kernel_opponent.joined(bench, run.options, run.running, tokens, variant="avx2"):
         if opponent not in bench.contestants:
             return Figure(None, bench.missing[opponent])
-        batches = moe_layer.make_batches(model.slice, tokens, layer_bench.NUM_BATCHES)
+        batches = problem.make_batches(model.slice, tokens, contest.NUM_BATCHES)
         return Figure(bench.run([OURS, opponent], batches, 512, backward=False, budget=run.budget).ratio(opponent))
 
 
@@ -179,10 +179,10 @@ def avx2_share(run: Run, shape: MatrixShape, roofline: Roofline) -> float:
     """Part of the FMA peak of the selected forward product with 512 rows."""
     product = Product(PackedMatrices(run.running.library, shape, "bf16"), _selected("forward", "bf16"), 512)
     product.check()
-    (samples,) = gemm_bench.time_products(
+    (samples,) = products.time_products(
         [product], roofline, "fma_avx2", threads=run.running.threads, most=run.most, budget=run.budget / 4
     ).values()
-    return layer_bench.harness.fraction("unit", product.work, samples)
+    return contest.harness.fraction("unit", product.work, samples)
 
 
 def _selected(op: str, weight_format: str) -> Kernel:
@@ -191,18 +191,18 @@ def _selected(op: str, weight_format: str) -> Kernel:
 
 def run_gradients(run: Run, key: str) -> None:
     """Rate of the input gradient / rate of forward, from the same copy: the worst of gate and down in each band."""
-    for weight_format in target_lines.MEMORY:
-        bands = [one for one in BANDS if run.wants(target_lines.gradient_key(weight_format, one))]
+    for weight_format in demands.MEMORY:
+        bands = [one for one in BANDS if run.wants(demands.gradient_key(weight_format, one))]
         if not bands:
             continue
         ratios: dict[int, float] = {}
-        for shape in gemm_bench.shapes_of([key]):
+        for shape in products.shapes_of([key]):
             matrices = PackedMatrices(run.running.library, shape, weight_format)
             for m in (m for band in bands for m in band if run.options.full or m in QUICK_ROWS):
                 ratios[m] = min(gradient_ratio(run, matrices, weight_format, m), ratios.get(m, float("inf")))
         for band in bands:
             worst = min((ratios[m], m) for m in band if m in ratios)
-            run.figures[key][target_lines.gradient_key(weight_format, band)] = Figure(worst[0])
+            run.figures[key][demands.gradient_key(weight_format, band)] = Figure(worst[0])
     run.running.console.print(f"{MODELS[key].whole.model}: input gradients, {run.running.seconds:.0f} s")
 
 
@@ -212,21 +212,21 @@ def gradient_ratio(run: Run, matrices: PackedMatrices, weight_format: str, m: in
     for one in pair:
         one.check()
     unit = unit_of("bf16", running.isa)
-    samples = gemm_bench.time_products(
+    samples = products.time_products(
         pair, running.roofline, unit, threads=running.threads, most=run.most, budget=run.budget / 8
     )
     return time_ratio(samples[pair[0].kernel.label], samples[pair[1].kernel.label])
 
 
 def run_memory(run: Run, key: str, model: Model) -> None:
-    for one, figure_key in target_lines.MEMORY.items():
+    for one, figure_key in demands.MEMORY.items():
         if run.wants(figure_key):
             ratio = memory.packed_ratio(run.running.library, model.whole, one)
             run.figures[key][figure_key] = Figure(ratio)
-    peaks = [one for one in selected(run.options) if one.key in target_lines.LOAD_PEAK.values() and key in one.limits]
+    peaks = [one for one in selected(run.options) if one.key in demands.LOAD_PEAK.values() and key in one.limits]
     if peaks:
         ratios = memory.load_peak_ratios(model.slice)
-        run.figures[key] |= {target_lines.LOAD_PEAK[one]: Figure(ratio) for one, ratio in ratios.items()}
+        run.figures[key] |= {demands.LOAD_PEAK[one]: Figure(ratio) for one, ratio in ratios.items()}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -265,14 +265,14 @@ def main(arguments: list[str] | None = None) -> int:
         run_gradients(run, key)
         run_layer(run, key, model)
         run_avx2(run, key, model)
-    judged = [one for one in target_lines.judge(run.figures, selected(options)) if one.figures]
-    running.console.print(target_lines.table_of(judged))
-    running.console.print(f"{target_lines.summary(judged)}, {running.seconds:.0f} s")
+    judged = [one for one in demands.judge(run.figures, selected(options)) if one.figures]
+    running.console.print(demands.table_of(judged))
+    running.console.print(f"{demands.summary(judged)}, {running.seconds:.0f} s")
     records = [one.record() for one in judged]
     running.save(records)
     if options.json:
         print(json.dumps(records, indent=1))
-    return target_lines.exit_code(judged)
+    return demands.exit_code(judged)
 
 
 if __name__ == "__main__":

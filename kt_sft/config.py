@@ -9,7 +9,7 @@ from typing import Any
 
 from kt_sft.errors import ConfigError, nearest, unknown_names
 
-# Accepted spellings -> weight format. Only formats whose kernels exist are listed.
+# Accepted spellings -> method. Only those whose kernels exist are listed.
 METHODS = {
     "BF16": "BF16",
     "INT8": "INT8",
@@ -46,8 +46,11 @@ _CHOICES = {
 class KTConfig:
     """How the routed experts are held and computed.
 
+    A `method` is what a user asks for, here, in YAML, in rules and on command lines. `formats` are what the kernels
+    hold for gate, up and down by it (`models.layout.Formats`); a source of experts turns the one into the other.
+
     Args:
-        method: weight format in memory: `BF16`, `INT8` (one scale per output channel), `INT4` (one scale per group of
+        method: how weights are held: `BF16`, `INT8` (one scale per output channel), `INT4` (one scale per group of
             inputs), `RAWINT4` (integers and scales of a compressed-tensors INT4 checkpoint as they are stored), `GGUF`
             (the block types of a GGUF file as they are stored, docs/sources.md); `AMXBF16`, `AMXINT8`, `MOE_INT8`,
             `AMXINT4`, `MOE_INT4`, `LLAMAFILE` are other names for them.
@@ -115,8 +118,11 @@ class KTConfig:
             object.__setattr__(self, "rule_vars", joined or None)
 
     @property
-    def weight_format(self) -> str:
-        """As the kernels call it: `bf16`, `int8`, `int4`, `rawint4`; `gguf`: each tensor has a type of its own."""
+    def format(self) -> str:
+        """What the method makes of all weights, as the kernels call it: `bf16`, `int8`, `int4` or `rawint4`.
+
+        By GGUF each tensor keeps a type of its own, see `ExpertSource.native_formats`.
+        """
         return self.method.lower()
 
     def _faults(self) -> Iterator[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft import env, memory
-from kt_sft.errors import GIB, KTError
+from kt_sft.compat.releases import release_of
+from kt_sft.errors import GIB, KTError, first_line
 
 # Shown in this order; ranges come from the metadata of the installed kt_sft, so that they are stated once.
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "llamafactory", "deepspeed")
@@ -82,7 +83,7 @@ def _native(report: Report) -> None:
     except ImportError as error:
         report.machine.update(_cpu_without_library())
         report.kernels = {"built": False, "detected": [], "active": None, "rows": [], "threads": None, "amx": None}
-        report.add("error", f"the native library is missing: {_first_line(error)}", BUILD_REMEDY)
+        report.add("error", f"the native library is missing: {first_line(error)}", BUILD_REMEDY)
         return
     report.machine.update(library.cpu_info())
     wanted = env.isa()
@@ -91,7 +92,7 @@ def _native(report: Report) -> None:
             library.set_isa(wanted)
         except ValueError as error:
             remedy = f"unset KT_SFT_ISA or set it to one of: {', '.join(library.isa_detected())}"
-            report.add("error", f"KT_SFT_ISA={wanted}: {_first_line(error)}", remedy)
+            report.add("error", f"KT_SFT_ISA={wanted}: {first_line(error)}", remedy)
     report.kernels = {
         "built": True,
         "version": library.version(),
@@ -151,9 +152,9 @@ def _gpus(report: Report) -> None:
     try:
         import torch
     except Exception as error:  # a torch that is broken raises OSError, RuntimeError, ...
-        if _version("torch") is not None:
+        if release_of("torch") is not None:
             report.add(
-                "error", f"torch cannot be imported: {_first_line(error)}", "reinstall torch (in a clone: make setup)"
+                "error", f"torch cannot be imported: {first_line(error)}", "reinstall torch (in a clone: make setup)"
             )
         return
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -193,10 +194,10 @@ def _versions(report: Report) -> None:
             "pip install .",
         )
     report.versions.append(_judged(report, "python", platform.python_version(), ranges.get("python")))
-    own = _version("kt_sft")
+    own = release_of("kt_sft")
     report.versions.append({"name": "kt_sft", "installed": own, "supported": None, "ok": own is not None})
     for name in PACKAGES:
-        report.versions.append(_judged(report, name, _version(name), ranges.get(name)))
+        report.versions.append(_judged(report, name, release_of(name), ranges.get(name)))
 
 
 def _judged(report: Report, name: str, installed: str | None, supported: str | None) -> dict[str, Any]:
@@ -247,20 +248,9 @@ def _hook(report: Report) -> None:
     report.add(level, what, status["remedy"])
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _gguf_types(library: Any) -> dict[str, list[str]]:
     """Kernel format -> the block types of GGUF files that it takes."""
     types: dict[str, list[str]] = {}
     for kind in library.block_types():
         types.setdefault(kind["format"], []).append(kind["name"])
     return types
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 GIB = 1 << 30
@@ -27,13 +28,13 @@ class ConfigError(KTError, ValueError):
     """
 
     def __init__(self, faults: str | Iterable[str]):
-        self.faults: tuple[str, ...] = tuple(map(_one_line, (faults,) if isinstance(faults, str) else faults))
+        self.faults: tuple[str, ...] = tuple(map(_printable, (faults,) if isinstance(faults, str) else faults))
         if len(self.faults) == 1:
             message = self.faults[0]
         else:
             numbered = "; ".join(f"({i}) {fault}" for i, fault in enumerate(self.faults[:_MOST_FAULTS], 1))
             more = f"; and {len(self.faults) - _MOST_FAULTS} more" if len(self.faults) > _MOST_FAULTS else ""
-            message = _one_line(f"{len(self.faults)} faults in the configuration: {numbered}{more}", _MOST_OF_ALL)
+            message = _printable(f"{len(self.faults)} faults in the configuration: {numbered}{more}", _MOST_OF_ALL)
         super().__init__(message)
 
 
@@ -116,6 +117,49 @@ class ExpertTensors(Protocol):
     def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]: ...
 
 
+@contextmanager
+def as_ours(
+    make: Callable[[BaseException], KTError | None],
+    kinds: type[BaseException] | tuple[type[BaseException], ...] = Exception,
+) -> Iterator[None]:
+    """The one way in which an error that a library raises becomes one of ours; ours pass.
+
+    Args:
+        make: our error for theirs; None: theirs stays.
+        kinds: of errors that are asked about.
+    Raises:
+        KTError: of `make`, with the library's as its cause.
+    """
+    try:
+        yield
+    except KTError:
+        raise
+    except kinds as error:
+        if (ours := make(error)) is None:
+            raise
+        raise ours from error
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What a library's error says, for a message of ours: its first line, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
+def one_line(error: BaseException) -> str:
+    """All that a library's error says, its lines one after the other; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def under_name(fault: str, names: Mapping[str, str]) -> str:
+    """A fault of a setting, which begins with its name, under the name that it has where it was written.
+
+    Args:
+        names: setting -> name at a door; others keep theirs.
+    """
+    setting, colon, rest = fault.partition(":")
+    return f"{names.get(setting, setting)}{colon}{rest}"
+
+
 def unpackable(source: ExpertTensors, module: str, expert: int, reason: ValueError, *, instead: str) -> Unpackable:
     """Why an expert could not be packed, as an error of its file.
 
@@ -180,10 +224,10 @@ def _sentence(what: str, expected: object, found: object, remedy: str, *, extra:
     if found is not None:
         parts.append(f"found {found}")
     head = f"{parts[0]}: " if len(parts) > 1 else parts[0]
-    return _one_line(head + ", ".join(parts[1:]) + _tail(remedy))
+    return _printable(head + ", ".join(parts[1:]) + _tail(remedy))
 
 
-def _one_line(text: str, most: int = _MOST_CHARACTERS) -> str:
+def _printable(text: str, most: int = _MOST_CHARACTERS) -> str:
     """Names come from files, which may be damaged: line breaks and control characters are shown as escapes."""
     if len(text) > most:
         half = most // 2

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kt_sft import env
 from kt_sft.errors import GIB, NotEnoughMemory
+from kt_sft.native import native
 
 if TYPE_CHECKING:
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.layout import ExpertsSpec, Formats
+
+logger = logging.getLogger(__name__)
 
 # cgroup v1 writes "no limit" as the largest page-aligned int64.
 _NO_LIMIT_BYTES = 1 << 60
@@ -69,6 +74,69 @@ def estimate(
     staging = max((spec.expert_bytes for spec in specs.values()), default=0)
     total = sum(packed_bytes)
     return MemoryEstimate(0 if is_mapped else total, staging, rest_bytes, ranks, total if is_mapped else 0)
+
+
+def needed(
+    specs: Mapping[str, ExpertsSpec],
+    rest_bytes: int,
+    formats: Mapping[str, Formats],
+    group: int,
+    *,
+    is_mapped: bool = False,
+) -> MemoryEstimate:
+    """The same for all processes of this machine, from what the kernels will hold.
+
+    Args:
+        formats: by module name.
+        group: weights that share a scale in int4 and rawint4.
+    """
+    packed_bytes = native().MoeLayer.packed_bytes_for
+    sizes = [
+        packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], group) for name, spec in specs.items()
+    ]
+    return estimate(specs, sizes, rest_bytes, ranks=env.local_world_size(), is_mapped=is_mapped)
+
+
+def check_experts(
+    specs: Mapping[str, ExpertsSpec],
+    rest_bytes: int,
+    formats: Mapping[str, Formats],
+    group: int,
+    *,
+    method: str,
+    is_mapped: bool = False,
+) -> None:
+    """Raise unless the experts fit beside the rest; warn where mapped experts will be read again and again.
+
+    Args:
+        specs, rest_bytes, formats, group, is_mapped: see `needed`.
+        method: that the formats follow from; others are named where they would fit.
+    Raises:
+        NotEnoughMemory: needed and available bytes, and the formats that would fit.
+    """
+    smaller = {
+        other: needed(specs, rest_bytes, dict.fromkeys(specs, other.lower()), group, is_mapped=is_mapped)
+        for other in ("INT8", "INT4")
+        if other != method
+    }
+    wanted, available = needed(specs, rest_bytes, formats, group, is_mapped=is_mapped), available_memory()
+    check(wanted, available, smaller)
+    if warning := mapped_shortage(wanted, available):
+        logger.warning(warning)
+
+
+def check_together(models: Sequence[MemoryEstimate], what: str) -> None:
+    """Raise unless several models fit beside one another.
+
+    Args:
+        what: names them in messages.
+    Raises:
+        NotEnoughMemory: needed bytes of all of them, and available bytes.
+    """
+    experts, rest = (sum(getattr(one, name) for one in models) for name in ("experts_bytes", "rest_bytes"))
+    staging = max(one.staging_bytes for one in models)  # they are loaded one after the other
+    together = MemoryEstimate(experts, staging, rest, models[0].ranks)
+    check(together, available_memory(), what=what)
 
 
 def check(

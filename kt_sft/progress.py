@@ -1,26 +1,41 @@
-"""transformers' progress bar, moved to where the work is."""
+"""The progress bar: what long work calls (`Bar`), and the one that is shown where no command has its own.
+
+Imports nothing until a bar is made: programs that load experts without transformers show one, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
-from transformers.utils import logging as hf_logging
 
-# what, total -> context that gives the function to call: (done, total, name)
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int, str], None]]]
+class Move(Protocol):
+    """Moves a bar to what is done by now."""
+
+    def __call__(self, done: int, total: int, name: str, /) -> None: ...
+
+
+class Bar(Protocol):
+    """Makes a bar for a piece of work that has `total` parts."""
+
+    def __call__(self, what: str, total: int, /) -> AbstractContextManager[Move]: ...
+
+
+def no_bar(done: int, total: int, name: str) -> None:
+    """Shows nothing."""
 
 
 @contextmanager
-def progress_bar(
-    what: str, total: int, *, unit: str, is_shown: bool = True
-) -> Iterator[Callable[[int, int, str], None]]:
-    """Gives the function that moves the bar: (done, total, name)."""
+def progress_bar(what: str, total: int, *, unit: str, is_shown: bool = True) -> Iterator[Move]:
+    """A line of tqdm, which the switches of transformers and huggingface_hub turn off."""
+    from huggingface_hub.utils import tqdm
+
     reached = 0
-    with hf_logging.tqdm(total=total, desc=what, unit=unit, disable=not is_shown) as bar:
+    with tqdm(total=total, desc=what, unit=unit, disable=not is_shown) as bar:
 
         def move(done: int, _total: int, _name: str) -> None:
-            # A bar that is switched off is an object of another class, which does not count.
+            # A bar that is switched off does not count.
             nonlocal reached
             bar.update(done - reached)
             reached = done

@@ -13,68 +13,50 @@ from pathlib import Path
 
 import pytest
 
+from scripts.import_graph.reading import circles, imported_names, modules, room_of
+from tests.helpers.house_imports import (
+    DOCUMENTED,
+    MAY_IMPORT,
+    SEAMS,
+    circular_imports,
+    heavy_folders,
+    package_files,
+    private_names,
+    version_questions,
+    wrong_external_imports,
+    wrong_imports,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON_ROOTS = ("kt_sft", "tests", "benchmarks", "scripts")
 CPP_ROOTS = ("native", "tests", "benchmarks")
 MAX_FILE_LINES = 800
 MAX_FUNCTION_LINES = 120
 
-# First component of a module below kt_sft -> components of kt_sft that it may import. A leaf imports leaves.
-LEAVES = {"models", "formats", "config", "errors", "env", "memory", "native", "runtime", "progress"}
-MAY_IMPORT = {
-    "__init__": {"config", "integrations", "operator"},
-    "cli": {"cli", "doctor", "integrations", "adapters", "placement", "serving", "inference"} | LEAVES,
-    "doctor": {"integrations"} | LEAVES,
-    "adapters": {"adapters", "formats", "models", "native", "errors"},
-    "integrations": {
-        "adapters",
-        "integrations",
-        "sources",
-        "placement",
-        "inference",
-        "convert",
-        "schedule",
-        "nn",
-        "ops",
-    }
-    | LEAVES,
-    "operator": {"operator", "integrations", "sources", "transfer", "residency", "convert", "schedule", "nn", "ops"}
-    | LEAVES,
-    "sources": {"sources", "integrations", "convert", "nn"} | LEAVES,
-    "transfer": {"transfer", "config", "errors"},
-    "residency": {"residency", "config", "native", "errors"},
-    "convert": {"convert", "nn", "ops"} | LEAVES,
-    "placement": {"placement"} | LEAVES,
-    "schedule": {"schedule"} | LEAVES,
-    "nn": {"nn", "ops", "schedule"} | LEAVES,
-    "ops": {"ops", "native", "errors", "config"},
-    "serving": {"serving", "inference", "integrations"} | LEAVES,
-    "inference": {"inference"} | LEAVES,
-    "native": {"errors", "config", "env"},
-    "memory": {"errors", "config", "env", "formats", "models"},
-    "models": {"models", "formats", "errors", "config"},
-    "formats": {"formats", "native", "errors", "config"},
-    "config": {"errors"},
-    "env": {"errors"},
-    "runtime": {"native", "config", "env", "errors"},
-    "progress": set(),
-    "errors": set(),
-}
-# External package -> the only places of kt_sft that may import it.
-ONLY_IN = {
-    "llamafactory": "kt_sft/integrations/llamafactory/",
-    "peft": "kt_sft/integrations/",
-    "kt_sft._native": "kt_sft/native.py",
-}
 # Where writing to the terminal is the job: the command line, and the hook that replaces Python's traceback.
 MAY_PRINT = ("kt_sft/cli/", "kt_sft/integrations/llamafactory/hook.py")
-# The one way to write; and the rescue of an adapter when its own folder is full.
-MAY_WRITE = (
-    "kt_sft/formats/staging.py",
-    "kt_sft/formats/overwriting.py",
-    "kt_sft/formats/renaming.py",
-    "kt_sft/integrations/llamafactory/disk.py",
-)
+# The one way to write.
+MAY_WRITE = ("kt_sft/formats/staging.py", "kt_sft/formats/overwriting.py", "kt_sft/formats/renaming.py")
+# What else writes, all of it into a folder of staging, but for what is gone again: file -> calls.
+INTO_STAGING = {
+    "kt_sft/integrations/gguf/model.py": ("save_pretrained",),
+    "kt_sft/integrations/transformers/saving.py": ("save_pretrained", "rename"),
+    "kt_sft/integrations/peft/targets.py": ("save_pretrained",),
+    "kt_sft/integrations/peft/adapter_dir.py": ("TemporaryDirectory",),  # read by PEFT, and removed
+    "kt_sft/integrations/llamafactory/disk.py": ("save_pretrained", "TemporaryFile"),  # the latter tries a folder out
+}
+# Calls that make, change or rename files, whatever their arguments: functions of modules, and methods of anything.
+WRITING_FUNCTIONS = {
+    "os.replace", "os.rename", "os.renames", "os.link", "os.symlink", "os.truncate", "os.mkfifo", "shutil.move",
+    "shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copytree", "shutil.make_archive",
+    "shutil.unpack_archive", "torch.save", "json.dump", "pickle.dump", "yaml.dump", "yaml.safe_dump", "np.save",
+    "np.savez", "save_file", "safetensors.torch.save_file",
+}  # fmt: skip
+WRITING_METHODS = {
+    "mkdtemp", "mkstemp", "NamedTemporaryFile", "TemporaryDirectory", "TemporaryFile", "write_text", "write_bytes",
+    "touch", "rename", "symlink_to", "hardlink_to", "tofile", "save_pretrained",
+}  # fmt: skip
+OPENING = ("open", "fdopen", "ZipFile", "TarFile", "GzipFile", "memmap")
 # Lower may not include upper: a file below native/<key>/ includes only these rooms' headers ("kts" is the contracts).
 CPP_MAY_INCLUDE = {
     "include": {"kts"},
@@ -120,28 +102,6 @@ def cpp_functions(text: str) -> Iterator[tuple[int, int]]:
         since = at + 1
 
 
-def imports(path: str, text: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of every import anywhere in a Python file, function bodies included."""
-    package = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__").split(".")
-    is_package = path.endswith("__init__.py")
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parent = package[: len(package) - node.level + is_package]
-                base = ".".join([*parent, *([base] if base else [])])
-            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-                yield node.lineno, str(node.args[0].value)
-
-
-def within(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
-
-
 def long_files(root: Path) -> Iterator[str]:
     for path, text in files(root, (*PYTHON_ROOTS, "native"), ".py", ".cc", ".h", ".inc"):
         if (lines := text.count("\n")) > MAX_FILE_LINES:
@@ -162,27 +122,6 @@ def long_cpp_functions(root: Path) -> Iterator[str]:
         for line, lines in cpp_functions(text):
             if lines > MAX_FUNCTION_LINES:
                 yield f"{path}:{line}: a function of {lines} lines, at most {MAX_FUNCTION_LINES}"
-
-
-def wrong_imports(root: Path) -> Iterator[str]:
-    for path, text in files(root, ("kt_sft",), ".py"):
-        room = Path(path).parts[1].removesuffix(".py")
-        for line, name in imports(path, text):
-            if within(name, "tests") or within(name, "benchmarks"):
-                yield f"{path}:{line}: imports {name}; nothing imports tests or benchmarks"
-            if within(name, "kt_sft") and "." in name and not within(name, "kt_sft._native"):
-                target = name.split(".")[1]
-                is_module = (root / "kt_sft" / target).is_dir() or (root / "kt_sft" / f"{target}.py").is_file()
-                if is_module and target != room and target not in MAY_IMPORT.get(room, set()):
-                    yield f"{path}:{line}: {room} imports {name}; allowed: {sorted(MAY_IMPORT.get(room, set()))}"
-
-
-def wrong_external_imports(root: Path) -> Iterator[str]:
-    for path, text in files(root, ("kt_sft",), ".py"):
-        for line, name in imports(path, text):
-            for package, home in ONLY_IN.items():
-                if within(name, package) and not path.startswith(home):
-                    yield f"{path}:{line}: imports {name}; only {home} may"
 
 
 def stray_prints(root: Path) -> Iterator[str]:
@@ -206,14 +145,22 @@ def stray_environment_reads(root: Path) -> Iterator[str]:
             name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
             if name in ("os.environ", "os.getenv", "os.putenv"):
                 yield f"{path}:{node.lineno}: {name}; every environment variable is read in kt_sft/env.py"
-        for line, name in imports(path, text):
+        for line, name in imported_names(path, text):
             if name in ("os.environ", "os.getenv"):
                 yield f"{path}:{line}: imports {name}; every environment variable is read in kt_sft/env.py"
 
 
+def opens_to_write(node: ast.Call, name: str) -> bool:
+    """Whether a call opens a file with a mode, or with flags of `os.open`, that can change it."""
+    if name not in OPENING:
+        return False
+    modes = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+    is_mode = any(isinstance(mode, str) and re.fullmatch(r"[rbt]*[wax+][bt+]*", mode) for mode in modes)
+    return is_mode or re.search(r"\bO_(WRONLY|RDWR|CREAT|TRUNC|APPEND)\b", ast.unparse(node)) is not None
+
+
 def stray_writes(root: Path) -> Iterator[str]:
-    """Renames, and files opened for writing, outside the rooms of MAY_WRITE; what lies in staging may be written."""
-    calls = {"os.replace", "os.rename", "os.renames", "os.link", "shutil.move", "tempfile.mkdtemp"}
+    """Whatever makes, changes or renames files, outside MAY_WRITE and but for the calls of INTO_STAGING."""
     for path, text in files(root, ("kt_sft",), ".py"):
         if path in MAY_WRITE:
             continue
@@ -221,10 +168,10 @@ def stray_writes(root: Path) -> Iterator[str]:
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
-            modes = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
-            opens = name.rpartition(".")[2] in ("open", "fdopen")
-            writes = opens and any(isinstance(m, str) and re.fullmatch(r"[rbt]*[wax+][bt+]*", m) for m in modes)
-            if name in calls or writes:
+            dot, last = name.rpartition(".")[1:]
+            if last not in INTO_STAGING.get(path, ()) and (
+                name in WRITING_FUNCTIONS or (dot and last in WRITING_METHODS) or opens_to_write(node, last)
+            ):
                 yield f"{path}:{node.lineno}: {name}; kt_sft/formats/staging.py and overwriting.py write"
 
 
@@ -280,17 +227,24 @@ def machine_paths(root: Path) -> Iterator[str]:
 
 RULES: dict[Callable[[Path], Iterator[str]], tuple[str, str]] = {
     # rule -> (file, content) that violates it
-    long_files: ("kt_sft/ops/big.py", "x = 1\n" * (MAX_FILE_LINES + 1)),
-    long_python_functions: ("kt_sft/ops/big.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    long_files: ("kt_sft/autograd/big.py", "x = 1\n" * (MAX_FILE_LINES + 1)),
+    long_python_functions: ("kt_sft/autograd/big.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
     long_cpp_functions: (
         "native/moe/big.cc",
         "namespace kts {\nvoid f(int x) {\n" + "  x++;\n" * MAX_FUNCTION_LINES + "}\n}\n",
     ),
-    wrong_imports: ("kt_sft/ops/up.py", "def f():\n    from kt_sft.nn import routed_experts\n"),
+    wrong_imports: ("kt_sft/autograd/up.py", "def f():\n    from kt_sft.nn import routed_experts\n"),
     wrong_external_imports: ("kt_sft/nn/other.py", "import peft.tuners\n"),
-    stray_prints: ("kt_sft/ops/talk.py", "print('hello')\n"),
-    stray_environment_reads: ("kt_sft/ops/env2.py", "import os\nx = os.environ.get('HOME')\n"),
-    stray_writes: ("kt_sft/ops/write.py", "def f(path):\n    with open(path, 'wb') as file:\n        return file\n"),
+    circular_imports: ("kt_sft/nn/here.py", "def f():\n    from kt_sft.nn import there\n"),
+    heavy_folders: ("kt_sft/autograd/big.py", "x = 1\n" * 40),
+    private_names: ("kt_sft/nn/other.py", "def f(model):\n    return model._keys_to_ignore_on_load_unexpected\n"),
+    version_questions: ("kt_sft/nn/other.py", "import peft\nIS_NEW = peft.__version__ >= '0.19'\n"),
+    stray_prints: ("kt_sft/autograd/talk.py", "print('hello')\n"),
+    stray_environment_reads: ("kt_sft/autograd/env2.py", "import os\nx = os.environ.get('HOME')\n"),
+    stray_writes: (
+        "kt_sft/autograd/write.py",
+        "def f(path):\n    with open(path, 'wb') as file:\n        return file\n",
+    ),
     stray_cpp_calls: ("native/moe/talk.cc", '#include <cstdio>\nvoid f() { printf("x"); }\n'),
     stray_intrinsics: ("native/moe/fast.cc", "#include <immintrin.h>\n"),
     wrong_includes: ("native/arch/up.cc", '#include "gemm/schedule.h"\n'),
@@ -306,8 +260,10 @@ def test_repository_keeps_the_rule(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_sees_a_planted_violation(rule, tmp_path):
-    for folder in ("kt_sft/nn", "kt_sft/ops", "native/gemm"):
+    for folder in ("kt_sft/nn", "kt_sft/autograd", "kt_sft/formats", "kt_sft/models", "kt_sft/sources", "native/gemm"):
         (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "small.py").write_text("x = 1\n" * 20)
+    (tmp_path / "kt_sft/nn/there.py").write_text("from kt_sft.nn import here\n")
     name, text = RULES[rule]
     assert not list(rule(tmp_path))
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -330,8 +286,122 @@ def test_external_rule_sees_every_way_to_import(path, text, tmp_path):
     assert list(wrong_external_imports(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "path.write_text('x')",
+        "(folder / 'a').write_bytes(b'x')",
+        "open(path, mode='a')",
+        "path.open('r+b')",
+        "os.open(path, os.O_RDWR | os.O_CREAT)",
+        "shutil.copyfile(path, other)",
+        "tempfile.mkdtemp()",
+        "path.rename(other)",
+        "json.dump(values, stream)",
+        "model.save_pretrained(folder)",
+        "zipfile.ZipFile(path, 'w')",
+    ],
+)
+def test_write_rule_sees_every_way_to_write(call, tmp_path):
+    (tmp_path / "kt_sft" / "ops").mkdir(parents=True)
+    (tmp_path / "kt_sft" / "ops" / "write.py").write_text(f"def f(path):\n    {call}\n")
+    assert list(stray_writes(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "call", ["open(path)", "text.replace('w', 'a')", "os.open(path, os.O_RDONLY)", "json.dumps(x)"]
+)
+def test_write_rule_lets_readers_alone(call, tmp_path):
+    (tmp_path / "kt_sft" / "ops").mkdir(parents=True)
+    (tmp_path / "kt_sft" / "ops" / "read.py").write_text(f"def f(path):\n    {call}\n")
+    assert not list(stray_writes(tmp_path))
+
+
 def test_every_room_of_the_package_has_an_import_rule():
-    rooms = {
-        path.name.removesuffix(".py") for path in (ROOT / "kt_sft").iterdir() if path.suffix == ".py" or path.is_dir()
-    }
-    assert rooms - set(MAY_IMPORT) <= {"__pycache__"}
+    rooms = {room_of(name) for name in modules(ROOT)} - {"integrations"}
+    assert rooms == set(MAY_IMPORT)
+
+
+def test_folders_of_tests_are_those_of_rooms():
+    """Beside them: numbers against the truth, the compiled library, what is no room, and what tests share."""
+    others = {"convergence", "emulator", "fuzz", "helpers", "integration", "native", "numerics", "repository", "unit"}
+    folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    rooms = {room_of(name).replace(".", "/") for name in modules(ROOT)}
+    assert folders - rooms - others == {"."}
+
+
+def test_allowed_imports_leave_no_circle():
+    assert not circles(MAY_IMPORT)
+
+
+def test_seams_are_in_use():
+    found = {(path, name) for path, text in package_files(ROOT) for _, name in imported_names(path, text)}
+    assert found >= SEAMS
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("kt_sft/integrations/gguf/x.py", "from kt_sft.integrations.merge import command\n"),
+        ("kt_sft/integrations/transformers/x.py", "def f():\n    from kt_sft.integrations import peft\n"),
+        ("kt_sft/integrations/peft/x.py", "from ..llamafactory import hook\n"),
+        ("kt_sft/operator/x.py", "from kt_sft.compat import peft\n"),
+        ("kt_sft/compat/x.py", "import importlib\nm = importlib.import_module('kt_sft.models.spec')\n"),
+    ],
+)
+def test_import_rule_sees_rooms_below_integrations_and_every_way_to_import(path, text, tmp_path):
+    for room in ("integrations/transformers", "integrations/peft", "models", "compat"):
+        (tmp_path / "kt_sft" / room).mkdir(parents=True)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(text)
+    assert list(wrong_imports(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from transformers.integrations.moe import _default_apply_gate\n",
+        "from transformers.core_model_loading import WeightConverter\n",
+        "from transformers.integrations import moe\n",
+        "import transformers\nx = transformers.core_model_loading.WeightConverter\n",
+        "import transformers.modeling_utils as m\n",
+        "from transformers import PreTrainedModel\nx = PreTrainedModel._keys_to_ignore_on_save\n",
+        "import importlib\nm = importlib.import_module('peft.tuners.lora.layer')\n",
+        "def f(layer):\n    layer._disable_adapters = True\n",
+        "def f(layer):\n    return getattr(layer, '_did_swap_in_out_features', False)\n",
+        "class X:\n    def forward(self, x):\n        self._check_forward_args(x)\n",
+    ],
+)
+def test_private_names_are_seen_however_they_are_written(text, tmp_path):
+    (tmp_path / "kt_sft/integrations/peft").mkdir(parents=True)
+    (tmp_path / "kt_sft/integrations/peft/x.py").write_text(text)
+    assert list(private_names(tmp_path))
+    (tmp_path / "kt_sft/integrations/peft").rename(tmp_path / "kt_sft/compat")
+    assert not list(private_names(tmp_path))
+
+
+def test_documented_names_and_own_ones_pass(tmp_path):
+    text = "import transformers\nfrom peft import LoraConfig\nx = transformers.utils.logging\n"
+    text += "class A:\n    def f(self, other):\n        self._x = other._f()\n    def _f(self):\n        return A._f\n"
+    (tmp_path / "kt_sft/nn").mkdir(parents=True)
+    (tmp_path / "kt_sft/nn/x.py").write_text(text)
+    assert set(DOCUMENTED) == {"transformers", "peft"}
+    assert not list(private_names(tmp_path)) and not list(version_questions(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from peft import __version__ as version\n",
+        "import transformers as t\nx = t.__version__.split('.')\n",
+        "import importlib.metadata\nx = importlib.metadata.version('peft')\n",
+        "from importlib import metadata\nx = metadata.version('transformers')\n",
+        "from importlib.metadata import version\n",
+        "from packaging.version import Version\n",
+        "import transformers\nIS_NEW = hasattr(transformers, 'AutoProcessor')\n",
+    ],
+)
+def test_questions_for_a_release_are_seen_however_they_are_written(text, tmp_path):
+    (tmp_path / "kt_sft/models").mkdir(parents=True)
+    (tmp_path / "kt_sft/models/x.py").write_text(text)
+    assert list(version_questions(tmp_path))

@@ -1,16 +1,21 @@
-"""Which files of an adapter directory hold its tensors, and which are known to be something else."""
+"""Where an adapter lies, which files of its directory hold its tensors, and which are known to be something else."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kt_sft.errors import FormatError
+from kt_sft.formats.file_names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
+from kt_sft.formats.gguf import SUFFIX
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
+logger = logging.getLogger(__name__)
+
+SIDE_FILE = "kt_sft.json"  # what PEFT does not know of an adapter
 EXPERTS_NAME = "fused_expert_lora.safetensors"  # KTransformers' LoRA of routed experts
 _REWARD_HEADS = ("value_head.safetensors", "value_head.bin")
 _TENSOR_SUFFIXES = (
@@ -23,6 +28,73 @@ _STATE = re.compile(
 )
 
 
+def adapter_file(path: str | os.PathLike[str]) -> Path:
+    """The GGUF file or the directory that a path names: a directory that holds one GGUF file and no config means it.
+
+    Raises:
+        FormatError: nothing there, neither of both, or a GGUF file beside others with tensors.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == SUFFIX:
+        return path
+    if not path.is_dir():
+        found = "another kind of file" if path.exists() else "nothing"
+        expected = f"a directory with {ADAPTER_CONFIG}, or a {SUFFIX} file"
+        raise FormatError(path, "adapter", expected=expected, found=found, remedy="check the path")
+    files = sorted(path.glob(f"*{SUFFIX}"))
+    if len(files) != 1 or (path / ADAPTER_CONFIG).is_file():
+        return path
+    check_files(path, (files[0].name,))
+    return files[0]
+
+
+def local_adapter(adapter: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Path:
+    """The adapter's directory, or its GGUF file, on this machine; a hub name is downloaded (config and weights only).
+
+    Args:
+        hub: arguments of `snapshot_download`.
+    Raises:
+        FormatError: no such directory, or one without `adapter_config.json`.
+    """
+    root = Path(adapter)
+    if root.is_file():
+        return adapter_file(root)
+    is_hub_name = (
+        not root.exists() and len(root.parts) == 2 and not root.is_absolute() and root.parts[0] not in (".", "..")
+    )
+    if is_hub_name:
+        root = _downloaded(str(adapter), subfolder, hub)
+    folder = root / subfolder if subfolder else root
+    if not folder.is_dir():
+        raise FormatError(folder, "no such adapter directory", remedy="check the path")
+    folder = adapter_file(folder)
+    if folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file():
+        raise FormatError(folder, f"no {ADAPTER_CONFIG} in it", remedy="name the directory that save_pretrained wrote")
+    return folder
+
+
+def _downloaded(adapter: str, subfolder: str | None, hub: dict) -> Path:
+    """A snapshot with what is read of an adapter, and with the names of other files that have tensors."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    patterns = ["*adapter_*", f"*{SIDE_FILE}", f"*{EXPERTS_NAME}"]
+    try:
+        root = Path(snapshot_download(adapter, allow_patterns=patterns, **hub))
+    except Exception as exc:
+        missing = f"no such adapter directory, and not available from the hub ({type(exc).__name__})"
+        raise FormatError(adapter, missing, remedy="check the path") from exc
+    if hub.get("local_files_only"):
+        return root
+    try:
+        names = HfApi(token=hub.get("token")).list_repo_files(adapter, revision=hub.get("revision"))
+    except Exception as exc:  # offline: what was downloaded earlier has to do
+        logger.info("%s: the names of its files could not be asked for (%s)", adapter, type(exc).__name__)
+        return root
+    here = [name for name in names if Path(name).parent == Path(subfolder or ".")]
+    check_names(root, [Path(name).name for name in here])
+    return root
+
+
 def weights_file(folder: Path) -> Path | None:
     """PEFT's file of an adapter, after a look at all others; None where KTransformers' LoRA of the experts is all.
 
@@ -30,12 +102,12 @@ def weights_file(folder: Path) -> Path | None:
         FormatError: no adapter's tensors, or files with tensors that are not read.
     """
     check_files(folder)
-    for name in (WEIGHTS_NAME, PICKLE_NAME):
+    for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE):
         if (folder / name).is_file():
             return folder / name
     if (folder / EXPERTS_NAME).is_file():
         return None
-    raise FormatError(folder, "no adapter weights", expected=WEIGHTS_NAME, found="none")
+    raise FormatError(folder, "no adapter weights", expected=ADAPTER_WEIGHTS, found="none")
 
 
 def check_files(folder: Path, read: tuple[str, ...] = ()) -> None:
@@ -51,7 +123,7 @@ def check_files(folder: Path, read: tuple[str, ...] = ()) -> None:
 
 def check_names(folder: Path, found: Sequence[str], read: tuple[str, ...] = ()) -> None:
     """The same of the names of files, wherever they are."""
-    main = PICKLE_NAME if WEIGHTS_NAME not in found else WEIGHTS_NAME
+    main = ADAPTER_PICKLE if ADAPTER_WEIGHTS not in found else ADAPTER_WEIGHTS
     known = (*(read or (main, EXPERTS_NAME)), *_REWARD_HEADS)
     unread = [name for name in found if is_tensor_file(name) and name not in known]
     if unread:

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kt_sft.adapters import fused, gguf, ktransformers, layout, peft_config, per_expert
-from kt_sft.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, check_files, left_out
+from kt_sft.adapters import fused, gguf, ktransformers, layout, options, peft_config, per_expert
+from kt_sft.adapters.folder import adapter_file, left_out
 from kt_sft.adapters.kinds import FORMS, check_form
-from kt_sft.adapters.model import Adapter, BaseModel
+from kt_sft.adapters.model import OTHER_MODEL, PARAMETERS, Adapter, BaseModel
 from kt_sft.adapters.patterns import check_speed
 from kt_sft.adapters.tensor_file import TensorFile, write_tensors
 from kt_sft.errors import ConfigError, FormatError, nearest
 from kt_sft.formats import gguf_writer
+from kt_sft.formats.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
-from kt_sft.formats.staging import new_path
+from kt_sft.formats.json_object import read_object
+from kt_sft.formats.staging import new_path, put_copy, put_json
 
 logger = logging.getLogger(__name__)
 
 _FUSED = re.compile(r".+\.experts(\.base_layer)*\.lora_[AB]\.weight")
 _COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "chat_template")
-
-
-def adapter_file(path: str | os.PathLike[str]) -> Path:
-    """The GGUF file or the directory that a path names: a directory that holds one GGUF file and no config means it.
-
-    Raises:
-        FormatError: nothing there, neither of both, or a GGUF file beside others with tensors.
-    """
-    path = Path(path)
-    if path.is_file() and path.suffix == SUFFIX:
-        return path
-    if not path.is_dir():
-        found = "another kind of file" if path.exists() else "nothing"
-        expected = f"a directory with {CONFIG_NAME}, or a {SUFFIX} file"
-        raise FormatError(path, "adapter", expected=expected, found=found, remedy="check the path")
-    files = sorted(path.glob(f"*{SUFFIX}"))
-    if len(files) != 1 or (path / CONFIG_NAME).is_file():
-        return path
-    check_files(path, (files[0].name,))
-    return files[0]
 
 
 def base_name(path: str | os.PathLike[str]) -> str | None:
@@ -76,11 +56,14 @@ def is_fused(names: Iterator[str] | list[str] | TensorFile) -> bool:
     return any(_FUSED.fullmatch(name) for name in names)
 
 
-def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers_only: bool = False) -> Adapter:
+def open_adapter(
+    path: str | os.PathLike[str], base: BaseModel, *, reads_headers_only: bool = False, door: str = options.READ
+) -> Adapter:
     """Open an adapter of any form; names and shapes are compared with the model, and every number is looked at.
 
     Args:
         reads_headers_only: leave the numbers alone.
+        door: whoever opens it, of `options`.
     Raises:
         FormatError: missing, damaged, incomplete, with NaN or infinity, or made for another model.
         UnsupportedModel: a GGUF adapter of a family that has no names there.
@@ -92,27 +75,35 @@ def open_adapter(path: str | os.PathLike[str], base: BaseModel, *, reads_headers
         if not reads_headers_only:
             gguf.check_finite(source)
         return adapter
-    config = peft_config.read_config(source)
-    check_speed(config, base.target_names(), source / CONFIG_NAME)
+    config = peft_config.read_config(source, door)
+    check_speed(config, base.target_names(), source / ADAPTER_CONFIG)
     beside = peft_config.read_side_file(source)
-    there = beside.get("model_type")
+    there = beside.get("model_type") or _model_type_of(config.get("base_model_name_or_path"))
     if there and there != base.model_type:
         raise FormatError(
-            source, "trained on another model type", expected=base.model_type, found=there,
-            remedy="name its own model with --base-model",
-        )  # fmt: skip
+            source, "trained on another model type", expected=base.model_type, found=there, remedy=OTHER_MODEL
+        )
     tensors, experts = TensorFile(source), TensorFile.of_experts(source)
     opened = _read(source, tensors, experts, config, beside, base)
-    _check_not_empty(opened, tensors.path)
+    if not base.may_grow:
+        _check_not_empty(opened, tensors.path)
     for sentence in left_out(source):
         logger.warning("%s: %s", source, sentence)
     for file in (tensors, experts) if not reads_headers_only else ():
         if file is not None:
             file.check_finite()
-    if config.get("use_dora") and opened.experts:
-        found, remedy = f"LoRA on {opened.experts[0]}", "train the experts without DoRA"
-        raise FormatError(source, "use_dora", expected="an adapter without expert LoRA", found=found, remedy=remedy)
+    if door == options.READ:  # who builds PEFT's modules of it looks at the experts' options with their names
+        options.check_file(door, config, source, opened.experts)
     return replace(opened, beside=beside)
+
+
+def _model_type_of(base_model: str | None) -> str | None:
+    """That of the base model that an adapter names, if its directory is still there."""
+    try:
+        found = read_object(Path(base_model, MODEL_CONFIG)).get("model_type") if base_model else None
+    except FormatError:
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _check_not_empty(adapter: Adapter, path: Path) -> None:
@@ -136,7 +127,9 @@ def _read(
         return ktransformers.read(source, tensors, experts, config, base)
     if is_per_expert(tensors):
         return per_expert.read(source, tensors, config, base)
-    return fused.read(source, tensors, _with_parameters(config, tensors, base), beside, base)
+    full = _with_parameters(config, tensors, base)
+    adapter = fused.read(source, tensors, full, beside, base)
+    return adapter if full is config else replace(adapter, as_is=())
 
 
 def _with_parameters(config: dict[str, Any], tensors: TensorFile, base: BaseModel) -> dict[str, Any]:
@@ -151,11 +144,11 @@ def _with_parameters(config: dict[str, Any], tensors: TensorFile, base: BaseMode
     for module, spec in base.specs.items():
         key = f"{module}.lora_A.weight"
         if f"{module}.base_layer.lora_A.weight" in tensors:
-            found += [f"{module}.{parameter}" for parameter in peft_config.PARAMETERS]
+            found += [f"{module}.{parameter}" for parameter in PARAMETERS]
         elif key in tensors:
             shapes = [tensors.shape(k) for k in (key, f"{module}.lora_B.weight") if k in tensors]
             widths = sorted(shape[1 - i] for i, shape in enumerate(shapes) if len(shape) == 2)
-            mine = [p for p in peft_config.PARAMETERS if sorted(layout.matrix_shape(spec, p)) == widths]
+            mine = [p for p in PARAMETERS if sorted(layout.matrix_shape(spec, p)) == widths]
             if not mine:
                 expected = "a pair of gate_up_proj or down_proj"
                 raise FormatError(tensors.path, f"tensor {key}", expected=expected, found=[list(s) for s in shapes])
@@ -206,15 +199,15 @@ def write_directory(adapter: Adapter, form: str, folder: Path) -> None:
     """
     kind = fused if form in fused.RELEASES else per_expert
     config, _ = kind.write(adapter, form)
-    write_tensors(folder / WEIGHTS_NAME, lambda: kind.write(adapter, form)[1])
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_tensors(folder / ADAPTER_WEIGHTS, lambda: kind.write(adapter, form)[1])
+    put_json(folder / ADAPTER_CONFIG, config)
     for path in sorted(adapter.source.glob("*")) if adapter.source.is_dir() else ():
         if path.name.startswith(_COPIED) and path.is_file():
-            shutil.copyfile(path, folder / path.name)
-    beside = {"model_type": adapter.base.model_type, **adapter.beside}
-    for name in ("lora_dropout", layout.MARK):
-        beside.pop(name, None)
-    if config["target_parameters"]:
-        beside["lora_dropout"] = peft_config.dropout_of(adapter)
-        beside[layout.MARK] = layout.form_of(config["peft_version"])
-    (folder / peft_config.SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+            put_copy(path, folder)
+    has_parameters = bool(config["target_parameters"])
+    peft_config.write_side_file(
+        folder,
+        adapter.beside.get("model_type", adapter.base.model_type),
+        peft_config.dropout_of(adapter) if has_parameters else None,
+        layout.form_of(config["peft_version"]) if has_parameters else None,
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import layout, peft_config
-from kt_sft.adapters.model import Adapter, BaseModel, Lora
+from kt_sft.adapters.model import OTHER_MODEL, PARAMETERS, Adapter, BaseModel, Lora
 from kt_sft.adapters.plain import LinearReader, linear_tensors, whole_tensors
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError, UnsupportedModel
@@ -23,6 +23,7 @@ from kt_sft.errors import FormatError, UnsupportedModel
 if TYPE_CHECKING:
     from torch import Tensor
 
+_TAKEN = {"F32", "BF16", "F16"}  # element types that PEFT keeps right whichever way it loads them
 RELEASES = {"peft-0.18": "0.18.1", "peft-0.19": "0.19.1"}
 
 
@@ -70,24 +71,29 @@ def read(
         expected = (out, into) if swapped[name] else (into, out)
         if found != expected:
             what = f"{stored[name].stem}A.weight and B.weight: widths"
-            raise FormatError(tensors.path, what, expected=expected, found=found, remedy=_OTHER_MODEL)
+            raise FormatError(tensors.path, what, expected=expected, found=found, remedy=OTHER_MODEL)
 
     def experts(module: str) -> dict[str, Lora]:
         loras: dict[str, Lora] = {}
-        for parameter in peft_config.PARAMETERS:
+        for parameter in PARAMETERS:
             name = f"{module}.{parameter}"
             if name in stored:
                 loras |= _unfused(tensors, stored[name], name, base, swapped[name])
         return loras
 
     form = "peft-0.19" if name_of_layout == layout.NEW else "peft-0.18"
+    is_plain = not linear.has_other_names and tensors.dtypes() <= _TAKEN
+    as_is = [form for form in RELEASES if is_plain and _has_layout(form, swapped, base)]
     return Adapter(
         folder, form, base, config, ranks | linear.ranks, scales | linear.scales, linear, experts, whole=whole,
-        extras=linear.extras,
+        extras=linear.extras, as_is=tuple(as_is),
     )  # fmt: skip
 
 
-_OTHER_MODEL = "the adapter belongs to another model; name its own with --base-model"
+def _has_layout(form: str, swapped: Mapping[str, bool], base: BaseModel) -> bool:
+    """Whether a release reads the experts' factors the right way round."""
+    specs = {name: base.specs[name.rpartition(".")[0]] for name in swapped}
+    return all(swapped[name] == layout.exchanges(form, spec, base.model_type) for name, spec in specs.items())
 
 
 def _projections(parameter: str) -> tuple[str, ...]:
@@ -105,7 +111,7 @@ def _widths(tensors: TensorFile, entry: _Stored, name: str, base: BaseModel) -> 
         shape = tensors.shape(key)
         if len(shape) != 2 or shape[axis] != stacked:
             expected = f"{stacked} (experts times rank) along axis {axis}"
-            raise FormatError(tensors.path, f"tensor {key}", expected=expected, found=list(shape), remedy=_OTHER_MODEL)
+            raise FormatError(tensors.path, f"tensor {key}", expected=expected, found=list(shape), remedy=OTHER_MODEL)
         found.append(shape[1 - axis])
     return found[0], found[1]
 
@@ -165,7 +171,7 @@ def write(
 
 def _level(ranks: dict[str, int]) -> None:
     """One rank for each parameter name over the layers: layers of lower rank are padded with zeros."""
-    for parameter in peft_config.PARAMETERS:
+    for parameter in PARAMETERS:
         names = [name for name in ranks if name.endswith(f".experts.{parameter}")]
         for name in names:
             ranks[name] = max(ranks[other] for other in names)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.adapters import peft_config
-from kt_sft.adapters.folder import CONFIG_NAME
-from kt_sft.adapters.model import Adapter, BaseModel, Lora
+from kt_sft.adapters.model import OTHER_MODEL, Adapter, BaseModel, Lora
 from kt_sft.adapters.plain import LinearReader
 from kt_sft.adapters.tensor_file import TensorFile
 from kt_sft.errors import FormatError
+from kt_sft.formats.file_names import ADAPTER_CONFIG
 from kt_sft.formats.json_object import read_object
 from kt_sft.models.expert_keys import PROJECTIONS
 
@@ -32,7 +32,6 @@ _KEY = re.compile(
 )
 # In target_modules they may mean the experts alone.
 _EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-_OTHER_MODEL = "the adapter belongs to another model; name its own with --base-model"
 
 
 def read(folder: Path, tensors: TensorFile, beside: TensorFile, config: Mapping[str, Any], base: BaseModel) -> Adapter:
@@ -106,7 +105,7 @@ def _module(beside: TensorFile, group: list[re.Match[str]], base: BaseModel) -> 
     if len(modules) == 1:
         return modules[0]
     expected, found = f"routed experts in layer {one['layer']}", " and ".join(modules) or "none there"
-    raise FormatError(beside.path, f"tensor {one[0]}", expected=expected, found=found, remedy=_OTHER_MODEL)
+    raise FormatError(beside.path, f"tensor {one[0]}", expected=expected, found=found, remedy=OTHER_MODEL)
 
 
 def layer_of(module: str) -> int | None:
@@ -135,7 +134,7 @@ def _check_pair(beside: TensorFile, pair: Mapping[str, str], base: BaseModel, mo
         if found != expected:
             shown = f"[{', '.join(map(str, expected))}]"
             what = f"tensor {pair[role]}"
-            raise FormatError(beside.path, what, expected=shown, found=list(found), remedy=_OTHER_MODEL)
+            raise FormatError(beside.path, what, expected=shown, found=list(found), remedy=OTHER_MODEL)
     return rank
 
 
@@ -150,7 +149,7 @@ def _check_stated(
             named = [s for s in spelled if peft_config.has_pattern(config.get(name), s)]
             if named:
                 expected = "nothing about routed experts, whose scale here is lora_alpha over the tensors' rank"
-                raise FormatError(folder / CONFIG_NAME, name, expected=expected, found=f"a key for {named[0]}")
+                raise FormatError(folder / ADAPTER_CONFIG, name, expected=expected, found=f"a key for {named[0]}")
     if not (folder / MANIFEST_NAME).is_file():
         if any(rank != config["r"] for rank in ranks.values()):
             logger.info("%s: experts' LoRA has a rank of its own; its scale is lora_alpha over that rank", beside.path)

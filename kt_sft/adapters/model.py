@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from kt_sft.models.spec import ExpertsSpec
 
-_FUSED = ("gate_up_proj", "down_proj")
+PARAMETERS = ("gate_up_proj", "down_proj")  # of an experts module, in the order in which PEFT nests its wrappers
+OTHER_MODEL = "take the model that it was trained on (kt-sft: --base-model)"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Lora:
         return self.a.shape[-2]
 
     def delta(self, expert: int | None = None) -> Tensor:
-        """What is added to the matrix, or to that of one expert, f32 `[out, in]`."""
+        """What is added to the matrix, or to that of one expert, f32 `[out, in]`: the one place with this product."""
         a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
         return self.scale * (b.float() @ a.float())
 
@@ -64,10 +65,11 @@ class BaseModel:
         layers: where checkpoints keep the experts of each module.
         linears: all `nn.Linear` by module name, `(out, in)`.
         hub_names: what checkpoints call a Linear, where that is not its module name.
-        parameters: shapes by name, buffers included, tied ones under each of theirs.
+        parameters: shapes by name, buffers that are saved included, tied ones under each of theirs.
         bare: matrices that are no weight of a Linear, as most routers', by parameter name, `(out, in)`.
         routers: names of the Linear layers that are routers.
         tied: parameters that the config makes one matrix: target (the head) -> source (the embedding).
+        may_grow: its vocabulary may still become another one; then nothing but pairs of LoRA is compared with it.
     """
 
     path: str | None
@@ -81,10 +83,11 @@ class BaseModel:
     bare: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     routers: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
+    may_grow: bool = False
 
     def target_names(self) -> set[str]:
         """What the targets of an adapter are compared with: names of modules and parameters, the experts' as well."""
-        parameters = {*self.parameters, *self.bare, *(f"{m}.{p}" for m in self.specs for p in _FUSED)}
+        parameters = {*self.parameters, *self.bare, *(f"{m}.{p}" for m in self.specs for p in PARAMETERS)}
         keys = {key for layer in self.layers.values() for key in layer.single.values()}
         modules = {name.rpartition(".")[0] for name in parameters | keys}
         return parameters | modules | {*self.linears, *self.specs, *self.hub_names.values()}
@@ -127,6 +130,7 @@ class Adapter:
         read_experts: by module name: gate, up and down where the adapter has them; several experts per tensor.
         whole: tensors that are trained as a whole (modules_to_save) or stored along, by parameter name.
         extras: whatever else there is.
+        as_is: forms of PEFT whose releases read the files as they are.
     """
 
     source: Path
@@ -140,6 +144,7 @@ class Adapter:
     beside: Mapping[str, Any] = field(default_factory=dict)
     whole: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     extras: tuple[Extra, ...] = ()
+    as_is: tuple[str, ...] = ()
 
     @property
     def linears(self) -> list[str]:

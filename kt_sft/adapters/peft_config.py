@@ -10,22 +10,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kt_sft.adapters import layout, schema
-from kt_sft.adapters.model import Adapter, BaseModel
+from kt_sft.adapters import layout, options, schema
+from kt_sft.adapters.folder import SIDE_FILE
+from kt_sft.adapters.model import PARAMETERS, Adapter, BaseModel
 from kt_sft.adapters.patterns import Patterns, tails
-from kt_sft.adapters.tensor_file import CONFIG_NAME
 from kt_sft.errors import FormatError
+from kt_sft.formats.file_names import ADAPTER_CONFIG
 from kt_sft.formats.json_object import read_object
+from kt_sft.formats.staging import put_json
 
-SIDE_FILE = "kt_sft.json"
 _WITHOUT = "restore the file or delete it (dropout is then 0)"
-PARAMETERS = ("gate_up_proj", "down_proj")
 ALL_LINEAR = "all-linear"
 # PEFT 0.19 takes target_modules that end so for the matrices of experts, dense and shared MLPs included; as
 # target_parameters they are left alone, and their tensors are the same.
 _TAKEN_FOR_EXPERTS = (".gate_proj", ".up_proj", ".down_proj", ".w1", ".w2", ".w3")
-# Ways to begin that move a part of the weights into the factors: such an adapter belongs to what was left of them.
-RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _BESIDE: dict[str, tuple[Callable[[Any], bool], str]] = {  # keys of kt_sft.json
     "model_type": (lambda value: value is None or (isinstance(value, str) and len(value) <= 200), "a model type"),
     "lora_dropout": (schema.is_dropout, "a number from 0 to below 1"),
@@ -33,35 +31,20 @@ _BESIDE: dict[str, tuple[Callable[[Any], bool], str]] = {  # keys of kt_sft.json
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Values of adapter_config.json, for a form that holds plain LoRA.
-
-    Raises:
-        FormatError: see `read_values`; or an adapter that belongs to other weights than the base model's.
-    """
-    values = read_values(folder)
-    begun = values.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(RESIDUAL):
-        raise FormatError(
-            folder / CONFIG_NAME,
-            "init_lora_weights",
-            expected="LoRA of the base model's own weights",
-            found=f"{begun!r}, LoRA of what it left of them",
-            remedy="save it with PEFT's path_initial_model_for_weight_conversion",
-        )
-    return values
-
-
-def read_values(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, door: str = options.READ) -> dict[str, Any]:
     """Values of adapter_config.json that mean something, checked.
 
+    Args:
+        door: whoever reads it, of `options`.
     Raises:
-        FormatError: missing, no JSON object, not LoRA, or values that it cannot have.
+        FormatError: missing, no JSON object, not LoRA, values that it cannot have, or options that the door refuses.
     """
-    path = folder / CONFIG_NAME
+    path = folder / ADAPTER_CONFIG
     if not os.path.lexists(path):
-        raise FormatError(folder, f"no {CONFIG_NAME} in it", remedy="name the directory that save_pretrained wrote")
-    return schema.checked(read_object(path), path)
+        raise FormatError(folder, f"no {ADAPTER_CONFIG} in it", remedy="name the directory that save_pretrained wrote")
+    values = schema.checked(read_object(path), path)
+    options.check_file(door, values, path)
+    return values
 
 
 def read_side_file(folder: Path) -> dict[str, Any]:
@@ -81,6 +64,18 @@ def read_side_file(folder: Path) -> dict[str, Any]:
         if key in values and not accepts(values[key]):
             raise FormatError(path, key, expected=expected, found=repr(values[key])[:80], remedy=_WITHOUT)
     return {key: values[key] for key in _BESIDE if key in values}
+
+
+def write_side_file(folder: Path, model_type: str | None, dropout: float | None, layout_name: str | None) -> None:
+    """kt_sft.json into a folder of staging.
+
+    Args:
+        dropout: with which it was trained, where PEFT's config cannot say it.
+        layout_name: of the LoRA of fused experts.
+    """
+    values = {"model_type": model_type, "lora_dropout": dropout, layout.MARK: layout_name}
+    kept = {key: value for key, value in values.items() if value is not None or key == "model_type"}
+    put_json(folder / SIDE_FILE, kept)
 
 
 def rank_of(config: Mapping[str, Any], target: str) -> int:
@@ -148,9 +143,12 @@ def _name_test(entries: Any) -> Callable[[str], bool]:
 
 def named_parameters(config: Mapping[str, Any], module: str) -> list[str]:
     """Which of an experts module's parameters `target_parameters` names, in the order in which PEFT nests wrappers."""
-    entries = config.get("target_parameters") or []
-    names = [f"{module}.{parameter}" for parameter in PARAMETERS]
-    return [n for n in names if any(n == entry or n.endswith(f".{entry}") for entry in entries)]
+    return [name for name in (f"{module}.{parameter}" for parameter in PARAMETERS) if is_parameter(config, name)]
+
+
+def is_parameter(config: Mapping[str, Any], name: str) -> bool:
+    """Whether `target_parameters` names a parameter."""
+    return any(name == entry or name.endswith(f".{entry}") for entry in config.get("target_parameters") or ())
 
 
 def uniform(adapter: Adapter) -> tuple[int, float]:

@@ -10,9 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import peft_config
-from kt_sft.adapters.model import Adapter, BaseModel, Extra, Lora
+from kt_sft.adapters.model import OTHER_MODEL, PARAMETERS, Adapter, BaseModel, Extra, Lora
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
+from kt_sft.formats.file_names import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,6 @@ _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 _LORA_BIAS = re.compile(r"(?P<module>.+)\.lora_B\.bias")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")  # stored beside the plain name, with the same numbers
-_OTHER_MODEL = "name the model of the adapter with --base-model"
 
 
 class LinearReader:
@@ -68,8 +68,13 @@ class LinearReader:
                 self.rest.append(key)
         for name, stem in self._stems.items():
             self._check(name, stem)
-        self.extras = tuple(self._extra(kind, name, key) for kind in others for name, key in others[kind].items())
-        self._check_complete(others)
+        self.extras: tuple[Extra, ...] = ()
+        missing = [f"{name}.lora_A.weight" for name in self._targets() if name not in self._stems]
+        if not base.may_grow:
+            self.extras = tuple(self._extra(kind, name, key) for kind in others for name, key in others[kind].items())
+            missing += self._lacking(others)
+        if missing:
+            raise FormatError(tensors.path, f"tensor {missing[0]}", expected="present", found="missing")
 
     def _add(self, key: str, stem: str) -> None:
         """A factor of a pair."""
@@ -87,22 +92,27 @@ class LinearReader:
         """Raise where the config does not name a module, by its own name or by that of checkpoints: PEFT would leave
         its tensors alone."""
         if not any(map(self._is_target, names)):
-            what, expected = f"tensor {key}", f"one of a module that {peft_config.CONFIG_NAME} names as a target"
+            what, expected = f"tensor {key}", f"one of a module that {ADAPTER_CONFIG} names as a target"
             remedy = "take it out of the file, or name its module in target_modules"
             raise FormatError(self._tensors.path, what, expected=expected, found="none", remedy=remedy)
 
-    def _check_complete(self, others: Mapping[str, Mapping[str, str]]) -> None:
-        """What the config names is there: without it the adapter would compute something else."""
+    @property
+    def has_other_names(self) -> bool:
+        """Whether pairs are stored under names that PEFT cannot wrap: those of checkpoints, or of routers that are no
+        Linear layers any more, as adapters of transformers 4 have them."""
+        parameters = [name for name in self._stems if name in self._base.bare]
+        unnamed = [name for name in parameters if not peft_config.is_parameter(self._config, name)]
+        return bool(unnamed) or bool(set(self._stems.values()) & set(self._hub))
+
+    def _lacking(self, others: Mapping[str, Mapping[str, str]]) -> list[str]:
+        """What the config names beside pairs and is not there: without it the adapter would compute something else."""
         pairs = [name for name in self._stems if name in self._base.linears] if self._config.get("use_dora") else []
-        missing = [f"{name}.lora_A.weight" for name in self._targets() if name not in self._stems]
-        missing += [f"{name}.lora_magnitude_vector" for name in pairs if name not in others.get("dora", {})]
+        missing = [f"{name}.lora_magnitude_vector" for name in pairs if name not in others.get("dora", {})]
         if self._config.get("trainable_token_indices") and "tokens" not in others:
             missing.append("token_adapter.trainable_tokens_delta")
         there = {_SAVED.sub("", key) for key in self.rest}
-        saved = (n for n in self._base.parameters if n.endswith((".weight", ".bias")) and is_saved(self._config, n))
-        missing += [name for name in saved if not there & {name, self._hub_name(name)}]
-        if missing:
-            raise FormatError(self._tensors.path, f"tensor {missing[0]}", expected="present", found="missing")
+        saved = (name for name in self._base.parameters if is_saved(self._config, name))
+        return missing + [name for name in saved if not there & {name, self._hub_name(name)}]
 
     def _targets(self) -> Iterator[str]:
         """Linear layers whose pairs have to be there; what `all-linear` meant only PEFT knows."""
@@ -134,14 +144,13 @@ class LinearReader:
             return f"{module}.weight"
         what = f"tensor {key}"
         raise FormatError(
-            self._tensors.path, what, expected="a LoRA target of the model", found="none", remedy=_OTHER_MODEL
+            self._tensors.path, what, expected="a LoRA target of the model", found="none", remedy=OTHER_MODEL
         )
 
     def _check(self, name: str, stem: str) -> None:
         """A pair's shapes; PEFT looks a target parameter's rank up by the parameter's name."""
         parameter = name if name in self._base.bare else f"{name}.weight"
-        entries = self._config.get("target_parameters") or []
-        is_parameter = any(parameter == entry or parameter.endswith(f".{entry}") for entry in entries)
+        is_parameter = peft_config.is_parameter(self._config, parameter)
         named = parameter if is_parameter else parameter.removesuffix(".weight")
         key = f"{stem}.lora_A.weight"
         if not is_parameter:
@@ -172,12 +181,12 @@ class LinearReader:
         if shape is None or len(shape) != 2:
             what = f"tensor {key}"
             raise FormatError(
-                self._tensors.path, what, expected="a matrix of the model", found="none", remedy=_OTHER_MODEL
+                self._tensors.path, what, expected="a matrix of the model", found="none", remedy=OTHER_MODEL
             )
         if kind == "embedding":
             return self._embedding(name, key, shape)
         if (switch := _SWITCHES.get(kind)) is not None and not self._config.get(switch):
-            expected = f"none without {switch} in {peft_config.CONFIG_NAME}"
+            expected = f"none without {switch} in {ADAPTER_CONFIG}"
             raise self._fault(key, expected, "one", "set it, or take the tensor out of the file")
         read = partial(self._tensors.read, key)
         tensors = {f"{name}.{_SUFFIXES[kind]}": read}
@@ -215,7 +224,7 @@ class LinearReader:
         tensors = {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
 
         def apply(weight: Tensor) -> Tensor:
-            return weight + scale * (a().float().mT @ b().float().mT)
+            return weight + Lora(b().mT, a().mT, scale).delta()  # a row for each token, so the roles are exchanged
 
         return Extra("embedding", f"{name}.weight", tensors, apply)
 
@@ -231,7 +240,8 @@ class LinearReader:
         return found
 
     def whole(self) -> dict[str, Callable[[], Tensor]]:
-        """Modules trained as a whole: what is left over, which must be parameters or buffers of the model.
+        """Modules trained as a whole: what is left over, which must be parameters or buffers of the model; nothing
+        where its vocabulary may still become another one.
 
         Raises:
             FormatError: something else; no parameter of the model, one of another shape, or one that the config does
@@ -239,7 +249,7 @@ class LinearReader:
         """
         found: dict[str, Callable[[], Tensor]] = {}
         by_hub_name = {f"{hub}.weight": f"{name}.weight" for hub, name in self._hub.items()}
-        for key in self.rest:
+        for key in self.rest if not self._base.may_grow else ():
             if ".lora_" in key or ".token_adapter." in key:
                 raise self._fault(key, "lora_A and lora_B of plain LoRA", "something else")
             if ".original_module." in key:
@@ -252,14 +262,14 @@ class LinearReader:
 
     def _check_whole(self, key: str, name: str) -> None:
         module, _, parameter = name.rpartition(".")
-        if module in self._base.specs and parameter in peft_config.PARAMETERS:
+        if module in self._base.specs and parameter in PARAMETERS:
             raise self._fault(
                 key, "LoRA on the routed experts", "routed experts that were trained as a whole (modules_to_save)",
                 "merge it with stock PEFT and use the result as the model",
             )  # fmt: skip
         shape = self._base.parameters.get(name)
         if shape is None:
-            raise self._fault(key, "a parameter of the model", "none", _OTHER_MODEL)
+            raise self._fault(key, "a parameter of the model", "none", OTHER_MODEL)
         if self._tensors.shape(key) != shape:
             remedy = "name the model that it was trained on, with the vocabulary of that time"
             raise self._fault(key, list(shape), list(self._tensors.shape(key)), remedy)
@@ -267,7 +277,7 @@ class LinearReader:
         is_vocabulary = len(shape) == 2 and shape[0] == self._base.config.get("vocab_size")
         is_bias = "bias" in key and self._config.get("bias", "none") != "none"
         if not (is_vocabulary or is_bias or is_saved(self._config, name) or is_saved(self._config, key)):
-            expected = f"one that {peft_config.CONFIG_NAME} names (modules_to_save, bias)"
+            expected = f"one that {ADAPTER_CONFIG} names (modules_to_save, bias)"
             remedy = "take it out of the file, or name its module"
             raise self._fault(key, expected, "a weight of the base model", remedy)
 

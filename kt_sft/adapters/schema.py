@@ -17,7 +17,7 @@ from typing import Any
 from kt_sft.adapters.patterns import Patterns, is_literal, whole_name
 from kt_sft.errors import FormatError
 
-MAX_RANK = 1 << 16
+_MOST_RANK = 1 << 16
 MAX_SCALE = 1_000_000  # of lora_alpha; 1e30 makes every weight infinite
 _MIN_SCALE = 1e-6
 _MAX_LAYER = 100_000
@@ -145,7 +145,7 @@ _PARTS = _Rule(_parts, "a list of names")
 _TARGETS = _Rule(_names_or_regex, "a list of names, or a regular expression")
 _TEXT = _Rule(_optional_text, "text")
 _SCALE = ("a positive number", f"the least is {_MIN_SCALE:g}, the most {MAX_SCALE}")
-_RANK = ("a positive number", f"a whole one, {MAX_RANK} at most")
+_RANK = ("a positive number", f"a whole one, {_MOST_RANK} at most")
 _KEYS = {
     "peft_type": _Rule(lambda value: value == "LORA", "LORA", is_needed=True),
     "task_type": _Rule(lambda value: value is None or value in _TASKS, f"one of {', '.join(_TASKS)}"),
@@ -154,7 +154,7 @@ _KEYS = {
     "base_model_name_or_path": _TEXT,
     "revision": _TEXT,
     "inference_mode": _SWITCH,
-    "r": _Rule(lambda value: _is_whole(value, 1, MAX_RANK), *_RANK, is_needed=True),
+    "r": _Rule(lambda value: _is_whole(value, 1, _MOST_RANK), *_RANK, is_needed=True),
     "lora_alpha": _Rule(_is_scale, *_SCALE, is_needed=True),
     "lora_dropout": _Rule(is_dropout, "a number from 0 to below 1"),
     "bias": _Rule(lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
@@ -175,7 +175,7 @@ _KEYS = {
         lambda value: value == "" or _parts([value] if isinstance(value, str) else value), "a name, or a list of names"
     ),
     "trainable_token_indices": _Rule(_rows, "row numbers, or lists of them by module"),
-    "rank_pattern": _Rule(lambda value: _is_whole(value, 1, MAX_RANK), *_RANK, of_entries=True),
+    "rank_pattern": _Rule(lambda value: _is_whole(value, 1, _MOST_RANK), *_RANK, of_entries=True),
     "alpha_pattern": _Rule(_is_scale, *_SCALE, of_entries=True),
 }
 # Keys that plain LoRA leaves alone, with their defaults in PEFT 0.18 to 0.21 where these are no empty value.
@@ -183,9 +183,7 @@ _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "megatron_core": ("megatron.core",),
     "runtime_config": ({"ephemeral_gpu_offload": False},),
 }
-_WITHOUT_EFFECT = {"qalora_group_size": _Rule(lambda value: _is_whole(value, 0, MAX_RANK), "a whole number")}
-# What PEFT acts on wherever the config comes from: modules that are imported, layers that are made.
-ACTS = ("megatron_config", "layer_replication")
+_WITHOUT_EFFECT = {"qalora_group_size": _Rule(lambda value: _is_whole(value, 0, _MOST_RANK), "a whole number")}
 
 
 @dataclass(frozen=True)
@@ -222,14 +220,14 @@ def find_faults(values: Mapping[str, Any], *, is_file: bool = True) -> Iterator[
     """What is wrong with a config.
 
     Args:
-        is_file: False: a user's own LoraConfig, which may also say how the factors begin.
+        is_file: False: a user's own LoraConfig, whose further keys `options` knows.
     """
     for key, rule in _KEYS.items():
         if key in values:
             yield from _faults_of(key, values[key], rule)
         elif rule.is_needed:
             yield Fault(key, rule.expected, "nothing", rule.limits)
-    for key in values if is_file else ACTS:
+    for key in values if is_file else ():  # beyond plain LoRA
         if key in _KEYS:
             continue
         if key in _WITHOUT_EFFECT:

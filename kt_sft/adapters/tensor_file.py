@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kt_sft.adapters.folder import CONFIG_NAME, EXPERTS_NAME, PICKLE_NAME, WEIGHTS_NAME, weights_file
+from kt_sft.adapters.folder import EXPERTS_NAME, weights_file
 from kt_sft.errors import FormatError
+from kt_sft.formats.file_names import ADAPTER_WEIGHTS
 from kt_sft.formats.finite import is_finite
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.formats.safetensors_writer import DTYPE_NAMES, PlannedTensor, write
@@ -17,8 +18,6 @@ from kt_sft.formats.torch_file import read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["CONFIG_NAME", "EXPERTS_NAME", "PICKLE_NAME", "PREFIX", "WEIGHTS_NAME", "TensorFile", "write_tensors"]
 
 PREFIX = "base_model.model."
 _MAX_NAME = 1024  # characters; searching in longer ones takes its time
@@ -37,7 +36,7 @@ class TensorFile:
 
     def __init__(self, folder: Path, name: str | None = None):
         file = weights_file(folder) if name is None else folder / name
-        self.path = file or folder / WEIGHTS_NAME
+        self.path = file or folder / ADAPTER_WEIGHTS
         self._index: SafetensorsIndex | None = None
         self._tensors: dict[str, Tensor] = {}
         self._keys: dict[str, str] = {}

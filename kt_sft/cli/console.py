@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from kt_sft import env
-from kt_sft.errors import KTError
+from kt_sft.errors import KTError, one_line
+from kt_sft.progress import Move
 
 
 def path(text: str) -> Path:
@@ -41,7 +42,7 @@ def errors_in_one_line(command: str) -> Iterator[None]:
     except (KTError, OSError) as error:
         if env.traceback():
             raise
-        found = str(error) if isinstance(error, KTError) else " ".join(str(error).split()) or type(error).__name__
+        found = str(error) if isinstance(error, KTError) else one_line(error)
         Console(stderr=True).print(f"kt-sft {command}: error: {escape(found)}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -49,8 +50,8 @@ def errors_in_one_line(command: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar over experts or tensors; gives the function that moves it."""
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Move]:
+    """A bar over experts or tensors on the terminal of a command; with a console it is a `Bar`."""
     columns = (
         "{task.description}",
         BarColumn(),

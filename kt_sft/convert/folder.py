@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from kt_sft.convert.plan import LOCK_NAME
 from kt_sft.errors import FormatError, OutputError, Unpackable
@@ -81,18 +81,16 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
     """One converting process per folder; the system lets go of the lock of one that dies.
 
     Raises:
-        FileNotFoundError: the folder, or the lock file that was waited for, is no longer there.
+        FileNotFoundError: the folder is no longer there.
         OutputError: another process has it.
     """
-    path = folder / LOCK_NAME
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with os.fdopen(handle, "rb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise OutputError(
-                folder, "output", found="another process converting to it", remedy="wait for it, or choose another"
-            ) from None
-        if not os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    # Without `fallback_to_soft` a file system without locks is an error: a soft lock would outlive who is killed.
+    lock = FileLock(folder / LOCK_NAME, timeout=-1 if wait else 0, fallback_to_soft=False)
+    try:
+        held = lock.acquire()
+    except Timeout:
+        raise OutputError(
+            folder, "output", found="another process converting to it", remedy="wait for it, or choose another"
+        ) from None
+    with held:
         yield

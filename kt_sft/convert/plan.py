@@ -56,7 +56,7 @@ class LayerPlan(Protocol):
     """What writing one layer asks of a plan."""
 
     output: Path
-    weight_format: str
+    format: str
     group: int
 
     @property
@@ -74,7 +74,7 @@ class ConvertPlan:
     """
 
     output: Path
-    weight_format: str
+    format: str
     group: int
     model_type: str
     source_formats: tuple[str, ...]
@@ -93,7 +93,7 @@ class ConvertPlan:
         """Digest of everything that decides what the container holds."""
         shapes = [[name, s.num_experts, s.hidden, s.inter, s.activation] for name, s in self.specs.items()]
         files = [[file.name, file.size, file.digest] for file in self.source_files]
-        what = [LAYOUT_ID, self.weight_format, self.group, self.model_type, files, shapes]
+        what = [LAYOUT_ID, self.format, self.group, self.model_type, files, shapes]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     @property
@@ -103,7 +103,7 @@ class ConvertPlan:
 
     def layer_bytes(self, name: str) -> int:
         """Length of a layer's blob file."""
-        return file_bytes(self.specs[name], self.weight_format, self.group)
+        return file_bytes(self.specs[name], self.format, self.group)
 
     @property
     def blob_bytes(self) -> int:
@@ -116,7 +116,7 @@ class AppendPlan:
     """One more layer of a container whose experts come from tensors; `group` is 0 but for int4."""
 
     output: Path
-    weight_format: str
+    format: str
     group: int
     name: str
     spec: ExpertsSpec
@@ -125,23 +125,23 @@ class AppendPlan:
     @property
     def identity(self) -> str:
         """That of all such containers of one format."""
-        return hashlib.sha256(json.dumps([LAYOUT_ID, self.weight_format, self.group, "tensors"]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([LAYOUT_ID, self.format, self.group, "tensors"]).encode()).hexdigest()
 
     def layer_bytes(self, name: str) -> int:
         """Length of the blob file."""
-        return file_bytes(self.spec, self.weight_format, self.group)
+        return file_bytes(self.spec, self.format, self.group)
 
 
-def file_bytes(spec: ExpertsSpec, weight_format: str, group: int) -> int:
+def file_bytes(spec: ExpertsSpec, format: str, group: int) -> int:
     """Length of a layer's blob file."""
-    return HEADER_BYTES + spec.num_experts * sum(blob_sizes(weight_format, group, spec.hidden, spec.inter))
+    return HEADER_BYTES + spec.num_experts * sum(blob_sizes(format, group, spec.hidden, spec.inter))
 
 
 def plan_conversion(
     source: Checkpoint,
     specs: Mapping[str, ExpertsSpec],
     output: str | os.PathLike[str],
-    weight_format: str,
+    format: str,
     group: int,
     model_type: str,
 ) -> ConvertPlan:
@@ -153,8 +153,8 @@ def plan_conversion(
     formats = sorted({name for names in source.formats.values() for name in names})
     paths = tuple(source.files)
     files = tuple(map(hash_source, paths))
-    group = group if weight_format == "int4" else 0
-    return ConvertPlan(Path(output), weight_format, group, model_type, tuple(formats), files, dict(specs), paths)
+    group = group if format == "int4" else 0
+    return ConvertPlan(Path(output), format, group, model_type, tuple(formats), files, dict(specs), paths)
 
 
 def finished_manifest(plan: ConvertPlan) -> Manifest | None:
@@ -201,16 +201,16 @@ def check_own_files(folder: Path, names: set[str], expected: str) -> None:
 
 def describe_difference(other: Manifest, plan: ConvertPlan) -> str:
     """In what a container's manifest differs from a plan."""
-    if (other.weight_format, other.group) != (plan.weight_format, plan.group):
-        return f"{name_of(other.weight_format, other.group)}, not {name_of(plan.weight_format, plan.group)}"
+    if (other.format, other.group) != (plan.format, plan.group):
+        return f"{name_of(other.format, other.group)}, not {name_of(plan.format, plan.group)}"
     if other.source_files != plan.source_files:
         return "other source files"
     return "another model"
 
 
-def name_of(weight_format: str, group: int) -> str:
+def name_of(format: str, group: int) -> str:
     """`int4 in groups of 32`."""
-    return f"{weight_format} in groups of {group}" if weight_format == "int4" else weight_format
+    return f"{format} in groups of {group}" if format == "int4" else format
 
 
 def check_space(plan: ConvertPlan, finished: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ old container has not taken: until the new manifest is there it is the old conta
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import itertools
 import json
@@ -34,17 +33,18 @@ from kt_sft.convert.plan import (
 )
 from kt_sft.convert.slot import ExpertSlot
 from kt_sft.errors import ConfigError, FormatError, OutputError, unpackable
+from kt_sft.formats.disk import reporting
 from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, layer_header, read_manifest
 from kt_sft.formats.packed_manifest import Blob, Manifest, PackedLayer, parse_layer
 from kt_sft.formats.staging import part_of, read_own
+from kt_sft.progress import Move, no_bar
 
 if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
 
 JOURNAL_VERSION = 1
+_WRITING, _GOES_ON = "writing the container", " and run the same command again: finished layers are kept"
 _PARTS = (f"{MANIFEST_NAME}.part", f"{JOURNAL_NAME}.part")
-# done experts, all experts, name of the layer
-Progress = Callable[[int, int, str], None]
 
 
 def convert(
@@ -53,7 +53,7 @@ def convert(
     *,
     overwrite: bool = False,
     wait: bool = False,
-    progress: Progress = lambda done, total, layer: None,
+    progress: Move = no_bar,
 ) -> Manifest:
     """Write the container of a plan, or go on with one that was interrupted; a complete one is left as it is.
 
@@ -72,10 +72,11 @@ def convert(
         FormatError: the source is damaged, changed, or has weights that cannot be packed.
     """
     folder = plan.output
-    try:
+    with reporting(folder, _WRITING, _GOES_ON):
         if not overwrite and (manifest := finished_manifest(plan)) is not None:  # before anything is written
-            with contextlib.suppress(OSError), locked(folder, wait=False):  # it may be on a read-only disk
-                _tidy(folder)
+            if _strays(folder, {layer.file for layer in manifest.layers.values()}):
+                with contextlib.suppress(OSError), locked(folder, wait=False):  # it may be on a read-only disk
+                    _tidy(folder)
             return manifest
         with output_folder(folder, wait):
             if not overwrite and (manifest := finished_manifest(plan)) is not None:
@@ -84,10 +85,6 @@ def convert(
             if overwrite:
                 _begin_anew(plan)
             return _write(source, plan, progress)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise _not_written(folder, error) from error
 
 
 def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
@@ -101,20 +98,15 @@ def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
         FormatError: a damaged manifest; weights that cannot be packed.
     """
     folder = plan.output
-    try:
-        with output_folder(folder, wait=True):
-            layers = _appendable_layers(plan)
-            # A layer that is replaced keeps its file until the manifest names the new one.
-            file = _free_file(plan.number, {layer.file for layer in layers.values()})
-            layers[plan.name] = _write_layer(source, plan, (plan.name, plan.spec), file, lambda done: None)
-            ordered = {name: layers[name] for name in sorted(layers, key=_by_number)}
-            manifest = Manifest(plan.identity, plan.weight_format, plan.group, "", ("tensors",), (), ordered)
-            _publish(folder, manifest)
-            return manifest
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise _not_written(folder, error) from error
+    with reporting(folder, _WRITING, _GOES_ON), output_folder(folder, wait=True):
+        layers = _appendable_layers(plan)
+        # A layer that is replaced keeps its file until the manifest names the new one.
+        file = _free_file(plan.number, {layer.file for layer in layers.values()})
+        layers[plan.name] = _write_layer(source, plan, (plan.name, plan.spec), file, lambda done: None)
+        ordered = {name: layers[name] for name in sorted(layers, key=_by_number)}
+        manifest = Manifest(plan.identity, plan.format, plan.group, "", ("tensors",), (), ordered)
+        _publish(folder, manifest)
+        return manifest
 
 
 def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
@@ -133,10 +125,10 @@ def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
         return {}
     manifest = read_manifest(plan.output)
     if manifest.identity != plan.identity:
-        held = name_of(manifest.weight_format, manifest.group)
+        held = name_of(manifest.format, manifest.group)
         raise ConfigError(
             f"{plan.output}: expected a container of layers from tensors in "
-            f"{name_of(plan.weight_format, plan.group)}, found {held} with {len(manifest.layers)} layers "
+            f"{name_of(plan.format, plan.group)}, found {held} with {len(manifest.layers)} layers "
             f"{'from tensors' if not manifest.source_files else 'from a checkpoint'}; choose another"
         )
     return dict(manifest.layers)
@@ -152,7 +144,7 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
 
 
-def _write(source: Experts, plan: ConvertPlan, progress: Progress) -> Manifest:
+def _write(source: Experts, plan: ConvertPlan, progress: Move) -> Manifest:
     folder = plan.output
     layers = _finished_layers(plan)
     check_space(plan, layers)
@@ -170,7 +162,7 @@ def _write(source: Experts, plan: ConvertPlan, progress: Progress) -> Manifest:
         _write_journal(plan, layers)
     manifest = Manifest(
         plan.identity,
-        plan.weight_format,
+        plan.format,
         plan.group,
         plan.model_type,
         plan.source_formats,
@@ -181,7 +173,7 @@ def _write(source: Experts, plan: ConvertPlan, progress: Progress) -> Manifest:
     return manifest
 
 
-def _count(progress: Progress, before: int, total: int, layer: str, more: int) -> None:
+def _count(progress: Move, before: int, total: int, layer: str, more: int) -> None:
     progress(before + more, total, layer)
 
 
@@ -190,7 +182,7 @@ def _write_layer(
 ) -> PackedLayer:
     name, spec = layer
     file_bytes = plan.layer_bytes(name)
-    slot = ExpertSlot(spec, plan.weight_format, plan.group)
+    slot = ExpertSlot(spec, plan.format, plan.group)
     experts = []
     with part_of(plan.output / file) as stream:
         stream.write(layer_header(plan.identity, name, file_bytes))
@@ -234,7 +226,7 @@ def _finished_layers(plan: ConvertPlan) -> dict[str, PackedLayer]:
         return {}  # stopped while the very first line was written
     if not isinstance(start, dict) or start.get("id") != plan.identity or start.get("version") != JOURNAL_VERSION:
         began = start.get("weights") if isinstance(start, dict) else None
-        now = name_of(plan.weight_format, plan.group)
+        now = name_of(plan.format, plan.group)
         reason = f"to {began} where {now} is asked for" if began not in (None, now) else "from other source files"
         raise ConfigError(
             f"{plan.output}: holds an unfinished conversion {reason}; repeat its settings to finish it, choose another "
@@ -243,7 +235,7 @@ def _finished_layers(plan: ConvertPlan) -> dict[str, PackedLayer]:
     layers: dict[str, PackedLayer] = {}
     for line in lines[1:]:
         with contextlib.suppress(FormatError):
-            layer = parse_layer(_parsed(line), path, plan.weight_format, plan.group)
+            layer = parse_layer(_parsed(line), path, plan.format, plan.group)
             if layer.name in plan.specs and _has_size(plan.output / layer.file, layer.file_bytes):
                 layers[layer.name] = layer
     return layers
@@ -261,7 +253,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _write_journal(plan: ConvertPlan, layers: Mapping[str, PackedLayer]) -> None:
-    weights = name_of(plan.weight_format, plan.group)
+    weights = name_of(plan.format, plan.group)
     start = {"version": JOURNAL_VERSION, "id": plan.identity, "weights": weights}
     with part_of(plan.output / JOURNAL_NAME) as stream:
         for values in (start, *(layer.to_json() for layer in layers.values())):
@@ -276,12 +268,19 @@ def _publish(folder: Path, manifest: Manifest) -> None:
 
 def _tidy(folder: Path) -> None:
     """Remove what the container in the folder does not need, of its conversion or another one."""
-    for name in (JOURNAL_NAME, *_PARTS):
-        (folder / name).unlink(missing_ok=True)
-    held = files_of(folder)
-    for stray in [*folder.glob("layer-*.bin"), *folder.glob("layer-*.bin.part")]:
-        if stray.name not in held:
-            stray.unlink()
+    for stray in _strays(folder, files_of(folder)):
+        stray.unlink(missing_ok=True)
+
+
+def _strays(folder: Path, held: Collection[str]) -> list[Path]:
+    """Files of conversions in a folder that are none of a container's.
+
+    Args:
+        held: names of the container's layers.
+    """
+    rest = [folder / name for name in (JOURNAL_NAME, *_PARTS) if os.path.lexists(folder / name)]
+    layers = [*folder.glob("layer-*.bin"), *folder.glob("layer-*.bin.part")]
+    return rest + [path for path in layers if path.name not in held]
 
 
 def _begin_anew(plan: ConvertPlan) -> None:
@@ -304,13 +303,3 @@ def _is_begun(plan: ConvertPlan) -> bool:
         return bool(_finished_layers(plan))
     except (ConfigError, OSError):
         return False
-
-
-def _not_written(folder: Path, error: OSError) -> OutputError:
-    cure = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "correct that"
-    return OutputError(
-        error.filename or folder,
-        "writing the container",
-        found=error.strerror or str(error),
-        remedy=f"{cure} and run the same command again: finished layers are kept",
-    )

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class ExpertSlot(RoutedExperts):
     """`RoutedExperts` with room for one, number 0, which every expert takes in turn."""
 
-    def __init__(self, spec: ExpertsSpec, weight_format: str, group: int):
-        super().__init__(dataclasses.replace(spec, num_experts=1), weight_format=weight_format, group_size=group or 32)
+    def __init__(self, spec: ExpertsSpec, format: str, group: int):
+        super().__init__(dataclasses.replace(spec, num_experts=1), formats=format, group_size=group or 32)
         self._blobs = tuple(map(_aligned, self.layer.blob_bytes))
         into, out = (spec.inter, spec.hidden), (spec.hidden, spec.inter)
         self._unpacked = tuple(torch.empty(shape) for shape in (into, into, out))

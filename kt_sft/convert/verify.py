@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kt_sft.convert.plan import Experts, check_shapes
-from kt_sft.convert.run import Progress
 from kt_sft.convert.slot import ExpertSlot
 from kt_sft.errors import FormatError
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.formats.packed_manifest import PROJECTIONS
+from kt_sft.progress import Move, no_bar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ def verify(
     source: Experts,
     specs: Mapping[str, ExpertsSpec],
     *,
-    progress: Progress = lambda done, total, layer: None,
+    progress: Move = no_bar,
 ) -> None:
     """Check that the files are as they were written, and that they hold the source's weights with the errors they say.
 
@@ -34,7 +34,7 @@ def verify(
     total, slot, held = sum(spec.num_experts for spec in specs.values()), None, None
     for done, (name, expert) in enumerate(container.check_blobs(), 1):
         if slot is None or name != held:
-            slot, held = ExpertSlot(specs[name], manifest.weight_format, manifest.group), name
+            slot, held = ExpertSlot(specs[name], manifest.format, manifest.group), name
             source.close()
         slot.layer.copy_expert(0, *container.blobs(name, expert))
         blobs = manifest.layers[name].experts[expert]

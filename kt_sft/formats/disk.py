@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from kt_sft.errors import GIB, OutputError
+from kt_sft.errors import GIB, OutputError, as_ours, first_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -85,22 +85,24 @@ def check_space(target: Path, needed_bytes: int, remedy: str = "free space, or c
 
 
 @contextlib.contextmanager
-def reporting(target: object, what: str = "writing") -> Iterator[None]:
+def reporting(target: object, what: str = "writing", then: str = ", then again") -> Iterator[None]:
     """Faults of the file system, those of torch's and safetensors' writers too, as one line.
 
+    Args:
+        then: what to do once the cause is gone.
     Raises:
         OutputError: instead of them.
     """
-    try:
-        yield
-    except OutputError:
-        raise
-    except Exception as error:
+
+    def ours(error: BaseException) -> OutputError | None:
         if not is_write_error(error):
-            raise
+            return None
         cure = "free space" if getattr(error, "errno", None) in _FULL else "correct that"
         path = getattr(error, "filename", None) or target
-        raise OutputError(path, what, found=reason(error), remedy=f"{cure}, then again") from error
+        return OutputError(path, what, found=reason(error), remedy=f"{cure}{then}")
+
+    with as_ours(ours):
+        yield
 
 
 def is_write_error(error: BaseException) -> bool:
@@ -118,4 +120,4 @@ def reason(error: Any) -> str:
         return error.strerror
     if isinstance(error, RuntimeError):
         return "torch could not write its file to the end"
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return first_line(error, 160)

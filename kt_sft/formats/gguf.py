@@ -23,6 +23,7 @@ from kt_sft.errors import FormatError
 from kt_sft.formats.ggml_types import GGML_TYPE_BY_NUMBER, GGML_TYPES, GgmlType
 from kt_sft.formats.tensor_errors import check_shape, repeated_tensor
 from kt_sft.formats.tensor_index import TensorIndex
+from kt_sft.formats.unchanged_files import UnchangedFiles
 from kt_sft.native import native
 
 if TYPE_CHECKING:
@@ -77,8 +78,17 @@ class GgufIndex(TensorIndex[GgufTensor]):
     `metadata` maps keys to int, float, bool, str, or for arrays to a numpy array or a list.
     """
 
-    def __init__(self, source: Path, files: list[Path], metadata: dict[str, Any], tensors: dict[str, GgufTensor]):
-        super().__init__(source, tensors)
+    kind = "gguf"
+
+    def __init__(
+        self,
+        source: Path,
+        files: list[Path],
+        metadata: dict[str, Any],
+        tensors: dict[str, GgufTensor],
+        unchanged: UnchangedFiles | None = None,
+    ):
+        super().__init__(source, tensors, unchanged)
         self.files = files
         self.metadata = metadata
         self._maps: dict[Path, np.ndarray] = {}
@@ -92,6 +102,7 @@ class GgufIndex(TensorIndex[GgufTensor]):
         """
         path = Path(path)
         files = _set_of(path)
+        unchanged = UnchangedFiles(files)
         metadata: dict[str, Any] = {}
         tensors: dict[str, GgufTensor] = {}
         for number, file in enumerate(files):
@@ -107,7 +118,7 @@ class GgufIndex(TensorIndex[GgufTensor]):
         if len(files) > 1 and (type(total) is not int or total != len(tensors)):
             expected = str(total)[:80]
             raise FormatError(files[0], "tensors of all parts", expected=expected, found=len(tensors), remedy=_AGAIN)
-        return cls(path, files, metadata, tensors)
+        return cls(path, files, metadata, tensors, unchanged)
 
     def text(self, key: str, default: str | None = None) -> str | None:
         """A text of the metadata.

@@ -70,6 +70,12 @@ def is_deeper(value: Any, most: int) -> bool:
     return True
 
 
+def num_values(value: Any) -> int:
+    """Keys, entries and values in mappings and lists, whatever their depth."""
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return len(inner) + sum(num_values(entry) for entry in inner if isinstance(entry, dict | list))
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name}, which is no number of JSON")
 

@@ -46,13 +46,18 @@ def is_container(directory: str | os.PathLike[str]) -> bool:
 class PackedContainer:
     """A complete container. Close it, or use it as a context manager; what uses a blob keeps its mapping.
 
+    Args:
+        manifest: of the directory, where it has just been read or written.
     Raises:
         FormatError: anything about the directory that is not as docs/packed_format.md says.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
+    kind = "container"
+
+    def __init__(self, directory: str | os.PathLike[str], manifest: Manifest | None = None):
         self.path = Path(directory)
-        self.manifest = read_manifest(self.path)
+        self.manifest = read_manifest(self.path) if manifest is None else manifest
+        self._marks: dict[str, tuple[int, ...]] = {}  # layer -> its file as its header was read
         self._maps: dict[str, mmap.mmap] = {}
         for layer in self.manifest.layers.values():
             os.close(self._open(layer))
@@ -107,16 +112,20 @@ class PackedContainer:
         self.close()
 
     def _open(self, layer: PackedLayer) -> int:
-        """A handle of the layer's file after a look at its length and header."""
+        """A handle of the layer's file after a look at its length, and at its header unless that was seen."""
         path = self.path / layer.file
         handle = open_regular(path, "blob file", remedy=CONVERT_AGAIN)
         try:
-            size = os.fstat(handle).st_size
+            now = os.fstat(handle)
+            size = now.st_size
             if size != layer.file_bytes:
                 what = "truncated blob file" if size < layer.file_bytes else "blob file longer than the manifest says"
                 raise FormatError(
                     path, what, expected=f"{layer.file_bytes} bytes", found=f"{size} bytes", remedy=CONVERT_AGAIN
                 )
+            seen = (now.st_dev, now.st_ino, now.st_mtime_ns, now.st_ctime_ns)
+            if self._marks.get(layer.name) == seen:
+                return handle
             found, wanted = os.pread(handle, HEADER_BYTES, 0), layer_header(self.manifest.identity, layer.name, size)
             if found[: len(MAGIC)] != MAGIC:
                 raise FormatError(
@@ -130,6 +139,7 @@ class PackedContainer:
                     found="that of another file",
                     remedy=CONVERT_AGAIN,
                 )
+            self._marks[layer.name] = seen
         except BaseException:
             os.close(handle)
             raise

@@ -20,7 +20,7 @@ SOURCE_HASH = "sha256 of size and content; above 16 MiB first MiB, 64 times 16 K
 HEADER_BYTES = 4096  # before the blobs of a file; keeps them aligned to pages
 ALIGNMENT = 64
 PROJECTIONS = ("gate", "up", "down")
-WEIGHT_FORMATS = ("bf16", "int8", "int4")
+FORMATS = ("bf16", "int8", "int4")
 INT4_GROUPS = (32, 64, 128)
 CONVERT_AGAIN = "convert the checkpoint again (kt-sft convert --overwrite)"
 
@@ -73,7 +73,7 @@ class Manifest:
     """What a container says about itself; `layers` by module name, in the order of the model."""
 
     identity: str
-    weight_format: str
+    format: str
     group: int
     model_type: str
     source_formats: tuple[str, ...]
@@ -88,7 +88,7 @@ class Manifest:
             "version": FORMAT_VERSION,
             "layout": LAYOUT_ID,
             "id": self.identity,
-            "weights": {"format": self.weight_format, "group": self.group},
+            "weights": {"format": self.format, "group": self.group},
             "model_type": self.model_type,
             "source": {
                 "formats": list(self.source_formats),
@@ -113,20 +113,20 @@ class Manifest:
         return sum(layer.file_bytes for layer in self.layers.values())
 
 
-def packed_bytes(weight_format: str, group: int, n: int, k: int) -> int:
+def packed_bytes(format: str, group: int, n: int, k: int) -> int:
     """Bytes of one packed matrix `[n, k]`: native/include/kts/packed.h, in Python for those who only read files."""
     rows = _align(n, 32)
-    if weight_format == "bf16":
+    if format == "bf16":
         return rows * _align(k, 32) * 2
-    if weight_format == "int8":
+    if format == "int8":
         return rows * _align(k, 64) + 2 * _align(rows * 4, ALIGNMENT)
     return rows * _align(k, 64) // 2 + _align(rows * -(-k // group) * 2, ALIGNMENT)
 
 
-def blob_sizes(weight_format: str, group: int, hidden: int, inter: int) -> tuple[int, int, int]:
+def blob_sizes(format: str, group: int, hidden: int, inter: int) -> tuple[int, int, int]:
     """Bytes of one expert's gate, up and down."""
-    into = packed_bytes(weight_format, group, inter, hidden)
-    return into, into, packed_bytes(weight_format, group, hidden, inter)
+    into = packed_bytes(format, group, inter, hidden)
+    return into, into, packed_bytes(format, group, hidden, inter)
 
 
 def parse_manifest(text: bytes, path: Path) -> Manifest:
@@ -142,13 +142,13 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     return _Parser(path).manifest(values)
 
 
-def parse_layer(values: Any, path: Path, weight_format: str, group: int) -> PackedLayer:
+def parse_layer(values: Any, path: Path, format: str, group: int) -> PackedLayer:
     """Check one layer's entry, as `PackedLayer.to_json` gave it.
 
     Raises:
         FormatError: it is not one.
     """
-    return _Parser(path).layer(values, "", weight_format, group)
+    return _Parser(path).layer(values, "", format, group)
 
 
 class _Parser:
@@ -176,11 +176,11 @@ class _Parser:
         if self.get(values, "checksum", str, "") != _checksum(body):
             raise self.fault("checksum", "that of the manifest's content", "another: the manifest is damaged")
         weights, source = self.get(values, "weights", dict, ""), self.get(values, "source", dict, "")
-        weight_format, group = self.weights(weights)
+        format, group = self.weights(weights)
         layers: dict[str, PackedLayer] = {}
         files: set[str] = set()
         for index, entry in enumerate(self.get(values, "layers", list, "")):
-            layer = self.layer(entry, f"layers[{index}].", weight_format, group)
+            layer = self.layer(entry, f"layers[{index}].", format, group)
             if layer.name in layers or layer.file in files:
                 again = f"{layer.name} in {layer.file} again"
                 raise self.fault(f"layers[{index}]", "a layer and a file of its own", again)
@@ -193,7 +193,7 @@ class _Parser:
             raise self.fault("source.formats", "names", formats)
         return Manifest(
             identity=self.get(values, "id", str, ""),
-            weight_format=weight_format,
+            format=format,
             group=group,
             model_type=self.get(values, "model_type", str, ""),
             source_formats=tuple(formats),
@@ -203,19 +203,19 @@ class _Parser:
         )
 
     def weights(self, values: dict[str, Any]) -> tuple[str, int]:
-        weight_format, group = self.get(values, "format", str, "weights."), self.get(values, "group", int, "weights.")
-        if weight_format not in WEIGHT_FORMATS:
-            raise self.fault("weights.format", f"one of {', '.join(WEIGHT_FORMATS)}", weight_format)
-        if group not in (INT4_GROUPS if weight_format == "int4" else (0,)):
+        format, group = self.get(values, "format", str, "weights."), self.get(values, "group", int, "weights.")
+        if format not in FORMATS:
+            raise self.fault("weights.format", f"one of {', '.join(FORMATS)}", format)
+        if group not in (INT4_GROUPS if format == "int4" else (0,)):
             raise self.fault("weights.group", "32, 64 or 128 for int4, 0 for others", group)
-        return weight_format, group
+        return format, group
 
     def source_file(self, row: Any) -> SourceFile:
         if not isinstance(row, list) or [type(value) for value in row] != [str, int, str]:
             raise self.fault("source.files", "[name, size, digest]", row)
         return SourceFile(*row)
 
-    def layer(self, entry: Any, what: str, weight_format: str, group: int) -> PackedLayer:
+    def layer(self, entry: Any, what: str, format: str, group: int) -> PackedLayer:
         texts = {key: self.get(entry, key, str, what) for key in ("name", "activation", "file")}
         numbers = {key: self.get(entry, key, int, what) for key in ("num_experts", "hidden", "inter", "file_bytes")}
         if not _FILE_NAME.fullmatch(texts["file"]):
@@ -226,7 +226,7 @@ class _Parser:
         rows = self.get(entry, "experts", list, what)
         if len(rows) != numbers["num_experts"]:
             raise self.fault(f"{what}experts", f"{numbers['num_experts']} entries", len(rows))
-        sizes = blob_sizes(weight_format, group, numbers["hidden"], numbers["inter"])
+        sizes = blob_sizes(format, group, numbers["hidden"], numbers["inter"])
         end, experts = HEADER_BYTES, []
         for index, row in enumerate(rows):
             blobs, end = self.expert(row, f"{what}experts[{index}]", sizes, end)

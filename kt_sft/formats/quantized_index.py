@@ -118,8 +118,10 @@ class QuantizedIndex(TensorIndex[TensorInfo]):
         FormatError: a quantised tensor without scales, or with scales of a wrong shape or type.
     """
 
+    kind = "safetensors"
+
     def __init__(self, index: SafetensorsIndex, quantization: Quantization | None):
-        super().__init__(index.source, {})
+        super().__init__(index.source, {}, index.unchanged)
         self._index = index
         self._quantization = quantization
         self._scales: dict[str, str] = {}
@@ -209,6 +211,11 @@ class QuantizedIndex(TensorIndex[TensorInfo]):
     def quantized(self) -> Iterable[str]:
         """Names of the quantised tensors."""
         return self._scales.keys()
+
+    @property
+    def all_files(self) -> list[Path]:
+        """Also those that hold scales alone."""
+        return self._index.files
 
     @property
     def int4_group(self) -> int | None:

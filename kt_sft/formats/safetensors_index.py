@@ -19,6 +19,7 @@ from kt_sft.errors import FormatError
 from kt_sft.formats.json_object import without_repeats
 from kt_sft.formats.tensor_errors import check_shape, repeated_tensor
 from kt_sft.formats.tensor_index import TensorIndex
+from kt_sft.formats.unchanged_files import UnchangedFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +67,8 @@ class TensorInfo:
 class SafetensorsIndex(TensorIndex[TensorInfo]):
     """All tensors of a checkpoint by name, in file order; use `from_directory` or `from_files`."""
 
-    def __init__(self, tensors: dict[str, TensorInfo], source: Path):
-        super().__init__(source, tensors)
+    def __init__(self, tensors: dict[str, TensorInfo], source: Path, unchanged: UnchangedFiles | None = None):
+        super().__init__(source, tensors, unchanged)
         self._open: dict[Path, Any] = {}
 
     @classmethod
@@ -125,12 +126,18 @@ class SafetensorsIndex(TensorIndex[TensorInfo]):
                 remedy="download the missing files",
             )
         tensors: dict[str, TensorInfo] = {}
+        unchanged = UnchangedFiles(files)
         for file in files:
             for name, info in _read_header(file):
                 if name in tensors:
                     raise repeated_tensor(file, name, tensors[name].file)
                 tensors[name] = info
-        return cls(tensors, Path(source) if source is not None else files[0].parent)
+        return cls(tensors, Path(source) if source is not None else files[0].parent, unchanged)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that hold tensors."""
+        return sorted({info.file for info in self._tensors.values()})
 
     def expect(self, name: str, shape: Sequence[int], dtypes: Sequence[str] = ()) -> TensorInfo:
         """Check a tensor's header against the shape (and storage dtypes) that the model needs.

@@ -18,10 +18,11 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from kt_sft.errors import OutputError
 from kt_sft.formats.disk import check_space, flush, flush_file, is_mounted, reporting, share, sync_folder
+from kt_sft.formats.file_names import ENTRIES
 from kt_sft.formats.renaming import exchange, rename_new
 
 HOLDER = re.compile(r"\.kt_sft-[0-9a-f]{16}")
@@ -275,7 +276,7 @@ def _remove(place: Path) -> None:
 
 def is_entry(path: Path) -> bool:
     """Whether a file is the one by which readers know that an adapter or a model is there."""
-    return path.name in ("adapter_config.json", "config.json")
+    return path.name in ENTRIES
 
 
 def open_new(path: str | os.PathLike[str]) -> IO[bytes]:
@@ -286,6 +287,16 @@ def open_new(path: str | os.PathLike[str]) -> IO[bytes]:
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def put_json(path: Path, values: Any) -> None:
+    """A small file in a folder of staging, which is flushed with all the others there."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def put_copy(source: Path, folder: Path) -> None:
+    """A copy of a file in a folder of staging, which is flushed with all the others there."""
+    shutil.copyfile(source, folder / source.name)
 
 
 @contextlib.contextmanager

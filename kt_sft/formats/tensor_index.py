@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Generic, Self, TypeVar
 
 from kt_sft.formats.tensor_errors import missing_tensor
+from kt_sft.formats.unchanged_files import UnchangedFiles
 
 Entry = TypeVar("Entry")
 
@@ -18,10 +19,12 @@ class TensorIndex(ABC, Generic[Entry]):
     Args:
         source: file or directory, as the user knows it.
         tensors: entry of each tensor, in the order of iteration.
+        unchanged: its files as they were before their headers were read.
     """
 
-    def __init__(self, source: Path, tensors: dict[str, Entry]):
+    def __init__(self, source: Path, tensors: dict[str, Entry], unchanged: UnchangedFiles | None = None):
         self.source = source
+        self.unchanged = UnchangedFiles() if unchanged is None else unchanged
         self._tensors = tensors
 
     def __contains__(self, name: str) -> bool:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import pickletools
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kt_sft.errors import FormatError
+from kt_sft.errors import FormatError, as_ours, first_line
 from kt_sft.formats.regular_file import open_regular
 
 if TYPE_CHECKING:
@@ -42,16 +43,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     import torch
 
     handle = open_regular(path, "file")
-    with os.fdopen(handle, "rb") as stream:
-        try:
-            _check_program(path, _program(path, zipfile.ZipFile(stream), os.fstat(handle).st_size))
-            stream.seek(0)
-            tensors = torch.load(stream, map_location="cpu", weights_only=True)
-        except FormatError:
-            raise
-        except Exception as error:  # readers of zip files, pickles and torch's own records raise what they like
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise FormatError(path, f"damaged ({reason})", remedy="save or copy the adapter again") from None
+    # Readers of zip files, pickles and torch's own records raise what they like.
+    with os.fdopen(handle, "rb") as stream, as_ours(partial(_damaged, path)):
+        _check_program(path, _program(path, zipfile.ZipFile(stream), os.fstat(handle).st_size))
+        stream.seek(0)
+        tensors = torch.load(stream, map_location="cpu", weights_only=True)
     if not isinstance(tensors, dict):
         raise FormatError(path, "content", expected="tensors by name", found=type(tensors).__name__)
     for name, tensor in tensors.items():
@@ -60,6 +56,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if (found := _not_plain(tensor)) is not None:
             raise FormatError(path, f"tensor {name}", expected="a dense tensor", found=found, remedy=_AGAIN)
     return {name: tensor.detach().resolve_neg() for name, tensor in tensors.items()}
+
+
+def _damaged(path: Path, error: BaseException) -> FormatError:
+    return FormatError(path, f"damaged ({first_line(error, 120)})", remedy="save or copy the adapter again")
 
 
 def _program(path: Path, archive: zipfile.ZipFile, file_bytes: int) -> bytes:

@@ -14,11 +14,11 @@ import zipfile
 from pathlib import Path
 
 from kt_sft.errors import FormatError
+from kt_sft.formats.file_names import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from kt_sft.formats.safetensors_index import SafetensorsIndex
 
 STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"
-ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _RNG = re.compile(r"rng_state(_\d+)?\.pth")
 _ZIPPED = (".pt", ".pth")
@@ -90,15 +90,15 @@ def _json_fault(path: Path) -> str | None:
 
 
 def _adapter_fault(checkpoint: Path) -> str | None:
-    if (checkpoint / ADAPTER_NAME).is_file():
+    if (checkpoint / ADAPTER_WEIGHTS).is_file():
         try:
-            SafetensorsIndex.from_files([checkpoint / ADAPTER_NAME]).close()
+            SafetensorsIndex.from_files([checkpoint / ADAPTER_WEIGHTS]).close()
         except FormatError:
-            return f"{ADAPTER_NAME} ends early"
+            return f"{ADAPTER_WEIGHTS} ends early"
         return None
     pickled = checkpoint / ADAPTER_PICKLE
     if not pickled.is_file():
-        return f"{ADAPTER_NAME} is missing"
+        return f"{ADAPTER_WEIGHTS} is missing"
     return None if _is_whole_zip(pickled) else f"{ADAPTER_PICKLE} ends early"
 
 

@@ -65,7 +65,7 @@ class ModelFacts:
     vocab_size: int
     family: str
     num_parameters: int
-    weight_format: str
+    format: str
     size_bytes: int
     created: float
     digest: str

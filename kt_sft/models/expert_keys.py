@@ -156,8 +156,7 @@ class KeyMap:
     """
 
     def __init__(self, model: nn.Module, specs: Mapping[str, ExpertsSpec]):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from kt_sft.compat.transformers import WeightConverter, WeightRenaming, get_model_conversion_mapping
 
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -172,10 +171,16 @@ class KeyMap:
         # Of experts in a ModuleList: key -> module, projection and number.
         self._listed = {key: (name, *part) for name, spec in specs.items() for key, part in _listed(name, spec)}
         self._parameters.update(self._listed)
+        self._targets: dict[str, tuple[str, str | None]] = {}  # of keys that were asked for: that is slow
 
     def target(self, key: str) -> tuple[str, str | None]:
         """The parameter that a checkpoint key feeds, and the converter pattern that matched (None: as it is)."""
-        from transformers.core_model_loading import rename_source_key
+        if key not in self._targets:
+            self._targets[key] = self._target(key)
+        return self._targets[key]
+
+    def _target(self, key: str) -> tuple[str, str | None]:
+        from kt_sft.compat.transformers import rename_source_key
 
         renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._parameters)
         if renamed not in self._parameters and key in self._parameters:

@@ -7,9 +7,10 @@ from outside take precedence over remote code, which `trust_remote_code` (its to
 
 from __future__ import annotations
 
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+from kt_sft.compat.transformers import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 MODEL_TYPE = "kimi_k2"
 
@@ -20,7 +21,7 @@ class KimiK2Config(DeepseekV3Config):
     model_type = MODEL_TYPE
 
 
-class DeepseekV3ForCausalLM(modeling_deepseek_v3.DeepseekV3ForCausalLM):
+class DeepseekV3ForCausalLM(transformers.DeepseekV3ForCausalLM):
     """DeepSeek-V3's model for that config; checkpoints name the class in `architectures`."""
 
     config_class = KimiK2Config

@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Of one expert: gate, up [inter, hidden], down [hidden, inter].
+Matrices = tuple["Tensor", "Tensor", "Tensor"]
+# In what the kernels hold gate, up and down: `bf16`, `int8`, `int4`, `rawint4`, `f16` or a block type of GGUF files.
+# One word stands for three alike that weights are rounded to, three words for the rows of a file as they are stored.
+Formats = str | tuple[str, str, str]
+
 
 @dataclass(frozen=True)
 class ExpertsSpec:

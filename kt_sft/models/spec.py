@@ -8,8 +8,7 @@ transposed weights.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,8 +25,13 @@ _LATER = "this family is not supported yet"
 
 def is_experts_module(module: nn.Module) -> bool:
     """Whether transformers' experts interface governs this module, or a file of ours describes it."""
-    interface = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
-    return family_of(module) is not None or all(hasattr(module, name) for name in interface)
+    if family_of(module) is not None:
+        return True
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed")):
+        return False
+    from kt_sft.compat.transformers import has_gate_function
+
+    return has_gate_function(module)
 
 
 def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
@@ -38,7 +42,7 @@ def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
     Raises:
         UnsupportedModel: not gated, bias, transposed weights, a gate of its own, another activation or layout.
     """
-    from transformers.integrations.moe import _default_apply_gate
+    from kt_sft.compat.transformers import has_plain_gate
 
     def refuse(what: str, expected: object, found: object) -> UnsupportedModel:
         return UnsupportedModel(
@@ -59,7 +63,7 @@ def experts_spec(module: nn.Module, name: str) -> ExpertsSpec:
         raise refuse("expert weights", "no bias", "a bias")
     if module.is_transposed:
         raise refuse("expert weights", "[out, in]", "transposed [in, out]")
-    if type(module)._apply_gate is not _default_apply_gate:
+    if not has_plain_gate(module):
         raise refuse("gate", "act(gate) * up", "a gate function of its own")
     activation = activation_name(getattr(module, "act_fn", None))
     if activation is None:
@@ -107,28 +111,3 @@ def iter_routed_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if all(hasattr(type(module), method) for method in ("load_expert", "unpack_expert", "packed_bytes")):
             yield name, module
-
-
-def find_routers(model: nn.Module, num_experts: Mapping[str, int]) -> Iterator[str]:
-    """Routers that are linear layers (DeepSeek-V2's `mlp.gate`), by name.
-
-    A router is a Linear beside the experts, or inside a sibling whose class says router or gate, with one output per
-    expert.
-
-    Args:
-        num_experts: of each experts module, by name.
-    """
-    for name, outputs in num_experts.items():
-        block_name, _, experts_name = name.rpartition(".")
-        for child_name, child in model.get_submodule(block_name).named_children():
-            if child_name == experts_name or not (_is_linear(child) or re.search("Router|Gate", type(child).__name__)):
-                continue
-            for inner_name, inner in child.named_modules(prefix=f"{block_name}.{child_name}".lstrip(".")):
-                if _is_linear(inner) and inner.out_features == outputs:
-                    yield inner_name
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from torch import nn
-
-    return isinstance(module, nn.Linear)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kt_sft.autograd.moe import NO_LORA, LoraTensors, MoeCall, Projections, empty, native_projections
+from kt_sft.cpu_tensors import cpu_copy
 from kt_sft.native import native
-from kt_sft.ops.cpu_copy import cpu_copy
-from kt_sft.ops.moe import NO_LORA, LoraTensors, MoeCall, Projections, empty, native_projections
 
 EXPERT_MAJOR = "expert_major"  # stored [num_experts * rank, dim]
 EXPERT_MINOR = "expert_minor"  # stored [dim, rank * num_experts], expert index fastest
@@ -134,7 +134,7 @@ class ExpertLora:
         return tuple(f for pair in pairs for f in ((None, None) if pair is None else (pair.a, pair.b)))
 
     def tensors(self) -> LoraTensors:
-        """Differentiable views in the order of `kt_sft.ops.moe`."""
+        """Differentiable views in the order of `kt_sft.autograd.moe`."""
         return tuple(None if f is None else f.canonical() for f in self._factors())
 
     def operands(self) -> LoraTensors:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kt_sft.autograd.linear import packed_linear
+from kt_sft.cpu_tensors import check_storage, cpu_copy
 from kt_sft.native import native
-from kt_sft.ops.cpu_copy import check_storage, cpu_copy
-from kt_sft.ops.linear import packed_linear
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class PackedLinear(nn.Linear):
     """
 
     layer: object  # kt_sft._native.PackedLinear
-    weight_format: str
+    format: str
     activations: str
 
     def __init__(self, *args, **kwargs):
@@ -46,13 +46,13 @@ class PackedLinear(nn.Linear):
 
     def rows(self) -> str:
         """Activations of a forward pass that starts now, by the rule of `RoutedExperts.rows`."""
-        if self.weight_format == "bf16":
+        if self.format == "bf16":
             return "bf16"
         if self.activations != "auto":
             return self.activations
         if self.training or torch.is_grad_enabled():
             return "bf16"
-        return native().default_rows(self.weight_format)
+        return native().default_rows(self.format)
 
     @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class PackedLinear(nn.Linear):
         weight.become(self.stored_weight())
         self.__class__ = nn.Linear
         self._parameters.update(weight=weight, bias=bias)  # in nn.Linear's order
-        for name in ("layer", "weight_format", "activations", "_saves_weight"):
+        for name in ("layer", "format", "activations", "_saves_weight"):
             self.__dict__.pop(name, None)
         return self
 
@@ -131,8 +131,8 @@ class PackedLinear(nn.Linear):
         )
 
     def extra_repr(self) -> str:
-        rows = "" if self.weight_format == "bf16" else f", activations={self.activations}"
-        return f"{super().extra_repr()}, packed {self.weight_format}{rows}"
+        rows = "" if self.format == "bf16" else f", activations={self.activations}"
+        return f"{super().extra_repr()}, packed {self.format}{rows}"
 
 
 class PackedWeight(nn.Parameter):
@@ -176,12 +176,12 @@ def _tell_once(operation: str) -> None:
     logger.info("weights of packed linear layers are used by %r: torch computes those layers from now on", operation)
 
 
-def pack_linear(linear: nn.Linear, weight_format: str = "bf16", *, activations: str = "auto") -> PackedLinear:
+def pack_linear(linear: nn.Linear, format: str = "bf16", *, activations: str = "auto") -> PackedLinear:
     """Turn a linear layer into a frozen packed one, in place; its own weight is released.
 
     Args:
         linear: an `nn.Linear` with a bf16 weight on the CPU that no other module shares.
-        weight_format: `bf16` (exact) or `int8` (one scale per output).
+        format: `bf16` (exact) or `int8` (one scale per output).
         activations: `bf16`, `int8` (only with int8 weights) or `auto`, see `PackedLinear.rows`.
     Raises:
         ValueError: another layer, or a weight that is not finite and to be quantised; the layer is then unchanged.
@@ -191,18 +191,18 @@ def pack_linear(linear: nn.Linear, weight_format: str = "bf16", *, activations: 
         found = f"{type(linear).__name__} in {weight.dtype} on {weight.device}"
         raise ValueError(f"linear: expected an nn.Linear with a bfloat16 weight on the CPU, found {found}")
     check_storage(weight, "weight")
-    layer = native().PackedLinear(linear.out_features, linear.in_features, weight_format)
+    layer = native().PackedLinear(linear.out_features, linear.in_features, format)
     layer.load(weight.detach().contiguous())
     del linear.weight
     linear.__class__ = PackedLinear
-    linear.__dict__.update(layer=layer, weight_format=weight_format, activations=activations)
+    linear.__dict__.update(layer=layer, format=format, activations=activations)
     linear.__dict__["weight"] = PackedWeight.of(linear, (linear.out_features, linear.in_features))
     return linear
 
 
 def has_rounded_linears(model: nn.Module) -> bool:
     """Whether a linear layer no longer has the weight that it was packed from."""
-    return any(isinstance(module, PackedLinear) and module.weight_format != "bf16" for module in model.modules())
+    return any(isinstance(module, PackedLinear) and module.format != "bf16" for module in model.modules())
 
 
 @contextmanager

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports dynamo (800 modules, 3 s) at once
 
-from kt_sft.errors import NonFinite
-from kt_sft.models.spec import ExpertsSpec
+from kt_sft.autograd.moe import NO_LORA, MoeCall, moe, moe_into
+from kt_sft.cpu_tensors import cpu_copy
+from kt_sft.formats.finite import check_finite
+from kt_sft.models.layout import ExpertsSpec, Formats, Matrices
 from kt_sft.native import native
 from kt_sft.nn.expert_lora import ExpertLora
-from kt_sft.ops.cpu_copy import cpu_copy
-from kt_sft.ops.moe import NO_LORA, MoeCall, moe, moe_into
 from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
 
 PLACEHOLDERS = ("gate_up_proj", "down_proj")
-WeightFormats = str | tuple[str, str, str]  # of all projections, or of gate, up and down
 Buffer = memoryview | bytearray  # anything of bytes that the buffer protocol gives
-Matrices = tuple[Tensor, Tensor, Tensor]  # gate, up [inter, hidden], down [hidden, inter] of one expert
 
 
 class RoutedExperts(nn.Module):
@@ -29,7 +27,7 @@ class RoutedExperts(nn.Module):
 
     Args:
         spec: sizes and activation.
-        weight_format: of all projections, or of gate, up and down. `bf16`, `int8` or `int4`: what is loaded is rounded
+        formats: of all projections, or of gate, up and down. `bf16`, `int8` or `int4`: what is loaded is rounded
             to it; `rawint4`: the integers and scales that `load_expert_int4` is given; `f16` or a block type of GGUF
             files: the rows of a file.
         group_size: weights that share a scale in `int4` and `rawint4`.
@@ -48,7 +46,7 @@ class RoutedExperts(nn.Module):
         self,
         spec: ExpertsSpec,
         *,
-        weight_format: WeightFormats = "bf16",
+        formats: Formats = "bf16",
         group_size: int = 32,
         expert_activations: str = "auto",
         chunk_size: int = 1024,
@@ -60,14 +58,14 @@ class RoutedExperts(nn.Module):
         self.hidden_dim = spec.hidden
         self.intermediate_dim = spec.inter
         self.spec = spec
-        self.weight_format = weight_format if isinstance(weight_format, str) else "gguf"
-        self.formats = (weight_format,) * 3 if isinstance(weight_format, str) else weight_format
+        self.method = formats.upper() if isinstance(formats, str) else "GGUF"  # that these formats follow from
+        self.formats = (formats,) * 3 if isinstance(formats, str) else formats
         self.group_size = group_size
         self.expert_activations = expert_activations
         self.chunk_size = chunk_size
         self.retain = cpu_activation == "retain"
         sizes = (spec.num_experts, spec.hidden, spec.inter)
-        self.layer = native().MoeLayer(*sizes, weight_format, spec.activation, group_size, spec.alpha, spec.limit)
+        self.layer = native().MoeLayer(*sizes, formats, spec.activation, group_size, spec.alpha, spec.limit)
         self.lora: ExpertLora | None = None
         self.deferral: Deferral | None = None
         self._origins: dict[int, Callable[[], Matrices]] = {}
@@ -169,12 +167,12 @@ class RoutedExperts(nn.Module):
         it is the first one of a checkpointed layer, or a reference for the policy in training, and must compute what
         the pass with gradients computes.
         """
-        if self.expert_activations != "auto" and self.weight_format != "gguf":
+        if self.expert_activations != "auto" and self.method != "GGUF":
             return self.expert_activations
         in_training = self.expert_activations == "auto" and (self.training or torch.is_grad_enabled())
         if self.is_exact or in_training or self.expert_activations == "bf16":
             return "bf16"
-        best = {native().default_rows(weight_format) for weight_format in self.formats}
+        best = {native().default_rows(format) for format in self.formats}
         return best.pop() if len(best) == 1 else "bfp16"  # what projections of several formats have in common
 
     @property
@@ -188,7 +186,7 @@ class RoutedExperts(nn.Module):
             return self._forward_uncompiled(hidden_states, top_k_index, top_k_weights)
         return self._forward(hidden_states, top_k_index, top_k_weights)
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _forward_uncompiled(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self._forward(hidden_states, top_k_index, top_k_weights)
 
@@ -294,26 +292,10 @@ class RoutedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden={self.hidden_dim}, inter={self.intermediate_dim}"
-        group = f" in groups of {self.group_size}" if "int4" in self.weight_format else ""
+        group = f" in groups of {self.group_size}" if "INT4" in self.method else ""
         rows = "" if self.is_exact else f", activations={self.expert_activations}"
         name = "/".join(dict.fromkeys(self.formats))
         return f"{sizes}, {self.spec.activation}, {name}{group}{rows}"
-
-
-def check_finite(gate: Tensor, up: Tensor, down: Tensor) -> None:
-    """Raise where a matrix `[rows, cols]` of an expert has NaN or infinity in it; uint8 blocks are left alone.
-
-    Raises:
-        NonFinite: names the first such number.
-    """
-    for projection, weight in enumerate((gate, up, down)):
-        # A sum carries NaN and infinity, and is twenty times as fast as asking each number; it may overflow, too.
-        if not weight.is_floating_point() or math.isfinite(weight.sum().item()):
-            continue
-        places = torch.isfinite(weight).logical_not_().nonzero()
-        if len(places):
-            row, column = places[0].tolist()
-            raise NonFinite(projection, f"{weight[row, column].item()} at row {row}, column {column}")
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -10,23 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kt_sft.autograd.moe import INTEGERS, MoeCall, moe_into
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError
+from kt_sft.errors import ConfigError, under_name
 from kt_sft.nn.routed_experts import RoutedExperts
 from kt_sft.operator.chains import join_chain
 from kt_sft.operator.saving import save_layer
 from kt_sft.operator.threads import join_pool
-from kt_sft.operator.weights import LayerSizes, TensorExperts, load_from_path, load_from_tensors
-from kt_sft.ops.moe import INTEGERS, MoeCall, moe_into
-from kt_sft.residency.expert_map import Placement
+from kt_sft.operator.weights import LayerSizes, load_from_path, load_from_tensors
+from kt_sft.residency.expert_map import ExpertMap
 from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
+from kt_sft.sources.tensors import TensorExperts
 from kt_sft.transfer.routes import Route, route_of
 from kt_sft.transfer.staging import Inputs, Key, Staging
 
 _staging = Staging()
 # What the kernels take; larger numbers would fill memory before these could refuse them.
 _MOST, _WIDEST = 1 << 20, 32768
+_ARGUMENTS = {"threads": "cpuinfer_threads", "chunk_size": "chunked_prefill_size"}  # of settings with other names
 
 
 @dataclass
@@ -101,10 +103,10 @@ class KTMoEWrapper:
                 weight_path=weight_path,
             )
         except ConfigError as error:
-            faults += map(_in_our_words, error.faults)
+            faults += [under_name(fault, _ARGUMENTS) for fault in error.faults]
         if not faults:
             try:
-                self._placement = Placement(num_experts, num_gpu_experts, gpu_experts_mask)
+                self._expert_map = ExpertMap(num_experts, num_gpu_experts, gpu_experts_mask)
             except ConfigError as error:
                 faults += error.faults
         if cpu_save and weight_path is None:
@@ -147,7 +149,7 @@ class KTMoEWrapper:
             )
         self._take(
             load_from_path(
-                self._config.weight_path, self._sizes, self._placement, self._config, physical_to_logical_map
+                self._config.weight_path, self._sizes, self._expert_map, self._config, physical_to_logical_map
             )
         )
 
@@ -170,8 +172,9 @@ class KTMoEWrapper:
             ValueError: a shape or type, or a map that does not fit; weights that cannot be packed.
             OutputError: the container cannot be written.
         """
-        source = TensorExperts(gate_proj, up_proj, down_proj, self._sizes)
-        experts = load_from_tensors(source, self._sizes, self._placement, self._config, physical_to_logical_map)
+        sizes, name = self._sizes, f"layer {self.layer_idx}"
+        source = TensorExperts(gate_proj, up_proj, down_proj, hidden=sizes.hidden, inter=sizes.inter, name=name)
+        experts = load_from_tensors(source, self._sizes, self._expert_map, self._config, physical_to_logical_map)
         if self.cpu_save:
             save_layer(source, self._sizes, self._config)
         self._take(experts)
@@ -245,11 +248,11 @@ class KTMoEWrapper:
         out = route.output(tokens, hidden, x.dtype)
         inputs: Inputs = _staging.take(Inputs, Key(tokens, hidden, topk_ids.shape[1], is_pinned=route.is_pinned))
         wait = route.bring(inputs, x, topk_ids, topk_weights)
-        placement, call = self._placement, self._call
+        expert_map, call = self._expert_map, self._call
 
         def prepare() -> tuple[Tensor, Tensor, int]:
             wait()
-            return placement.slots(inputs.topk_ids), inputs.topk_weights, placement.skip
+            return expert_map.slots(inputs.topk_ids), inputs.topk_weights, expert_map.skip
 
         def compute(ids: Tensor, result: Tensor) -> None:
             if call is None:
@@ -316,10 +319,3 @@ def _wrong_numbers(numbers: dict[str, tuple[object, int, int]]) -> Iterator[str]
             yield f"{name}: expected a whole number >= {least}, found {value!r}"
         elif value > most:
             yield f"{name}: expected a whole number <= {most}, found one of {value.bit_length()} bits"
-
-
-def _in_our_words(fault: str) -> str:
-    """A fault of `KTConfig` under the name of our argument."""
-    names = {"threads": "cpuinfer_threads", "chunk_size": "chunked_prefill_size"}
-    name, colon, rest = fault.partition(":")
-    return f"{names.get(name, name)}{colon}{rest}"

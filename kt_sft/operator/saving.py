@@ -7,8 +7,9 @@ from pathlib import Path
 from kt_sft.config import KTConfig
 from kt_sft.convert.plan import AppendPlan
 from kt_sft.convert.run import append_layer
-from kt_sft.models.spec import ExpertsSpec
-from kt_sft.operator.weights import LayerSizes, TensorExperts
+from kt_sft.models.layout import ExpertsSpec
+from kt_sft.operator.weights import LayerSizes
+from kt_sft.sources.tensors import TensorExperts
 
 
 def save_layer(source: TensorExperts, sizes: LayerSizes, config: KTConfig) -> None:
@@ -19,7 +20,7 @@ def save_layer(source: TensorExperts, sizes: LayerSizes, config: KTConfig) -> No
         OutputError: it cannot be written.
     """
     spec = ExpertsSpec(source.num_experts, sizes.hidden, sizes.inter)
-    group = config.int4_group_size if config.weight_format == "int4" else 0
+    group = config.int4_group_size if config.format == "int4" else 0
     name = f"model.layers.{sizes.layer_idx}.mlp.experts"
-    plan = AppendPlan(Path(config.weight_path or ""), config.weight_format, group, name, spec, sizes.layer_idx)
+    plan = AppendPlan(Path(config.weight_path or ""), config.format, group, name, spec, sizes.layer_idx)
     append_layer(source, plan)

@@ -11,23 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from kt_sft import memory
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, FormatError, UnsupportedModel, unpackable
+from kt_sft.errors import FormatError, UnsupportedModel, unpackable
+from kt_sft.formats.checkpoint import GGUF, SAFETENSORS, kind_at, open_weights
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_expert_tensors import ROUTER_SCALE_ARCHITECTURES, count_experts
-from kt_sft.formats.packed import PackedContainer
-from kt_sft.integrations.transformers.converting import open_source
-from kt_sft.integrations.transformers.memory_check import check_memory
-from kt_sft.models.spec import ExpertsSpec
-from kt_sft.nn.routed_experts import Matrices, RoutedExperts, WeightFormats
-from kt_sft.ops.cpu_copy import check_storage
-from kt_sft.residency.expert_map import Placement, logical_experts
-from kt_sft.sources.gguf import GgufExperts
-from kt_sft.sources.opening import ExpertSource, check_method, open_weight_path, weight_formats
-from kt_sft.sources.packed import PackedExperts
+from kt_sft.models.layout import ExpertsSpec
+from kt_sft.nn.routed_experts import RoutedExperts
+from kt_sft.residency.expert_map import ExpertMap, logical_experts
+from kt_sft.sources.opening import open_experts
+from kt_sft.sources.protocol import ExpertSource
+from kt_sft.sources.tensors import TensorExperts
 
 # Layers of one model share an open checkpoint, which one load at a time reads and closes.
 _files_lock = threading.Lock()
@@ -45,7 +42,7 @@ class LayerSizes:
 
 
 def load_from_path(
-    path: str, sizes: LayerSizes, placement: Placement, config: KTConfig, physical_to_logical_map: Tensor | None
+    path: str, sizes: LayerSizes, expert_map: ExpertMap, config: KTConfig, physical_to_logical_map: Tensor | None
 ) -> RoutedExperts | None:
     """The experts of one layer, those on a GPU left out; None if all are there.
 
@@ -59,137 +56,91 @@ def load_from_path(
         ValueError: a map that does not fit.
     """
     with _files_lock, contextlib.ExitStack() as stack:
-        source, name, spec, config = _open_layer(path, sizes, config)
+        source, name, spec = _open_layer(path, sizes, config)
         stack.callback(source.close)
-        logical = logical_experts(physical_to_logical_map, sizes.num_experts, spec.num_experts)
-        experts = _empty(spec, placement, config, weight_formats(source, config)[name])
-        if experts is None:
-            return None
-        for slot, expert in enumerate(placement.on_cpu):
-            try:
-                source.load(experts, name, logical[expert], slot=slot)
-            except FormatError:
-                raise
-            except ValueError as error:
-                raise unpackable(source, name, logical[expert], error, instead="use method BF16") from None
-        return experts
-
-
-class TensorExperts:
-    """Experts in the tensors of a caller, as `kt_sft.convert` reads a source.
-
-    Args:
-        gate, up: `[experts, inter, hidden]`, of any floating point type and device.
-        down: `[experts, hidden, inter]`.
-    Raises:
-        TypeError: no tensors.
-        ValueError: a shape or type that does not fit.
-    """
-
-    formats: Mapping[str, tuple[str, str, str]] = {}
-
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, sizes: LayerSizes):
-        for name, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, found {type(tensor).__name__}")
-        self.path = Path("tensors")
-        self.num_experts = gate.shape[0] if gate.dim() else 0
-        into, out = (self.num_experts, sizes.inter, sizes.hidden), (self.num_experts, sizes.hidden, sizes.inter)
-        for name, tensor, shape in (("gate_proj", gate, into), ("up_proj", up, into), ("down_proj", down, out)):
-            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-                raise ValueError(
-                    f"{name}: expected floating point {list(shape)}, found {tensor.dtype} {list(tensor.shape)}"
-                )
-        self._projections = (gate, up, down)
-
-    def read(self, name: str, expert: int) -> Matrices:
-        """gate, up and down of one expert in bf16 on the CPU."""
-        for argument, tensor in zip(self.tensor_names(name, expert), self._projections, strict=True):
-            check_storage(tensor, argument)
-        gate, up, down = (t[expert].detach().to("cpu", torch.bfloat16).contiguous() for t in self._projections)
-        return gate, up, down
-
-    def tensor_names(self, name: str, expert: int) -> tuple[str, str, str]:
-        """Of the arguments."""
-        return "gate_proj", "up_proj", "down_proj"
-
-    def close(self) -> None:
-        """Nothing is open."""
+        return _load(source, name, spec, sizes, expert_map, config, physical_to_logical_map)
 
 
 def load_from_tensors(
     source: TensorExperts,
     sizes: LayerSizes,
-    placement: Placement,
+    expert_map: ExpertMap,
     config: KTConfig,
     physical_to_logical_map: Tensor | None,
 ) -> RoutedExperts | None:
-    """The same from tensors, which are rounded to the weight format; nothing of them is kept.
+    """The same from tensors, which are rounded to the method's format; nothing of them is kept.
 
     Raises:
         ConfigError: a method whose weights only files have.
         NotEnoughMemory: the layer does not fit.
         ValueError: a map that does not fit, or weights that cannot be packed.
     """
-    if config.method in ("RAWINT4", "GGUF"):
-        raise ConfigError(
-            f"method {config.method}: its weights are taken from files as they are stored; use load_weights, or "
-            "method BF16, INT8 or INT4"
-        )
-    logical = logical_experts(physical_to_logical_map, sizes.num_experts, source.num_experts)
-    spec = ExpertsSpec(source.num_experts, sizes.hidden, sizes.inter)
-    config = dataclasses.replace(config, weight_path=None)  # written to, if anything, and not loaded from
-    experts = _empty(spec, placement, config, config.weight_format)
-    for slot, expert in enumerate(placement.on_cpu if experts is not None else ()):
-        try:
-            experts.load_expert(slot, *source.read("", logical[expert]))
-        except ValueError as error:
-            raise unpackable(source, f"layer {sizes.layer_idx}", logical[expert], error, instead="use BF16") from None
-    return experts
+    spec, name = ExpertsSpec(source.num_experts, sizes.hidden, sizes.inter), f"layer {sizes.layer_idx}"
+    return _load(source, name, spec, sizes, expert_map, config, physical_to_logical_map)
 
 
-def _empty(
-    spec: ExpertsSpec, placement: Placement, config: KTConfig, weight_format: WeightFormats
+def _load(
+    source: ExpertSource,
+    name: str,
+    spec: ExpertsSpec,
+    sizes: LayerSizes,
+    expert_map: ExpertMap,
+    config: KTConfig,
+    physical_to_logical_map: Tensor | None,
 ) -> RoutedExperts | None:
-    if not placement.on_cpu:
+    group = _group(source, config)
+    formats = source.native_formats(name, config.method, group)
+    logical = logical_experts(physical_to_logical_map, sizes.num_experts, spec.num_experts)
+    if not expert_map.on_cpu:
         return None
-    spec = dataclasses.replace(spec, num_experts=len(placement.on_cpu))
-    check_memory({"layer": spec}, 0, config, {"layer": weight_format})
-    return RoutedExperts(
+    spec = dataclasses.replace(spec, num_experts=len(expert_map.on_cpu))
+    layer = {"layer": spec}
+    memory.check_experts(layer, 0, {"layer": formats}, group, method=config.method, is_mapped=source.is_mapped)
+    experts = RoutedExperts(
         spec,
-        weight_format=weight_format,
-        group_size=config.int4_group_size,
+        formats=formats,
+        group_size=group,
         expert_activations=config.expert_activations,
         chunk_size=config.chunk_size,
     ).eval()
+    for slot, expert in enumerate(expert_map.on_cpu):
+        try:
+            source.load(experts, name, logical[expert], slot=slot)
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise unpackable(source, name, logical[expert], error, instead="use method BF16") from None
+    return experts
 
 
-def _open_layer(path: str, sizes: LayerSizes, config: KTConfig) -> tuple[ExpertSource, str, ExpertsSpec, KTConfig]:
-    """The source, the layer's name in it, its shape, and the settings with the group size of the files."""
-    weights = open_weight_path(path)
-    weights.close()
-    if isinstance(weights, GgufIndex):
-        name, spec = f"blk.{sizes.layer_idx}", _gguf_spec(weights, sizes)
-        source: ExpertSource = GgufExperts(weights, {name: spec})
-    elif isinstance(weights, PackedContainer):
-        specs = {
-            name: ExpertsSpec(layer.num_experts, layer.hidden, layer.inter, layer.activation)
-            for name, layer in weights.manifest.layers.items()
-        }
-        if weights.manifest.group:
-            config = dataclasses.replace(config, int4_group_size=weights.manifest.group)
+def _group(source: ExpertSource, config: KTConfig) -> int:
+    """Weights that share a scale: as they are stored where they are not rounded anew; the caller has no word for it."""
+    is_kept = source.is_packed or config.method == "RAWINT4"
+    return source.int4_group if is_kept and source.int4_group else config.int4_group_size
+
+
+def _open_layer(path: str, sizes: LayerSizes, config: KTConfig) -> tuple[ExpertSource, str, ExpertsSpec]:
+    """The source, the layer's name in it, and its shape."""
+    folder = Path(path)
+    if kind_at(folder) == SAFETENSORS and folder.is_dir():
+        source, specs = _open_checkpoint(str(folder.resolve()), _marks(folder))
         name = _layer_name(specs, sizes.layer_idx, path)
-        spec = specs[name]
-        if spec.activation == "clamped_swiglu":
-            raise _incomplete(name, f"{spec.activation} in a container, which has neither its biases nor its limits")
-        source = PackedExperts(path, specs, config)
     else:
-        source, specs = _open_checkpoint(str(Path(path).resolve()), _marks(Path(path)))
-        name = _layer_name(specs, sizes.layer_idx, path)
-        spec = specs[name]
-        if group := getattr(source, "int4_group", None) if config.method == "RAWINT4" else None:
-            config = dataclasses.replace(config, int4_group_size=group)
-    check_method(source, config)
+        weights = open_weights(path)
+        if weights.kind == GGUF:
+            name = f"blk.{sizes.layer_idx}"
+            specs = {name: _gguf_spec(weights, sizes)}
+        else:
+            specs = {
+                name: ExpertsSpec(layer.num_experts, layer.hidden, layer.inter, layer.activation)
+                for name, layer in weights.manifest.layers.items()
+            }
+            name = _layer_name(specs, sizes.layer_idx, path)
+            if (activation := specs[name].activation) == "clamped_swiglu":
+                raise _incomplete(name, f"{activation} in a container, which has neither its biases nor its limits")
+        source = open_experts(weights, specs, weight_load=config.weight_load)
+    spec = specs[name]
+    source.native_formats(name, config.method, _group(source, config))
     if (spec.hidden, spec.inter) != (sizes.hidden, sizes.inter):
         raise FormatError(
             path,
@@ -200,7 +151,7 @@ def _open_layer(path: str, sizes: LayerSizes, config: KTConfig) -> tuple[ExpertS
         )
     if spec.has_bias:
         raise _incomplete(name, "biases")
-    return source, name, spec, config
+    return source, name, spec
 
 
 def _incomplete(name: str, found: str) -> UnsupportedModel:
@@ -211,7 +162,12 @@ def _incomplete(name: str, found: str) -> UnsupportedModel:
 
 @functools.lru_cache(maxsize=1)
 def _open_checkpoint(path: str, marks: tuple) -> tuple[ExpertSource, dict[str, ExpertsSpec]]:
-    """Opened once for all layers of a model: that builds the model on the meta device."""
+    """Opened once for all layers of a model: that builds the model on the meta device.
+
+    The one place where the operator needs transformers, which knows what the tensors of a checkpoint are called.
+    """
+    from kt_sft.integrations.transformers.converting import open_source
+
     source, specs, _ = open_source(path)
     return source, specs
 

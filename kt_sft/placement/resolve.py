@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from kt_sft.errors import ConfigError, nearest
-from kt_sft.models.spec import find_experts, find_routers
+from kt_sft.models.routers import find_routers
+from kt_sft.models.spec import find_experts
 from kt_sft.placement import classes
 from kt_sft.placement.classes import is_class
 from kt_sft.placement.plan import EXPERTS, LINEAR, MODULE, Placement, Plan, layer_number

@@ -8,7 +8,7 @@ from torch import Tensor
 from kt_sft.errors import ConfigError
 
 
-class Placement:
+class ExpertMap:
     """The experts that are not on a GPU.
 
     Args:

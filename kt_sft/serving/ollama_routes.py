@@ -271,7 +271,7 @@ def _details(facts: ModelFacts) -> dict[str, Any]:
         "family": facts.family,
         "families": [facts.family],
         "parameter_size": _short(facts.num_parameters),
-        "quantization_level": facts.weight_format,
+        "quantization_level": facts.format,
     }
 
 

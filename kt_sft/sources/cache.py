@@ -12,14 +12,15 @@ from kt_sft import env
 from kt_sft.convert.plan import name_of, plan_conversion
 from kt_sft.convert.run import convert
 from kt_sft.errors import OutputError
-from kt_sft.formats.packed_manifest import WEIGHT_FORMATS
+from kt_sft.formats.packed import PackedContainer
+from kt_sft.formats.packed_manifest import FORMATS
 from kt_sft.progress import progress_bar
-from kt_sft.sources.packed import PackedExperts
+from kt_sft.sources.packed import PackedExperts, copies
 
 if TYPE_CHECKING:
     from kt_sft.config import KTConfig
-    from kt_sft.models.spec import ExpertsSpec
-    from kt_sft.sources.opening import ExpertSource
+    from kt_sft.models.layout import ExpertsSpec
+    from kt_sft.sources.protocol import ExpertSource
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +37,28 @@ def through_cache(
         FormatError: the source is damaged, or the container.
         ConfigError: see `PackedExperts`.
     """
-    if not uses_cache(config) or isinstance(source, PackedExperts):
+    if not uses_cache(config) or source.is_packed:
         if config.weight_cache is not None and not uses_cache(config):
             logger.warning("weight_cache: no effect with method %s, which is not packed into containers", config.method)
         return source
     assert config.weight_cache is not None
     group = config.int4_group_size
-    plan = plan_conversion(source, specs, "", config.weight_format, group, model_type)
-    kind = name_of(plan.weight_format, plan.group).replace(" in groups of ", "g")
+    plan = plan_conversion(source, specs, "", config.format, group, model_type)
+    kind = name_of(plan.format, plan.group).replace(" in groups of ", "g")
     folder = Path(config.weight_cache).expanduser() / f"{model_type}-{kind}-{plan.identity[:16]}"
     plan = dataclasses.replace(plan, output=folder)
     try:
         with progress_bar(
             "Packing experts", plan.num_experts, unit="expert", is_shown=env.local_rank() <= 0
         ) as progress:
-            convert(source, plan, wait=True, progress=progress)
+            manifest = convert(source, plan, wait=True, progress=progress)
     except OutputError as error:
         logger.warning("weight_cache: experts are packed in memory instead: %s", error)
         return source
-    return PackedExperts(folder, specs, config, original=source)
+    container = PackedContainer(folder, manifest)
+    return PackedExperts(container, specs, copy=copies(config.weight_load), original=source)
 
 
 def uses_cache(config: KTConfig) -> bool:
     """Whether a checkpoint is loaded through a container in the cache."""
-    return config.weight_cache is not None and config.weight_format in WEIGHT_FORMATS
+    return config.weight_cache is not None and config.format in FORMATS

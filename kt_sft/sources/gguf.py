@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kt_sft.errors import NonFinite
+from kt_sft.errors import ConfigError, NonFinite
+from kt_sft.formats.finite import check_finite
 from kt_sft.formats.gguf import GgufIndex, dequantize
 from kt_sft.formats.gguf_expert_tensors import GgufLayer, Matrices, find_experts
 from kt_sft.formats.gguf_names import layer_of
 from kt_sft.native import native
-from kt_sft.nn.routed_experts import check_finite
-from kt_sft.sources.safetensors import UnchangedFiles
 
 if TYPE_CHECKING:
-    from kt_sft.models.spec import ExpertsSpec
-    from kt_sft.nn.routed_experts import RoutedExperts
+    from kt_sft.models.layout import ExpertsSpec, Formats
+    from kt_sft.sources.protocol import ExpertLayer
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +34,14 @@ class GgufExperts:
         FormatError, UnsupportedModel: see `gguf_expert_tensors.find_experts`.
     """
 
+    kind = GgufIndex.kind
+    is_packed = False
+    is_mapped = False
+    int4_group = None
+
     def __init__(self, index: GgufIndex, specs: Mapping[str, ExpertsSpec]):
         self._index = index
-        self._files = UnchangedFiles()
+        self._files = index.unchanged
         self._layers: dict[str, GgufLayer] = {
             name: find_experts(index, layer_of(name), spec) for name, spec in specs.items()
         }
@@ -45,10 +49,10 @@ class GgufExperts:
         self.path = index.source
         self.files = index.files
         self.formats = {name: self._kinds(layer.experts[0]) for name, layer in self._layers.items()}
-        self._native_formats = {name: self._native(layer) for name, layer in self._layers.items()}
+        self._held = {name: self._native(layer) for name, layer in self._layers.items()}
         self._is_said = False
 
-    def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
+    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`; types that the module has not as they are become bf16, then the module's own format."""
         if not self._is_said:
             self._say(experts)
@@ -59,7 +63,7 @@ class GgufExperts:
             else dequantize(kind, part, scale=matrix.scale)
             for wanted, kind, part, matrix in zip(experts.formats, self._kinds(matrices), blocks, matrices, strict=True)
         ]
-        is_stored = experts.formats == self.native_formats(name) and "int8" not in experts.formats
+        is_stored = experts.formats == self._held[name] and "int8" not in experts.formats
         read = functools.partial(self.read, name, expert)
         try:
             experts.load_expert(expert if slot is None else slot, *packed, origin=read, is_stored=is_stored)
@@ -69,26 +73,34 @@ class GgufExperts:
             check_finite(*read())
             raise
 
-    def native_formats(self, name: str) -> tuple[str, str, str]:
-        """What holds gate, up and down of a module for method GGUF: their own types where kernels have them.
+    def native_formats(self, name: str, method: str, group: int) -> Formats:
+        """See `ExpertSource`; method GGUF keeps a projection's own type where kernels have it.
 
         Others become int8, and the floating point types bf16 (f16 stays). A type that kernels have becomes bf16
         where its blocks are not all that there is: with scales beside them, or several types in one layer.
         """
-        return self._native_formats[name]
+        if method == "GGUF":
+            return self._held[name]
+        if method == "RAWINT4":
+            raise ConfigError(
+                f"method RAWINT4: expected a compressed-tensors INT4 checkpoint in groups of {group}, found "
+                f"{self.formats[name][0]} in {self.path}; set int4_group_size to the checkpoint's, or use INT4, INT8 "
+                "or BF16"
+            )
+        return method.lower()
 
-    def _say(self, experts: RoutedExperts) -> None:
+    def _say(self, experts: ExpertLayer) -> None:
         """To the user: what is in the file, and what becomes of it."""
         self._is_said = True
         self._say_what_is_not_read()
-        if experts.weight_format != "gguf":
+        if experts.method != "GGUF":
             found = Counter(kind for kinds in self.formats.values() for kind in kinds)
             types = ", ".join(f"{count} x {kind}" for kind, count in found.most_common())
             text = "experts from %s: projections in %s, dequantised to bf16 and packed as %s"
-            logger.info(text, self.path.name, types, experts.weight_format)
+            logger.info(text, self.path.name, types, experts.formats[0])
             return
         held = Counter(
-            pair for name, kinds in self.formats.items() for pair in zip(kinds, self.native_formats(name), strict=True)
+            pair for name, kinds in self.formats.items() for pair in zip(kinds, self._held[name], strict=True)
         )
         words = [
             f"{count} x {kind} {'as stored' if wanted == kind.lower() else f'dequantised to {wanted}'}"

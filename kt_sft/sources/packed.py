@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kt_sft.config import KTConfig
 from kt_sft.convert.plan import Checkpoint, check_shapes, name_of
 from kt_sft.convert.slot import ExpertSlot
 from kt_sft.errors import ConfigError, KTError
@@ -19,8 +18,8 @@ from kt_sft.formats.source_hash import hash_source, is_complete, is_known
 from kt_sft.native import native
 
 if TYPE_CHECKING:
-    from kt_sft.models.spec import ExpertsSpec
-    from kt_sft.nn.routed_experts import Matrices, RoutedExperts
+    from kt_sft.models.layout import ExpertsSpec, Formats, Matrices
+    from kt_sft.sources.protocol import ExpertLayer
 
 logger = logging.getLogger(__name__)
 
@@ -29,40 +28,67 @@ class PackedExperts:
     """An `ExpertSource` over a packed container.
 
     Args:
-        directory: the container.
+        container: taken over.
+        copy: experts are copied into memory, see `copies`; otherwise they are used in the mapped files.
         original: the checkpoint that it was made of, if that is known; merging and saving start from there.
         open_original: opens a checkpoint that it may have been made of; compared with it, and read if it is that one.
         own_files: of the model where they hold the experts in another way (a GGUF file); compared only.
     Raises:
-        FormatError: the container is damaged or belongs to another model.
-        ConfigError: its weight format is not the one asked for, or `weight_load: mmap` with several groups of threads.
+        FormatError: the container belongs to another model.
     """
+
+    kind = PackedContainer.kind
+    is_packed = True
 
     def __init__(
         self,
-        directory: str | Path,
+        container: PackedContainer,
         specs: Mapping[str, ExpertsSpec],
-        config: KTConfig,
         *,
+        copy: bool,
         original: Checkpoint | None = None,
         open_original: Callable[[], Checkpoint] | None = None,
         own_files: Sequence[Path] = (),
     ):
-        self._container = PackedContainer(directory)
-        self.path = self._container.path
-        manifest = self._container.manifest
+        self._container = container
+        self.path = container.path
+        manifest = container.manifest
         check_shapes(manifest, specs, self.path)
-        check_format(self._container, config)
+        self.files = [self.path / layer.file for layer in manifest.layers.values()]
         self._specs = dict(specs)
         self._original = original
         self._open_original = open_original
         self._own_files = own_files
         self._is_compared = False
         self._is_warned = False
-        self._copies = copies(config)
-        self.formats = {name: (f"packed {manifest.weight_format}",) * 3 for name in specs}
+        self._copies = copy
+        self.formats = {name: (f"packed {manifest.format}",) * 3 for name in specs}
 
-    def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
+    @property
+    def is_mapped(self) -> bool:
+        """See `ExpertSource`."""
+        return not self._copies
+
+    @property
+    def int4_group(self) -> int | None:
+        """See `ExpertSource`."""
+        return self._container.manifest.group or None
+
+    def native_formats(self, name: str, method: str, group: int) -> Formats:
+        """See `ExpertSource`; what is packed is not packed again."""
+        manifest = self._container.manifest
+        held = name_of(manifest.format, manifest.group)
+        wanted = name_of(method.lower(), group if method == "INT4" else 0)
+        if held != wanted:
+            remedy = f"set method: {manifest.format.upper()}"
+            if manifest.format == "int4":
+                remedy += f" and int4_group_size: {manifest.group}"
+            if method in ("BF16", "INT8", "INT4"):
+                remedy += f", or convert the checkpoint to {method.lower()}"
+            raise ConfigError(f"method: {wanted} is asked for, but the container {self.path} holds {held}; {remedy}")
+        return manifest.format
+
+    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`."""
         self._compare()
         origin = functools.partial(self._original_of, name, expert)
@@ -72,7 +98,7 @@ class PackedExperts:
     def read(self, name: str, expert: int) -> Matrices:
         """See `ExpertSource`; what is packed."""
         manifest = self._container.manifest
-        slot = ExpertSlot(self._specs[name], manifest.weight_format, manifest.group)
+        slot = ExpertSlot(self._specs[name], manifest.format, manifest.group)
         slot.load_packed(0, self._container.blobs(name, expert), copy=True)
         return slot.unpack_expert(0)
 
@@ -136,7 +162,7 @@ class PackedExperts:
             logger.warning(
                 "experts are taken as %s rounded them: the checkpoint that the container %s was made of is not the "
                 "model's own; give that one as the model to start from its exact weights",
-                self._container.manifest.weight_format.upper(),
+                self._container.manifest.format.upper(),
                 self.path,
             )
 
@@ -161,34 +187,16 @@ def first_difference(manifest: Manifest, files: Sequence[Path]) -> str | None:
     return None
 
 
-def copies(config: KTConfig) -> bool:
-    """Whether containers are copied into memory.
+def copies(weight_load: str) -> bool:
+    """Whether containers are copied into memory, by the setting of this name.
 
     Raises:
-        ConfigError: `weight_load: mmap` where each pool of threads needs a part of its own.
+        ConfigError: `mmap` where each pool of threads needs a part of its own.
     """
     pools = native().num_pools()
-    if config.weight_load == "mmap" and pools > 1:
+    if weight_load == "mmap" and pools > 1:
         raise ConfigError(
             f"weight_load: mmap needs one group of threads, found {pools}, whose shares of the experts are copied to "
             "their NUMA nodes; set weight_load: copy or auto, or threadpool_count: 1"
         )
-    return config.weight_load == "copy" or pools > 1
-
-
-def check_format(container: PackedContainer, config: KTConfig) -> None:
-    """Raise unless the container holds the format that the settings ask for.
-
-    Raises:
-        ConfigError: names both.
-    """
-    manifest = container.manifest
-    held, group = name_of(manifest.weight_format, manifest.group), config.int4_group_size
-    wanted = name_of(config.weight_format, group if config.weight_format == "int4" else 0)
-    if held != wanted:
-        remedy = f"set method: {manifest.weight_format.upper()}"
-        if manifest.weight_format == "int4":
-            remedy += f" and int4_group_size: {manifest.group}"
-        if config.method in ("BF16", "INT8", "INT4"):
-            remedy += f", or convert the checkpoint to {config.weight_format}"
-        raise ConfigError(f"method: {wanted} is asked for, but the container {container.path} holds {held}; {remedy}")
+    return weight_load == "copy" or pools > 1

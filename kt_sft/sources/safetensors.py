@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,43 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kt_sft.errors import FormatError
+from kt_sft.errors import ConfigError
 from kt_sft.formats.quantized_index import FLOAT_DTYPES, FP8, INT4, MXFP4, QuantizedIndex
 from kt_sft.models.expert_keys import LayerSource, WeightSlice
 
 if TYPE_CHECKING:
-    from kt_sft.nn.routed_experts import RoutedExperts
+    from kt_sft.models.layout import Formats
+    from kt_sft.sources.protocol import ExpertLayer
 
 logger = logging.getLogger(__name__)
 
 READABLE = (*FLOAT_DTYPES, FP8, INT4, MXFP4)
-
-
-class UnchangedFiles:
-    """Tells a file that was replaced or rewritten since its first use from the one that was opened."""
-
-    def __init__(self) -> None:
-        self._marks: dict[Path, tuple[int, ...]] = {}
-
-    def check(self, file: Path) -> None:
-        """Call before every use of a file.
-
-        Raises:
-            FormatError: it is gone or no longer the one of the first call.
-        """
-        try:
-            now = os.stat(file)
-            found = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
-        except OSError:
-            found = ()
-        if not found or self._marks.setdefault(file, found) != found:
-            raise FormatError(
-                file,
-                "checkpoint of the experts",
-                expected="as it was when the model was loaded",
-                found="changed" if found else "missing",
-                remedy="put the file back, or load the model again",
-            )
 
 
 class SafetensorsExperts:
@@ -61,10 +34,14 @@ class SafetensorsExperts:
         FormatError: a tensor has another shape or type.
     """
 
+    kind = QuantizedIndex.kind
+    is_packed = False
+    is_mapped = False
+
     def __init__(self, index: QuantizedIndex, layers: Mapping[str, LayerSource]):
         self._index = index
         self._layers = dict(layers)
-        self._files = UnchangedFiles()
+        self._files = index.unchanged
         self._mapped: set[Path] = set()
         self.path = index.source
         self.files = sorted({file for key in index for file in index.files(key)})
@@ -74,11 +51,26 @@ class SafetensorsExperts:
         self.formats = {name: self._formats(layer) for name, layer in self._layers.items()}
         self._is_said = False
 
-    def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
+    def native_formats(self, name: str, method: str, group: int) -> Formats:
+        """See `ExpertSource`; RAWINT4 takes integers and scales as they are stored."""
+        if method == "GGUF":
+            raise ConfigError(
+                f"method GGUF: expected the experts in a GGUF file, found safetensors in {self.path}; set weight_path "
+                "to a GGUF file, or use BF16, INT8 or INT4"
+            )
+        if method == "RAWINT4" and (held := self.int4_group) != group:
+            found = f"groups of {held}" if held else f"{next(iter(self.formats.values()))[0]} in {self.path}"
+            raise ConfigError(
+                f"method RAWINT4: expected a compressed-tensors INT4 checkpoint in groups of {group}, "
+                f"found {found}; set int4_group_size to the checkpoint's, or use INT4, INT8 or BF16"
+            )
+        return method.lower()
+
+    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int | None = None) -> None:
         """See `ExpertSource`; an expert whose packed form rounds remembers where it came from."""
         self._say()
         slot = expert if slot is None else slot
-        if experts.weight_format == "rawint4":
+        if experts.method == "RAWINT4":
             experts.load_expert_int4(slot, *(self._index.int4(part.key) for part in self._open(name, expert)))
             return
         read = functools.partial(self.read, name, expert)
@@ -108,7 +100,7 @@ class SafetensorsExperts:
 
     @property
     def int4_group(self) -> int | None:
-        """Weights that share a scale, where all experts are INT4 matrices of their own; None for all others."""
+        """See `ExpertSource`."""
         kinds = {kind for formats in self.formats.values() for kind in formats}
         is_fused = any(layer.fused for layer in self._layers.values())
         return self._index.int4_group if kinds == {INT4} and not is_fused else None

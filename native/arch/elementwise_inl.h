@@ -78,7 +78,7 @@ void to_bf16(const float* src, int64_t cols, bf16_t* dst) {
 }
 
 // Hash of (row key, column). The first three lines are a bijective 32-bit mixer (constants: C. Wellons,
-// "hash-prospector"), the last one brings in the second half of the row's key. moe/dropout.h and kt_sft/ops/dropout.py
+// "hash-prospector"), the last one brings in the second half of the row's key. moe/dropout.h and tests/helpers/dropout.py
 // say the same.
 template <class V>
 KTS_INLINE typename V::I dropout_hash(RowMask mask, int64_t col) {

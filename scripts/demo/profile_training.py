@@ -93,8 +93,8 @@ class StepClock(TrainerCallback):
         self._start = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any) -> None:
+        from kt_sft.autograd import moe
         from kt_sft.models.spec import iter_routed_experts
-        from kt_sft.ops import moe
 
         for _, experts in iter_routed_experts(model):
             experts.layer = TimedLayer(experts.layer, self.clocks)

@@ -7,6 +7,7 @@ from scripts.mutants.fault import Fault
 _VALUES = "tests/unit/test_config_values.py::test_values_that_no_model_has"
 _YAML = "tests/unit/test_yaml_files.py::"
 _DOORS = "tests/integration/test_hostile_configs.py::"
+_OPENED = "tests/integration/test_opened_once.py::"
 _GGUF = "tests/unit/test_gguf_config.py::test_special_tokens_and_blocks"
 
 FAULTS = (
@@ -61,9 +62,30 @@ FAULTS = (
     ),
     Fault(
         "what transformers cannot build is a traceback in load_model",
-        "kt_sft/integrations/transformers/loading.py",
-        '        meta_model(model_config, from_pretrained_kwargs.get("trust_remote_code"))\n    leaves_code',
-        "        pass\n    leaves_code",
+        "kt_sft/integrations/transformers/model_files.py",
+        '    with torch.device("meta"), errors_in_one_line(path, trust_remote_code=trust_remote_code):',
+        '    with torch.device("meta"):',
         (f"{_DOORS}test_config_values",),
+    ),
+    Fault(
+        "files that change between the checks and the load are not seen",
+        "kt_sft/integrations/transformers/opened.py",
+        "        return all(_marks(place) == seen for place, seen in self._seen.items())",
+        "        return True",
+        (f"{_OPENED}test_files_that_change_between_check_and_load_are_opened_again",),
+    ),
+    Fault(
+        "the load opens again what the checks have opened",
+        "kt_sft/integrations/transformers/opened.py",
+        "        if is_read and self._shapes == shapes_of(model) and self.specs == find_experts(model):",
+        "        is_read = False\n        if is_read:",
+        (f"{_OPENED}test_check_and_load_share_what_is_opened",),
+    ),
+    Fault(
+        "a file that changes after its header was read is read",
+        "kt_sft/formats/safetensors_index.py",
+        "        unchanged = UnchangedFiles(files)\n",
+        "        unchanged = UnchangedFiles()\n",
+        (f"{_OPENED}test_file_that_changes_after_its_header_was_read_is_not_read",),
     ),
 )

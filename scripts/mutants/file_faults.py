@@ -178,15 +178,15 @@ FAULTS = (
     Fault(
         "two processes write to one folder",
         "kt_sft/convert/folder.py",
-        "fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)",
-        "fcntl.LOCK_UN",
+        "held = lock.acquire()",
+        "held = contextlib.nullcontext()",
         (f"{_CONVERT}test_two_processes_do_not_write_to_one_folder",),
     ),
     Fault(
         "a conversion of other source files goes on with the old layers",
         "kt_sft/convert/plan.py",
-        "what = [LAYOUT_ID, self.weight_format, self.group, self.model_type, files, shapes]",
-        "what = [LAYOUT_ID, self.weight_format, self.group, self.model_type, shapes]",
+        "what = [LAYOUT_ID, self.format, self.group, self.model_type, files, shapes]",
+        "what = [LAYOUT_ID, self.format, self.group, self.model_type, shapes]",
         (f"{_CONVERT}test_other_settings_or_another_source_do_not_resume",),
     ),
     # --- placement

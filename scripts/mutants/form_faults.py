@@ -24,7 +24,7 @@ _KINDS_FILE = "kt_sft/adapters/kinds.py"
 _CHANGES = "kt_sft/adapters/changes.py"
 _PLAIN = "kt_sft/adapters/plain.py"
 _GGUF = "kt_sft/formats/gguf_expert_tensors.py"
-_EXPERTS = "kt_sft/nn/routed_experts.py"
+_FINITE = "kt_sft/formats/finite.py"
 _PACKED = "kt_sft/sources/packed.py"
 
 FAULTS = (
@@ -110,8 +110,8 @@ FAULTS = (
     Fault(
         "a saved adapter does not say its layout",
         "kt_sft/integrations/peft/targets.py",
-        ", layout.MARK: RUNNING_FORM}",
-        "}",
+        "self.adapter_dropout, RUNNING_FORM)",
+        "self.adapter_dropout, None)",
         (f"{_LAYOUT}test_saved_adapters_say_their_layout",),
     ),
     # --- files of an adapter directory
@@ -126,7 +126,7 @@ FAULTS = (
         "a pickle beside the adapter is taken for a part of it",
         _FOLDER,
         "known = (*(read or (main, EXPERTS_NAME)), *_REWARD_HEADS)",
-        "known = (*(read or (main, PICKLE_NAME, EXPERTS_NAME)), *_REWARD_HEADS)",
+        "known = (*(read or (main, ADAPTER_PICKLE, EXPERTS_NAME)), *_REWARD_HEADS)",
         (f"{_UNREAD}[adapter_model.bin]",),
     ),
     Fault(
@@ -196,8 +196,8 @@ FAULTS = (
     Fault(
         "LoRA on an embedding is not scaled",
         _PLAIN,
-        "weight + scale * (a()",
-        "weight + (a()",
+        "Lora(b().mT, a().mT, scale)",
+        "Lora(b().mT, a().mT, 1.0)",
         (f"{_DOORS}[embedding]",),
     ),
     Fault(
@@ -274,21 +274,21 @@ FAULTS = (
     ),
     Fault(
         "NaN in an expert is packed",
-        _EXPERTS,
+        _FINITE,
         "if not weight.is_floating_point() or math.isfinite(weight.sum().item()):",
         "if True:",
         (f"{_NON_FINITE}test_tensors_of_a_caller",),
     ),
     Fault(
         "infinity in an expert is packed",
-        _EXPERTS,
+        _FINITE,
         "if not weight.is_floating_point() or math.isfinite(weight.sum().item()):",
         "if not weight.is_floating_point() or not weight.sum().isnan():",
         (f"{_NON_FINITE}test_tensors_of_a_caller",),
     ),
     Fault(
         "large numbers are taken for infinity",
-        _EXPERTS,
+        _FINITE,
         "        if len(places):\n",
         "        if True:\n",
         (f"{_NON_FINITE}test_large_finite_numbers_are_taken",),

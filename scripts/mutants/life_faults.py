@@ -34,8 +34,8 @@ FAULTS = (
     Fault(
         "a router that is read as a weight never sees its LoRA",
         _OUTSIDE,
-        "_ROUTERS = {Linear: RouterLinear,",
-        "_ROUTERS = {Linear: Linear,",
+        "_ROUTERS = {LoraLinear: RouterLinear,",
+        "_ROUTERS = {LoraLinear: LoraLinear,",
         (f"{_KINDS}test_router_that_is_read_as_a_weight_trains",),
     ),
     Fault(
@@ -253,8 +253,8 @@ FAULTS = (
     Fault(
         "older checkpoints stay beyond the limit",
         _SAVING_FILE,
-        "save_total_limit=trainer.args.save_total_limit,",
-        "save_total_limit=None,",
+        "most, best = trainer.args.save_total_limit,",
+        "most, best = None,",
         (f"{_SAVING}test_the_number_of_checkpoints_is_kept",),
     ),
     Fault(
@@ -318,8 +318,8 @@ FAULTS = (
     Fault(
         "memory is counted for the policy alone",
         _REFERENCES_FILE,
-        "needed = [_memory(policy, model_args), _memory(reference, reference_args)]",
-        "needed = [_memory(policy, model_args)]",
+        "memory.check_together([policy.memory, reference.memory],",
+        "memory.check_together([policy.memory],",
         (f"{_REFERENCES}test_refusal_is_one_line[one_fits-words6]",),
     ),
     # --- data sets, keys of others, code beside a checkpoint
@@ -360,7 +360,7 @@ FAULTS = (
     ),
     Fault(
         "code beside a checkpoint goes before transformers' own class",
-        "kt_sft/integrations/transformers/auto_class.py",
+        "kt_sft/models/auto_class.py",
         "trusts = False if is_native else trust_remote_code",
         "trusts = trust_remote_code",
         (f"{_REMOTE}test_loading_takes_the_class_that_transformers_has",),

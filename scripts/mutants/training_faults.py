@@ -23,7 +23,7 @@ _PEFT_MERGE = f"{_PEFT}test_merged_experts_are_base_plus_delta_rounded_once[qwen
 _BINDING = "kt_sft/integrations/peft/binding.py"
 _EXPERT_LORA = "kt_sft/nn/expert_lora.py"
 _EXPERTS = "kt_sft/nn/routed_experts.py"
-_OPS = "kt_sft/ops/moe.py"
+_OPS = "kt_sft/autograd/moe.py"
 _HOOK_FILE = "kt_sft/integrations/llamafactory/hook.py"
 
 FAULTS = (
@@ -80,15 +80,15 @@ FAULTS = (
     Fault(
         "merging into the model forgets the scale",
         _BINDING,
-        "return self.scaling * (self.b[index].T",
-        "return (self.b[index].T",
+        "Lora(a, b.mT, pair.scaling())",
+        "Lora(a, b.mT, 1.0)",
         (_PEFT_MERGE,),
     ),
     Fault(
         "merging into the model adds expert 0's down to all",
         _BINDING,
-        'self.deltas["down_proj"].of(self.index)',
-        'self.deltas["down_proj"].of(0)',
+        'self.deltas["down_proj"].delta(self.index)',
+        'self.deltas["down_proj"].delta(0)',
         (_PEFT_MERGE,),
     ),
     Fault(
@@ -137,8 +137,8 @@ FAULTS = (
     Fault(
         "DDP leaves the gradients of expert LoRA to each process",
         _BINDING,
-        "    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)\n",
-        "    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)\n"
+        "    peft_model.load_adapter = types.MethodType(load_adapter, peft_model)\n",
+        "    peft_model.load_adapter = types.MethodType(load_adapter, peft_model)\n"
         "    mine = [name for name, _ in peft_model.named_parameters() if '.experts.' in name]\n"
         "    peft_model._ddp_params_and_buffers_to_ignore = mine\n",
         (f"{_TRUTH}test_two_processes_train_as_one_that_accumulates",),
@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         "the dropout is not written beside the adapter",
         "kt_sft/integrations/peft/targets.py",
-        'beside["lora_dropout"] = self.adapter_dropout',
-        "pass",
+        "self.model_type, self.adapter_dropout, RUNNING_FORM",
+        "self.model_type, None, RUNNING_FORM",
         (f"{_PEFT}test_saved_adapter_gives_equal_logits_in_plain_peft[qwen3_moe-0.1]",),
     ),
     Fault(
@@ -173,9 +173,9 @@ FAULTS = (
     ),
     Fault(
         "DoRA on experts is computed as LoRA",
-        "kt_sft/integrations/peft/targets.py",
-        'for option in ("use_dora", ',
-        "for option in (",
+        "kt_sft/adapters/options.py",
+        '"use_dora", _is_set, (RUN, TRAIN, LOAD)',
+        '"use_dora", _is_set, (RUN, LOAD)',
         (f"{_TARGETS}test_refusals_are_one_line_and_come_first",),
     ),
     # --- the experts module and its factors
@@ -340,15 +340,15 @@ FAULTS = (
     Fault(
         "a configuration that cannot work is accepted",
         _HOOK_FILE,
-        "    args.check(*groups)\n",
-        "",
+        "    settings = args.check(*groups)\n",
+        "    settings = args.kt_config(model_args)\n",
         (f"{_ARGS}test_refusal_is_one_line_with_the_names",),
     ),
     Fault(
         "files are looked at after the data set is made",
         _HOOK_FILE,
-        "    model = check_inputs(model_args)\n",
-        "    model = None\n",
+        "    opened = check_inputs(model_args)\n",
+        "    opened = None\n",
         (f"{_ARGS}test_refusal_is_one_line_with_the_names",),
     ),
     Fault(
@@ -382,7 +382,7 @@ FAULTS = (
     Fault(
         "several GPUs train by nn.DataParallel",
         _HOOK_FILE,
-        "training_args._n_gpu = 1",
+        "use_one_gpu(training_args)",
         "pass",
         (f"{_RUNS}test_several_gpus_without_torchrun_are_one",),
     ),

@@ -52,7 +52,7 @@ def round_experts(source: Path, target: Path, weight_format: str) -> int:
     home = {name: tensors for tensors in shards.values() for name in tensors}
     gates = [name for name in home if name.endswith(".w1.weight")]
     inter, hidden = home[gates[0]][gates[0]].shape
-    rounding = RoutedExperts(ExpertsSpec(1, hidden, inter), weight_format=weight_format)
+    rounding = RoutedExperts(ExpertsSpec(1, hidden, inter), formats=weight_format)
     for gate in gates:
         names = [gate.replace(".w1.", f".{part}.") for part in ("w1", "w3", "w2")]  # gate, up, down
         rounding.load_expert(0, *(home[name][name] for name in names))

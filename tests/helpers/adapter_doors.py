@@ -21,6 +21,7 @@ from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.merge.inspecting import open_with_base
 from kt_sft.integrations.peft import adapter_dir, reloading
 from kt_sft.integrations.transformers.base_model import describe
+from kt_sft.integrations.transformers.opened import OpenedModel
 from tests.helpers import adapters, parity
 
 
@@ -46,7 +47,7 @@ class Doors:
             "load_adapter again": lambda path: reloading.load_adapter(self.trained, path, "default"),
             "check of LLaMA-Factory's runs": lambda path: adapter_dir.check_adapter(self.model, path),
             "convert": self._convert,
-            "merge": lambda path: MergedCheckpoint(self.base, [path]),
+            "merge": lambda path: MergedCheckpoint(OpenedModel(self.base), [path]),
             "export": lambda path: exporting.open_merged(
                 SimpleNamespace(
                     model_name_or_path=str(self.base), adapter_name_or_path=[str(path)], adapter_folder=None

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kt_sft.autograd.moe import MoeCall, moe
 from kt_sft.native import native
-from kt_sft.ops.moe import MoeCall, moe
 from tests.helpers.reference import CLAMP_ALPHA, CLAMP_LIMIT, Problem
 
 
@@ -162,7 +162,7 @@ def stored(problem: Problem, layer) -> Problem:
 
 
 def lora_inputs(problem: Problem) -> tuple[tuple, dict[str, Tensor]]:
-    """Leaves in the order of `kt_sft.ops.moe`, and the same by name; fused: gate_b is [experts, rank, 2 * inter]."""
+    """Leaves in the order of `kt_sft.autograd.moe`, and by name; fused: gate_b is [experts, rank, 2 * inter]."""
     leaf = {}
     for name, (a, b, _) in problem.lora.items():
         leaf[f"{name}_a"], leaf[f"{name}_b"] = a.float().requires_grad_(), b.float().requires_grad_()

@@ -7,9 +7,9 @@ import contextlib
 import torch
 from torch import Tensor
 
+from kt_sft.autograd.linear import packed_linear
+from kt_sft.autograd.moe import MoeCall, moe
 from kt_sft.native import native
-from kt_sft.ops.linear import packed_linear
-from kt_sft.ops.moe import MoeCall, moe
 from tests.helpers.native_call_args import Random, Written, plain, write
 from tests.helpers.native_calls import Calls
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.models.families import adapt_block
 from kt_sft.models.spec import ExpertsSpec, find_experts, is_experts_module, iter_routed_experts
-from kt_sft.ops import dropout
-from tests.helpers import tiny_models
+from tests.helpers import dropout, tiny_models
 from tests.helpers.reference import GATES, clamped_swiglu
 
 BF16_ROUNDOFF = 2.0**-8

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kt_sft.ops.dropout import HIDDEN, INTER, dropout_mask
+from tests.helpers.dropout import HIDDEN, INTER, dropout_mask
 from tests.helpers.quantizers import round_rows_to_int8
 
 Step = Callable[[Tensor], Tensor]

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from kt_sft.integrations.transformers.auto_class import auto_class
 from kt_sft.models import kimi_k2
+from kt_sft.models.auto_class import auto_class
 from tests.helpers import tiny_models
 
 # Model -> (config class, values of its public config.json that set sizes).

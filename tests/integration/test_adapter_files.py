@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 import kt_sft
 from kt_sft.adapters import forms
+from kt_sft.adapters.folder import local_adapter
 from kt_sft.cli import app
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.integrations.merge.inspecting import open_with_base
-from kt_sft.integrations.peft.adapter_dir import check_adapter, in_running_form, local_adapter_dir
+from kt_sft.integrations.peft.adapter_dir import check_adapter, in_running_form
 from kt_sft.integrations.transformers.base_model import describe
 from tests.helpers import adapters, parity, tiny_models
 from tests.helpers.adapters import convert, damaged, edit, opened
@@ -178,11 +179,11 @@ def test_hub_adapters_bring_all_their_tensors(adapter, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: names)
-    assert local_adapter_dir("someone/adapter") == adapter and asked["someone/adapter"] == names
+    assert local_adapter("someone/adapter") == adapter and asked["someone/adapter"] == names
     names.append("more.safetensors")
     names.append("checkpoint-2/else.safetensors")
     with pytest.raises(FormatError, match="found more.safetensors, which nothing here reads"):
-        local_adapter_dir("someone/adapter")
+        local_adapter("someone/adapter")
 
 
 class Expert(nn.Module):

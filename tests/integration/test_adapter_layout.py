@@ -18,7 +18,8 @@ from torch import Tensor
 import kt_sft
 from kt_sft.adapters import forms, layout
 from kt_sft.errors import FormatError
-from kt_sft.integrations.peft.adapter_dir import check_adapter, has_other_form
+from kt_sft.integrations.peft.adapter_dir import check_adapter
+from kt_sft.integrations.peft.targets import RUNNING_FORM
 from kt_sft.models.layout import ExpertsSpec
 from tests.helpers import adapters, parity, tiny_models
 from tests.helpers.adapters import edit, opened
@@ -80,6 +81,11 @@ def rewritten(root: Path, folder: Path, version: str | None, *, swap: bool) -> d
     return wanted
 
 
+def is_read_as_it_is(model, folder: Path) -> bool:
+    """Whether the PEFT that runs gets the files themselves."""
+    return RUNNING_FORM in check_adapter(model, folder).as_is
+
+
 def opened_specs(root: Path) -> dict[str, ExpertsSpec]:
     return dict(opened(root / "adapter", root).base.specs)
 
@@ -95,7 +101,7 @@ def test_version_tells_the_layout_of_square_experts(roots, tmp_path, case, versi
     wanted = rewritten(root, tmp_path / "a", version, swap=version in NEW)
     adapters.assert_same(adapters.deltas(opened(tmp_path / "a", root)), wanted)
     model = parity.load_ours(root / "base")
-    assert has_other_form(model, tmp_path / "a") == (version in NEW)
+    assert is_read_as_it_is(model, tmp_path / "a") == (version not in NEW)
     ids = tiny_models.token_ids()
     stock = tiny_models.load_stock(root / "base", dtype=torch.float64)
     for name, delta in wanted.items():
@@ -111,7 +117,7 @@ def test_transposed_experts_are_alike_in_both(roots, tmp_path, case, version):
     root = roots(case)
     wanted = rewritten(root, tmp_path / "a", version, swap=False)
     adapters.assert_same(adapters.deltas(opened(tmp_path / "a", root)), wanted)
-    assert not has_other_form(parity.load_ours(root / "base"), tmp_path / "a")
+    assert is_read_as_it_is(parity.load_ours(root / "base"), tmp_path / "a")
 
 
 @pytest.mark.parametrize("version", ["0.18.2.dev0@abc", "0.19.0"])
@@ -119,7 +125,7 @@ def test_transposed_experts_of_the_releases_between(roots, tmp_path, version):
     root = roots("transposed down")
     wanted = rewritten(root, tmp_path / "a", version, swap=True)
     adapters.assert_same(adapters.deltas(opened(tmp_path / "a", root)), wanted)
-    assert has_other_form(parity.load_ours(root / "base"), tmp_path / "a")
+    assert not is_read_as_it_is(parity.load_ours(root / "base"), tmp_path / "a")
 
 
 @pytest.mark.parametrize("version", [None, "unknown", "0.19.0"])

@@ -123,9 +123,9 @@ def test_several_pools_copy_and_refuse_to_map(made, pools):
     native().set_threads(2, 2, fake_nodes=True)
     from kt_sft.sources.packed import copies
 
-    assert copies(KTConfig(weight_load="auto")) and copies(KTConfig(weight_load="copy"))
+    assert copies("auto") and copies("copy")
     with pytest.raises(ConfigError, match="weight_load: mmap needs one group of threads, found 2.*weight_load: copy"):
-        copies(KTConfig(weight_load="mmap"))
+        copies("mmap")
 
 
 @pytest.mark.parametrize("method", ["BF16", "INT8"])

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 import kt_sft
-from kt_sft.ops.moe import MoeCall, moe
+from kt_sft.autograd.moe import MoeCall, moe
 from tests.helpers import tiny_models
 from tests.helpers.layers import LayerCase, lora_inputs, make_layer, make_problem, run
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import kt_sft
+from kt_sft import memory
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.integrations import peft as kt_peft
-from kt_sft.integrations.transformers.memory_check import check_memory
 from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
 from kt_sft.native import native
 from tests.helpers import parity, tiny_models
@@ -250,6 +250,6 @@ def test_memory_message_names_the_formats_that_fit(monkeypatch):
         "kt_sft.memory.available_memory", lambda: kt_sft.memory.AvailableMemory(gib // 2, "the machine")
     )
     with pytest.raises(MemoryError, match=r"INT4 needs 0\.3 GiB") as caught:
-        check_memory({"a": spec}, 0, kt_sft.KTConfig(), {"a": "bf16"})
+        memory.check_experts({"a": spec}, 0, {"a": "bf16"}, 32, method="BF16")
     assert "INT8 needs" not in str(caught.value)
-    check_memory({"a": spec}, 0, kt_sft.KTConfig(method="INT4"), {"a": "int4"})
+    memory.check_experts({"a": spec}, 0, {"a": "int4"}, 32, method="INT4")

@@ -246,7 +246,7 @@ def test_check_of_a_model_on_the_hub_takes_types_and_sizes_from_the_gguf_file(pl
     monkeypatch.setattr("kt_sft.memory.available_memory", lambda: machine)
     with pytest.raises(NotEnoughMemory):
         check_model(config=KTConfig(weight_path=str(path)), **hub)
-    model = check_model(config=KTConfig(method="GGUF", weight_path=str(path)), **hub)
+    model = check_model(config=KTConfig(method="GGUF", weight_path=str(path)), **hub).model
     assert [experts.formats for _, experts in iter_routed_experts(model)] == [("q8_0",) * 3] * len(LAYERS)
     gguf_files.write(path, {}, {k: v for k, v in tensors.items() if "blk.2.ffn_up" not in k})
     with pytest.raises(FormatError, match=r"m.gguf: tensor blk.2.ffn_up_exps.weight: expected present, found missing"):

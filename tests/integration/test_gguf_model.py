@@ -55,12 +55,12 @@ def test_same_model_as_the_checkpoint(tmp_path, cache, family, split_kv_b):
 def test_directory_is_made_once_and_again_for_a_changed_file(tmp_path, cache, monkeypatch):
     plain = tiny_models.build("mixtral", tmp_path / "plain")
     file = gguf_models.write_model(plain, tmp_path / "model.gguf")
-    first = gguf_model.model_directory(file)
+    first = gguf_model.model_directory(GgufIndex.from_path(file))
     monkeypatch.setattr(gguf_model, "write", None)  # writing again would fail
-    assert gguf_model.model_directory(file) == first
+    assert gguf_model.model_directory(GgufIndex.from_path(file)) == first
     monkeypatch.undo()
     file.write_bytes(file.read_bytes() + b"\0" * 32)
-    assert gguf_model.model_directory(file, tmp_path / "own").parent == tmp_path / "own"
+    assert gguf_model.model_directory(GgufIndex.from_path(file), tmp_path / "own").parent == tmp_path / "own"
 
 
 def test_trains_with_quantised_experts(tmp_path):

@@ -36,7 +36,7 @@ from llamafactory.hparams import get_train_args
 model_args, _, _, finetuning_args, _ = get_train_args(ruled)
 tokenizer = loader.load_tokenizer(model_args)["tokenizer"]
 placed = loader.load_model(tokenizer, model_args, finetuning_args, is_trainable=True)
-formats = [experts.weight_format for _, experts in iter_routed_experts(placed)]
+formats = [experts.formats[0] for _, experts in iter_routed_experts(placed)]
 give({"names": sorted(names), "before": before, "made": made, "counts": counts, "loaded": bound(loaded),
       "again": loader.count_parameters(loaded), "formats": formats})
 """

@@ -13,6 +13,8 @@ from torch import nn
 import kt_sft
 from kt_sft import KTConfig, runtime
 from kt_sft.integrations.transformers import loading as loading
+from kt_sft.integrations.transformers.opened import open_model
+from kt_sft.integrations.transformers.quantizer import KTExpertsConfig
 from kt_sft.models.spec import iter_routed_experts
 from tests.helpers import tiny_models
 
@@ -161,7 +163,7 @@ def test_loaded_model_looks_ordinary(checkpoint, tmp_path):
 
 def test_users_config_object_is_left_alone(checkpoint):
     config = transformers.AutoConfig.from_pretrained(checkpoint("mixtral"))
-    hook = loading.quantization_config(KTConfig(), checkpoint("mixtral"))
+    hook = KTExpertsConfig(open_model(checkpoint("mixtral"), KTConfig()))
     transformers.AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"), config=config, quantization_config=hook)
     assert not hasattr(config, "quantization_config")
 
@@ -178,7 +180,7 @@ def test_weight_path_overrides_where_experts_come_from(checkpoint):
 
 def test_hook_serves_from_pretrained_of_any_auto_class(checkpoint):
     directory = checkpoint("deepseek_v2")
-    hook = loading.quantization_config(KTConfig(), directory)
+    hook = KTExpertsConfig(open_model(directory, KTConfig()))
     backbone = transformers.AutoModel.from_pretrained(directory, quantization_config=hook)
     assert [name for name, _ in iter_routed_experts(backbone)] == ["layers.1.mlp.experts", "layers.2.mlp.experts"]
     assert backbone.kt_config == KTConfig()

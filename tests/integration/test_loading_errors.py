@@ -13,7 +13,8 @@ import transformers
 import kt_sft
 from kt_sft import KTConfig, memory, runtime
 from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, UnsupportedHardware, UnsupportedModel
-from kt_sft.integrations.transformers import loading as loading
+from kt_sft.integrations.transformers import loading, quantizer
+from kt_sft.nn.routed_experts import RoutedExperts
 from tests.helpers import tiny_models
 
 
@@ -41,7 +42,7 @@ def no_long_work(monkeypatch):
         raise AssertionError("weights were read before the fault was reported")
 
     monkeypatch.setattr(transformers.core_model_loading, "_materialize_copy", fail)
-    monkeypatch.setattr(loading.RoutedExperts, "load_expert", fail)
+    monkeypatch.setattr(RoutedExperts, "load_expert", fail)
 
 
 def refused(error, match, path, config=None, **kwargs):
@@ -212,7 +213,7 @@ def test_model_config_in_place_of_ours(good):
 
 
 def test_zero3(good, monkeypatch):
-    monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(quantizer, "is_deepspeed_zero3_enabled", lambda: True)
     refused(ConfigError, "deepspeed: expected ZeRO stage 0, 1 or 2, found 3", good["single"])
 
 
@@ -242,7 +243,7 @@ def test_unknown_level_in_the_environment(good, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["single", "fused", "sharded"])
 def test_check_model_accepts_a_good_checkpoint_without_reading_it(good, kind):
-    model = loading.check_model(good[kind], KTConfig())
+    model = loading.check_model(good[kind], KTConfig()).model
     assert all(p.is_meta for p in model.get_input_embeddings().parameters())
 
 

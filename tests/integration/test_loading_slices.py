@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kt_sft.integrations.transformers.model_files import open_checkpoint
+from kt_sft.formats.checkpoint import open_weights
 from tests.helpers import quantized_checkpoints, tiny_models
 
 
@@ -20,7 +20,7 @@ def test_any_rows_of_an_fp8_matrix_are_those_of_the_whole(fp8):
     """Blocks of 16 rows have a scale each; parts begin and end within blocks and on their borders."""
     folder, twin = fp8
     exact = {name: tensor for file in twin.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    index = open_checkpoint(str(folder))
+    index = open_weights(folder)
     matrices = [name for name in index.quantized if len(index.info(name).shape) == 2 and index.info(name).shape[0] > 33]
     assert matrices
     for name in matrices:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.merge.safetensors import write_merged
+from kt_sft.integrations.transformers.opened import OpenedModel
 from tests.helpers import adapters, tiny_models
 
 
@@ -38,7 +39,7 @@ def root(tmp_path_factory):
 
 
 def test_written_dtype_is_in_the_config_and_routing_biases_stay_f32(root, tmp_path):
-    merged = MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(OpenedModel(root / "base"), [root / "adapter"])
     (tmp_path / "out").mkdir()
     write_merged(merged, tmp_path / "out", bar, dtype=torch.float16)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -51,7 +52,7 @@ def test_written_dtype_is_in_the_config_and_routing_biases_stay_f32(root, tmp_pa
 
 def test_shards_are_as_large_as_asked(root, tmp_path):
     limit = 20_000
-    merged = MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(OpenedModel(root / "base"), [root / "adapter"])
     (tmp_path / "out").mkdir()
     write_merged(merged, tmp_path / "out", bar, limit_bytes=limit)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -72,7 +73,7 @@ def test_shards_are_as_large_as_asked(root, tmp_path):
 
 def test_experts_get_the_sum_of_several_adapters(root, tmp_path):
     base = weights(root / "base")
-    merged = MergedCheckpoint(root / "base", [root / "adapter", root / "adapter"])
+    merged = MergedCheckpoint(OpenedModel(root / "base"), [root / "adapter", root / "adapter"])
     once = adapters.deltas(merged.adapters[0])
     (tmp_path / "out").mkdir()
     write_merged(merged, tmp_path / "out", bar)
@@ -103,7 +104,7 @@ def test_head_that_is_no_longer_the_embedding_is_not_called_tied(tmp_path):
         if added:
             targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
             adapters.edit(tmp_path / "adapter", target_modules=[*targets, "lm_head"])
-        merged = MergedCheckpoint(tmp_path / "base", [tmp_path / "adapter"])
+        merged = MergedCheckpoint(OpenedModel(tmp_path / "base"), [tmp_path / "adapter"])
         (tmp_path / name).mkdir()
         write_merged(merged, tmp_path / name, bar)
         assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is is_tied

@@ -26,6 +26,7 @@ from kt_sft.integrations.gguf.tokenizer import read_tokenizer
 from kt_sft.integrations.gguf.tokenizer_writer import tokenizer_metadata
 from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.merge.command import merge as merge_checkpoint
+from kt_sft.integrations.transformers.opened import OpenedModel
 from scripts.demo.tiny_moe.gguf_source import find_gguf
 from tests.helpers import adapters, gguf_files, gguf_models, quantized_checkpoints, tiny_models
 from tests.helpers.tolerance import rel_l2
@@ -189,7 +190,7 @@ def test_gguf_bf16_is_the_merged_checkpoint(roots, tmp_path, family):
 def test_gguf_q8_0_blocks_are_ggmls(roots, tmp_path, family):
     root = roots(family)
     file = merge(root, tmp_path / "m.gguf", "gguf-q8_0")
-    merged = MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(OpenedModel(root / "base"), [root / "adapter"])
     index = GgufIndex.from_path(file)
     for module in merged.base.specs:
         layer = module.split(".")[2]

@@ -18,7 +18,8 @@ from kt_sft.formats.finite import is_finite
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations.merge.command import merge as merge_checkpoint
 from kt_sft.integrations.peft.limits import check_merge
-from kt_sft.integrations.transformers.base_model import describe, meta_model
+from kt_sft.integrations.transformers.base_model import describe
+from kt_sft.integrations.transformers.opened import OpenedModel
 from tests.helpers import adapter_kinds, parity, quantized_checkpoints, tiny_models
 from tests.helpers.tolerance import rel_l2
 
@@ -61,7 +62,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: obje
 def test_routers_of_every_family_get_w_plus_delta(tmp_path, family):
     """By parameter, by module and by the names of older checkpoints: merged and loaded alike."""
     folder = tiny_models.build(family, tmp_path / "base", dtype=torch.float32)
-    base, stock = describe(meta_model(folder)), tiny_models.load_stock(folder)
+    base, stock = describe(OpenedModel(folder).model), tiny_models.load_stock(folder)
     modules = [n.removesuffix(".weight") for n in base.bare if n.split(".")[-2] in ("gate", "router")]
     modules = modules or sorted(base.routers)
     before, generator, tensors = logits(folder), torch.Generator().manual_seed(4), {}
@@ -96,7 +97,7 @@ def test_routers_of_every_family_get_w_plus_delta(tmp_path, family):
 def test_router_that_is_read_as_a_weight_trains(tmp_path):
     """DeepSeek-V2: gradients of the factors against those of W + scale * B A in stock code, and none while disabled."""
     folder = tiny_models.build("deepseek_v2", tmp_path / "base", dtype=torch.float32)
-    names = sorted(describe(meta_model(folder)).routers)
+    names = sorted(describe(OpenedModel(folder).model).routers)
     stock = tiny_models.load_stock(folder)
     generator, tensors = torch.Generator().manual_seed(4), {}
     for name in names:
@@ -152,7 +153,7 @@ def test_tied_head_keeps_the_old_embedding(tmp_path, sharded, is_stored):
 
 def test_config_of_a_vision_model_is_untied_inside_as_well(tmp_path):
     folder = tiny_models.build("qwen3_vl_moe", tmp_path / "base", tie_word_embeddings=True)
-    base = describe(meta_model(folder))
+    base = describe(OpenedModel(folder).model)
     assert base.tied, "the family has tied heads"
     ((head, embedding),) = base.tied.items()
     wanted = torch.full(base.parameters[head], 0.5, dtype=torch.bfloat16)
@@ -166,7 +167,7 @@ def test_config_of_a_vision_model_is_untied_inside_as_well(tmp_path):
 
 
 def _attention(folder: Path, seed: int = 1) -> dict[str, torch.Tensor]:
-    linears = {n: s for n, s in describe(meta_model(folder)).linears.items() if n.endswith("q_proj")}
+    linears = {n: s for n, s in describe(OpenedModel(folder).model).linears.items() if n.endswith("q_proj")}
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for name, (out, into) in linears.items():
         tensors[f"{name}.lora_A.weight"] = torch.randn(2, into, generator=generator)
@@ -288,6 +289,11 @@ LIMITS = {
     "dora": ({"use_dora": True}, {}, "DoRA: can be merged"),
     "lora_bias": ({"lora_bias": True}, {}, "cannot be merged, since layers such as model.layers.0.self_attn.q_proj"),
     "pissa": ({"init_lora_weights": "pissa"}, {}, "can neither be merged nor converted"),
+    "beyond plain LoRA": (
+        {"fan_in_fan_out": True},
+        {},
+        "fan_in_fan_out: with it, the adapter can be neither loaded, merged",
+    ),
     "bias": ({"bias": "all"}, {"attention_bias": True}, "biases of the base model"),
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, {}, "LoRA on an embedding"),
     "plain": ({}, {}, None),
@@ -341,9 +347,9 @@ def test_dropout_that_a_router_does_not_get_is_said(tmp_path, caplog):
 def test_biases_without_a_place_are_refused_before_a_model_is_loaded_to_be_merged(tmp_path):
     folder, adapter = adapter_kinds.make("lora_bias_alone", tmp_path)
     with pytest.raises(FormatError, match=r"q_proj\.bias: expected a layer that has a bias"):
-        check_merge(meta_model(folder), adapter)
+        check_merge(OpenedModel(folder).model, adapter)
     folder, adapter = adapter_kinds.make("lora_bias", tmp_path)
-    check_merge(meta_model(folder), adapter)
+    check_merge(OpenedModel(folder).model, adapter)
 
 
 def test_a_bias_of_a_router_is_refused_at_every_door(tmp_path):

@@ -96,22 +96,22 @@ def test_another_model_type_of_a_plain_adapter(root, adapter):
     model = parity.load_ours(tiny_models.build("mixtral", root / "mixtral"))
     refuse(model, adapter, "trained on another model type: expected mixtral, found qwen3_moe")
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
-    refuse(model, adapter, r"lora_A.weight has another shape: expected \[15, 56\], found \[21, 48\] \(and \d+ more\)")
+    refuse(model, adapter, r"lora_A\.weight: expected \[3, 56\], found \[3, 48\]")
 
 
 def test_another_size_of_the_same_family(root, good):
     model = parity.load_ours(tiny_models.build("qwen3_moe", root / "other_size", moe_intermediate_size=28))
-    refuse(model, good, r"experts\.lora_B\.weight has another shape: expected \[28, 21\], found \[20, 21\]")
+    refuse(model, good, r"experts\.lora_A\.weight and B\.weight: widths: expected \(48, 28\), found \(48, 20\)")
 
 
 def test_more_layers_than_the_model(root, good):
     model = parity.load_ours(tiny_models.build("qwen3_moe", root / "one_layer", num_hidden_layers=1))
-    refuse(model, good, r"layers\.1\..* belongs to no LoRA target of this model")
+    refuse(model, good, r"layers\.1\..*: expected a LoRA target of the model, found none")
 
 
 def test_missing_tensor_of_a_linear_layer(ours, adapter):
     rewrite(adapter, lambda tensors: {k: v for k, v in tensors.items() if "layers.1.self_attn.q_proj" not in k})
-    refuse(ours, adapter, r"layers\.1\.self_attn\.q_proj\.lora_A\.weight is missing")
+    refuse(ours, adapter, r"layers\.1\.self_attn\.q_proj\.lora_A\.weight: expected present, found missing")
 
 
 def test_factors_of_the_other_peft_layout_load(ours, good, adapter):
@@ -149,7 +149,7 @@ def test_one_factor_of_the_other_peft_layout(ours, adapter):
         return tensors
 
     rewrite(adapter, exchange)
-    refuse(ours, adapter, r"base_layer\.lora_A\.weight has another shape: expected \[21, 40\], found \[21, 48\]")
+    refuse(ours, adapter, r"base_layer\.lora_A\.weight and B\.weight: widths: expected")
 
 
 def test_per_expert_tensors(ours, adapter):

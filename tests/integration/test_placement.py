@@ -51,7 +51,7 @@ def test_layers_have_their_formats_and_logits_follow_them(directory, rule_file):
     file = rule_file(*BY_LAYER, last="BF16")
     rows = {"expert_activations": "bf16"}  # what a CPU with int8 dot instructions would take rounds more
     model = parity.load_ours(directory, optimize_rule=file, rule_vars={"last": "INT4"}, **rows)
-    held = [experts.weight_format for _, experts in iter_routed_experts(model)]
+    held = [experts.formats[0] for _, experts in iter_routed_experts(model)]
     assert held == ["int8", "bf16", "int4"]
     assert [name for name, _ in model.named_parameters() if "layers.0.mlp.experts" in name] == [
         "model.layers.0.mlp.experts.gate_up_proj",
@@ -90,7 +90,7 @@ def test_mixed_formats_train_and_save_the_checkpoint(directory, rule_file, tmp_p
 def test_packed_linear_layers_by_rule(directory, rule_file):
     file = rule_file(rule({"name": "(q|k)_proj$", "layers": 1}, "PackedLinear", backend="int8"))
     model = parity.load_ours(directory, torch.bfloat16, optimize_rule=file, cpu_linear="off")
-    packed = {name: m.weight_format for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    packed = {name: m.format for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert packed == {"model.layers.1.self_attn.q_proj": "int8", "model.layers.1.self_attn.k_proj": "int8"}
     for load in (kt_sft.load_model, check_model):
         with pytest.raises(ConfigError, match=r"expected a model in bfloat16, found .*1\.self_attn\.q_proj in float32"):

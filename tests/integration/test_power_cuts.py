@@ -17,11 +17,13 @@ from kt_sft.adapters import forms
 from kt_sft.config import KTConfig
 from kt_sft.convert.run import convert
 from kt_sft.formats import overwriting, staging
+from kt_sft.formats.gguf import GgufIndex
 from kt_sft.integrations.gguf import model as gguf_model
 from kt_sft.integrations.llamafactory import exporting
 from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.merge.command import merge as merge_checkpoint
 from kt_sft.integrations.transformers.base_model import find_base_model
+from kt_sft.integrations.transformers.opened import OpenedModel
 from scripts.demo.tiny_moe import checkpoint
 from tests.helpers import adapters, gguf_models, power, tiny_models, trainings
 from tests.helpers.containers import RandomExperts, plan_for
@@ -95,7 +97,7 @@ def save_model(root: Path, out: Path) -> None:
 
 
 def export(root: Path, out: Path) -> None:
-    merged = MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(OpenedModel(root / "base"), [root / "adapter"])
     exporting.save_merged(merged, out / "export", torch.bfloat16, 60_000)
     exporting.save_merged(merged, out / "export", torch.float32, 1 << 30)
 
@@ -108,7 +110,7 @@ def train(root: Path, out: Path) -> None:
 
 
 def read_gguf_model(root: Path, out: Path) -> None:
-    gguf_model.model_directory(root / "model.gguf", out / "cache")
+    gguf_model.model_directory(GgufIndex.from_path(root / "model.gguf"), out / "cache")
 
 
 def write_report(root: Path, out: Path) -> None:

@@ -238,7 +238,7 @@ def test_a_state_that_may_be_of_either_layout_is_refused(tmp_path, monkeypatch):
     run = run_adapter(base, targets=targets)
     check(base, checkpoint, run)
     converted = shutil.copytree(checkpoint, tmp_path / "converted")
-    monkeypatch.setattr(resuming, "in_running_form", lambda bare, source: contextlib.nullcontext(converted))
+    monkeypatch.setattr(resuming, "in_running_form", lambda bare, source, **_: contextlib.nullcontext(converted))
     with pytest.raises(FormatError, match="may be of either"):
         check(base, checkpoint, run)
 

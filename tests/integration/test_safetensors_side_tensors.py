@@ -13,6 +13,7 @@ from kt_sft import KTConfig
 from kt_sft.errors import UnsupportedModel
 from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.transformers.converting import open_source
+from kt_sft.integrations.transformers.opened import OpenedModel
 from kt_sft.models.spec import iter_routed_experts
 from tests.helpers import quantized_checkpoints, tiny_models
 
@@ -63,7 +64,7 @@ CASES = [
 def test_other_tensors_are_refused_at_every_door(checkpoints, tmp_path, kind, name):
     folder = shutil.copytree(checkpoints[kind], tmp_path / "m")
     tiny_models.rewrite(folder, lambda tensors: tensors | {name: ONE.clone()})
-    for door in (kt_sft.load_model, open_source, lambda path: MergedCheckpoint(path, [])):
+    for door in (kt_sft.load_model, open_source, lambda path: MergedCheckpoint(OpenedModel(path), [])):
         with pytest.raises(UnsupportedModel, match=f"tensor {name}: expected") as caught:
             door(folder)
         assert "\n" not in str(caught.value)

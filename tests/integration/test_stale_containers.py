@@ -15,6 +15,7 @@ import kt_sft
 from kt_sft import KTConfig
 from kt_sft.convert.plan import finished_manifest
 from kt_sft.errors import ConfigError, FormatError
+from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.formats.source_hash import ENDS_HASH, hash_source
 from kt_sft.integrations.gguf import model as gguf_model
@@ -176,7 +177,7 @@ def test_model_directory_of_a_gguf_file_follows_the_file(tmp_path, monkeypatch, 
     plain = tiny_models.build("qwen3_moe", tmp_path / "plain")
     file = gguf_models.write_model(plain, tmp_path / "m.gguf")
     convert(file, tmp_path / "packed")
-    first = gguf_model.model_directory(file)
+    first = gguf_model.model_directory(GgufIndex.from_path(file))
     assert said(caplog, file, tmp_path / "packed") == []
     before, (_, tensors) = file.stat(), contents(file)
     head, name = tensors["output.weight"][2].tobytes(), "lm_head.weight"
@@ -185,7 +186,7 @@ def test_model_directory_of_a_gguf_file_follows_the_file(tmp_path, monkeypatch, 
     file.write_bytes(data[:begin] + bytes(len(head)) + data[begin + len(head) :])
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    second = gguf_model.model_directory(file)
+    second = gguf_model.model_directory(GgufIndex.from_path(file))
     assert first != second
     assert (
         load_file(first / "model.safetensors")[name].any() and not load_file(second / "model.safetensors")[name].any()

@@ -28,6 +28,7 @@ from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.merge.command import merge as merge_checkpoint
 from kt_sft.integrations.transformers.base_model import find_base_model
 from kt_sft.integrations.transformers.converting import convert_checkpoint
+from kt_sft.integrations.transformers.opened import OpenedModel
 from tests.helpers import adapters, kills, trainings
 
 LONG = "n" * 255
@@ -70,7 +71,7 @@ def merge_gguf(root: Path, model, out: Path) -> None:
 
 
 def export(root: Path, model, out: Path) -> None:
-    merged = MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(OpenedModel(root / "base"), [root / "adapter"])
     exporting.save_merged(merged, out, torch.bfloat16, 60_000)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kt_sft.autograd.linear import packed_linear
 from kt_sft.native import native
-from kt_sft.ops.linear import packed_linear
 from tests.helpers.layers import marked
 from tests.helpers.tolerance import BF16_HALF_ULP, F32_EPS, rel_l2
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kt_sft.autograd.moe import NO_LORA, MoeCall, moe
 from kt_sft.native import native
-from kt_sft.ops.moe import NO_LORA, MoeCall, moe
 from tests.helpers.layers import (
     LayerCase,
     lora_inputs,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from kt_sft.autograd.linear import packed_linear
+from kt_sft.autograd.moe import NO_LORA, MoeCall, moe
 from kt_sft.native import native
 from kt_sft.nn.packed_linear import PackedLinear, pack_linear
-from kt_sft.operator.weights import LayerSizes, TensorExperts
-from kt_sft.ops.linear import packed_linear
-from kt_sft.ops.moe import NO_LORA, MoeCall, moe
+from kt_sft.sources.tensors import TensorExperts
 
 EXPERTS, HIDDEN, INTER, RANK = 3, 64, 32, 2
 
@@ -87,7 +87,7 @@ def test_views_of_few_bytes_are_none_of_them(layer):
 
 def test_experts_in_tensors_of_a_caller():
     gate, up, down = (torch.randn(EXPERTS, n, k) for n, k in ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER)))
-    experts = TensorExperts(gate, up, down, LayerSizes(0, EXPERTS, HIDDEN, INTER))
+    experts = TensorExperts(gate, up, down, hidden=HIDDEN, inter=INTER, name="layer 0")
     up.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="^up_proj: expected .*; it was released"):
         experts.read("", 1)

@@ -13,21 +13,21 @@ import torch
 
 from benchmarks import (
     bench_overhead,
-    block_layer,
-    gemm_bench,
+    contest,
+    demands,
+    gguf_mix,
     harness,
     kt_kernel_opponent,
-    layer_bench,
-    moe_layer,
+    problem,
+    products,
     report,
     roofline,
-    target_lines,
     targets,
 )
 from benchmarks.harness import CaseResult, Contender, Sample, Work
 from benchmarks.roofline import Limits
 
-SHAPE = moe_layer.LayerShape("tiny", hidden=48, inter=32, num_experts=4, top_k=2)
+SHAPE = problem.LayerShape("tiny", hidden=48, inter=32, num_experts=4, top_k=2)
 
 
 class FakeClock:
@@ -130,21 +130,21 @@ def test_results_file_keeps_every_run_of_a_day(tmp_path):
 
 @pytest.mark.parametrize("name", ["torch loop fp32", "grouped_mm fp32", "torch loop bf16", "grouped_mm bf16"])
 def test_every_opponent_agrees_with_the_float64_reference(name):
-    layer = moe_layer.make_layer(SHAPE, rank=8)
-    (batch,) = moe_layer.make_batches(SHAPE, tokens=5, count=1)
-    reference = moe_layer.answers(moe_layer.exact_layer(layer), batch)
-    got = moe_layer.answers(moe_layer.torch_contenders(layer)[name], batch)
-    assert moe_layer.worst_error(got, reference) < (1e-5 if "fp32" in name else 3e-2)
+    layer = problem.make_layer(SHAPE, rank=8)
+    (batch,) = problem.make_batches(SHAPE, tokens=5, count=1)
+    reference = problem.answers(problem.exact_layer(layer), batch)
+    got = problem.answers(problem.torch_contenders(layer)[name], batch)
+    assert problem.worst_error(got, reference) < (1e-5 if "fp32" in name else 3e-2)
     broken = [got[0] * 1.1, *got[1:]]
-    assert moe_layer.worst_error(broken, reference) > 5e-2
+    assert problem.worst_error(broken, reference) > 5e-2
 
 
 def test_worst_error_treats_nan_as_wrong():
-    assert moe_layer.worst_error([torch.tensor([math.nan])], [torch.tensor([1.0])]) == math.inf
+    assert problem.worst_error([torch.tensor([math.nan])], [torch.tensor([1.0])]) == math.inf
 
 
 def test_a_slice_keeps_the_rows_per_expert_of_the_whole_layer():
-    for model in layer_bench.MODELS.values():
+    for model in contest.MODELS.values():
         rows = 512 * model.whole.top_k / model.whole.num_experts
         assert model.slice_tokens(512) * model.slice.top_k / model.slice.num_experts == pytest.approx(rows, rel=0.05)
         assert (model.slice.hidden, model.slice.inter) == (model.whole.hidden, model.whole.inter)
@@ -154,24 +154,24 @@ def test_a_slice_keeps_the_rows_per_expert_of_the_whole_layer():
 
 
 def test_int8_opponent_agrees_with_the_float64_reference():
-    layer = moe_layer.make_layer(SHAPE, rank=8)
-    (batch,) = moe_layer.make_batches(SHAPE, tokens=5, count=1)
-    expected = moe_layer.infer(moe_layer.exact_layer(layer), batch)
-    got = moe_layer.infer(moe_layer.torch_contenders(layer, ["torch _int_mm"])["torch _int_mm"], batch)
-    assert 1e-4 < moe_layer.worst_error([got], [expected]) < 5e-2
+    layer = problem.make_layer(SHAPE, rank=8)
+    (batch,) = problem.make_batches(SHAPE, tokens=5, count=1)
+    expected = problem.infer(problem.exact_layer(layer), batch)
+    got = problem.infer(problem.torch_contenders(layer, ["torch _int_mm"])["torch _int_mm"], batch)
+    assert 1e-4 < problem.worst_error([got], [expected]) < 5e-2
 
 
 @pytest.mark.parametrize("name", ["torch loop fp32", "grouped_mm fp32"])
 def test_a_layer_without_lora_has_no_lora_gradients(name):
-    layer = moe_layer.with_rank(moe_layer.make_layer(SHAPE, rank=8), 0)
-    (batch,) = moe_layer.make_batches(SHAPE, tokens=5, count=1)
-    got = moe_layer.answers(moe_layer.torch_contenders(layer, [name])[name], batch)
+    layer = problem.with_rank(problem.make_layer(SHAPE, rank=8), 0)
+    (batch,) = problem.make_batches(SHAPE, tokens=5, count=1)
+    got = problem.answers(problem.torch_contenders(layer, [name])[name], batch)
     assert layer.rank == 0 and len(got) == 3
-    assert moe_layer.worst_error(got, moe_layer.answers(moe_layer.exact_layer(layer), batch)) < 1e-5
+    assert problem.worst_error(got, problem.answers(problem.exact_layer(layer), batch)) < 1e-5
 
 
 def fake_bench():
-    return SimpleNamespace(missing={}, contestants={}, layer=moe_layer.make_layer(SHAPE, rank=8))
+    return SimpleNamespace(missing={}, contestants={}, layer=problem.make_layer(SHAPE, rank=8))
 
 
 def fake_session():
@@ -198,42 +198,42 @@ def test_a_missing_opponent_is_named_with_its_reason(where, reason, monkeypatch)
 
 @pytest.mark.parametrize(("inter", "down"), [(256, ("q4_k", "q6_k")), (96, ("q5_0", "q8_0"))])
 def test_layers_of_k_quants_are_checked_against_their_own_weights(inter, down):
-    layer = moe_layer.make_layer(moe_layer.LayerShape("blocks", 256, inter, num_experts=3, top_k=2), rank=8)
-    (batch,) = moe_layer.make_batches(layer.shape, tokens=5, count=1)
-    bench = layer_bench.LayerBench(layer, roofline=None, max_pass_seconds=1.0)
-    names = list(block_layer.DOWN)
-    bench.add_ours([layer_bench.OURS])
+    layer = problem.make_layer(problem.LayerShape("blocks", 256, inter, num_experts=3, top_k=2), rank=8)
+    (batch,) = problem.make_batches(layer.shape, tokens=5, count=1)
+    bench = contest.LayerBench(layer, roofline=None, max_pass_seconds=1.0)
+    names = list(gguf_mix.DOWN)
+    bench.add_ours([contest.OURS])
     bench.add_blocks(names)
-    assert next(dict(block_layer.block_layers(layer, names))[names[0]].experts())[0].shape == (inter, 144)
+    assert next(dict(gguf_mix.block_layers(layer, names))[names[0]].experts())[0].shape == (inter, 144)
     assert [bench.contestants[one].computes.experts.formats for one in names] == [("q4_k", "q4_k", one) for one in down]
     for name in names:
         one = bench.contestants[name]
         assert 1e-4 < bench.check(name, batch, backward=True) < one.max_error
         assert one.layer.lora is layer.lora and 0.56 < one.weight_bytes < 1.3
-        exact = moe_layer.answers(moe_layer.exact_layer(one.layer), batch)
-        others = moe_layer.answers(moe_layer.exact_layer(layer), batch)
-        assert moe_layer.worst_error(others, exact) > 0.5
+        exact = problem.answers(problem.exact_layer(one.layer), batch)
+        others = problem.answers(problem.exact_layer(layer), batch)
+        assert problem.worst_error(others, exact) > 0.5
 
 
 def test_the_fast_reference_has_the_weights_of_the_contestant(monkeypatch):
-    monkeypatch.setattr(layer_bench, "EXACT_REFERENCE_FLOPS", 0.0)
-    layer = moe_layer.make_layer(moe_layer.LayerShape("blocks", 256, 96, num_experts=3, top_k=2), rank=8)
-    (batch,) = moe_layer.make_batches(layer.shape, tokens=5, count=1)
-    bench = layer_bench.LayerBench(layer, roofline=None, max_pass_seconds=1.0)
-    bench.add_torch([layer_bench.REFERENCE])
-    bench.add_blocks(block_layer.DOWN)
-    for name in (layer_bench.REFERENCE, *block_layer.DOWN):
-        assert bench.check(name, batch, backward=False) < layer_bench.MAX_ERROR["bf16"]
+    monkeypatch.setattr(contest, "EXACT_REFERENCE_FLOPS", 0.0)
+    layer = problem.make_layer(problem.LayerShape("blocks", 256, 96, num_experts=3, top_k=2), rank=8)
+    (batch,) = problem.make_batches(layer.shape, tokens=5, count=1)
+    bench = contest.LayerBench(layer, roofline=None, max_pass_seconds=1.0)
+    bench.add_torch([contest.REFERENCE])
+    bench.add_blocks(gguf_mix.DOWN)
+    for name in (contest.REFERENCE, *gguf_mix.DOWN):
+        assert bench.check(name, batch, backward=False) < contest.MAX_ERROR["bf16"]
 
 
 def test_a_slow_opponent_is_bounded_by_fewer_tokens():
-    layer = moe_layer.make_layer(SHAPE, rank=8)
-    bench = object.__new__(layer_bench.LayerBench)
+    layer = problem.make_layer(SHAPE, rank=8)
+    bench = object.__new__(contest.LayerBench)
     name = "torch loop fp32"
-    bench.contestants = {name: layer_bench.Contestant(moe_layer.torch_contenders(layer, [name])[name], layer, 1e-4)}
+    bench.contestants = {name: contest.Contestant(problem.torch_contenders(layer, [name])[name], layer, 1e-4)}
     bench._max_pass_seconds = 1.0
-    (batch,) = moe_layer.make_batches(SHAPE, tokens=64, count=1)
-    trial = layer_bench.Trial(SHAPE, "forward", 64, 64, "fma_avx2")
+    (batch,) = problem.make_batches(SHAPE, tokens=64, count=1)
+    trial = contest.Trial(SHAPE, "forward", 64, 64, "fma_avx2")
     bench._bound(trial, name, batch, False, expected=16.0)
     assert "4 of 64 tokens" in trial.notes[name]
     trial.samples["ours"] = [Sample(0, trial.at_least[name] / 3, Limits(1e11, 1e10))]
@@ -254,48 +254,48 @@ def test_every_kernel_row_has_a_compute_unit():
 
 def figures_that_pass():
     return {
-        model: {one.key: target_lines.Figure(one.limits[model]) for one in target_lines.DEMANDS if model in one.limits}
-        for model in layer_bench.MODELS
+        model: {one.key: demands.Figure(one.limits[model]) for one in demands.DEMANDS if model in one.limits}
+        for model in contest.MODELS
     }
 
 
 def test_every_line_of_the_targets_is_there_and_every_figure_is_taken():
-    lines = {one.line for one in target_lines.DEMANDS}
-    assert len(lines) == 14 and len(target_lines.DEMANDS) == len({one.key for one in target_lines.DEMANDS}) == 50
+    lines = {one.line for one in demands.DEMANDS}
+    assert len(lines) == 14 and len(demands.DEMANDS) == len({one.key for one in demands.DEMANDS}) == 50
     taken = set()
     for tokens, backward, names in targets.TRIALS:
-        trial = layer_bench.Trial(SHAPE, "", tokens, tokens, "", work={one: None for one in names})
-        mode = target_lines.STEP if backward else target_lines.FORWARD
+        trial = contest.Trial(SHAPE, "", tokens, tokens, "", work={one: None for one in names})
+        mode = demands.STEP if backward else demands.FORWARD
         taken |= set(targets.trial_figures(trial, mode, tokens, {}, {}))
-    others = [target_lines.AVX2_FMA, target_lines.AVX2_KT]
-    others += [*target_lines.MEMORY.values(), *target_lines.LOAD_PEAK.values()]
-    others += [target_lines.gradient_key(one, band) for one in target_lines.MEMORY for band in target_lines.BANDS]
-    assert {one.key for one in target_lines.DEMANDS} <= taken | set(others)
+    others = [demands.AVX2_FMA, demands.AVX2_KT]
+    others += [*demands.MEMORY.values(), *demands.LOAD_PEAK.values()]
+    others += [demands.gradient_key(one, band) for one in demands.MEMORY for band in demands.BANDS]
+    assert {one.key for one in demands.DEMANDS} <= taken | set(others)
 
 
 def test_targets_exit_code_counts_misses_only():
     figures = figures_that_pass()
-    judged = target_lines.judge(figures)
-    assert target_lines.exit_code(judged) == 0 and {one.verdict for one in judged} == {"pass"}
-    first, *_, last = target_lines.DEMANDS
-    figures[target_lines.V2][first.key] = target_lines.Figure(None, "its opponent is not installed")
-    assert target_lines.exit_code(target_lines.judge(figures)) == 0
-    figures[target_lines.QWEN][last.key] = target_lines.Figure(last.limits[target_lines.QWEN] - 0.01)
-    judged = target_lines.judge(figures)
-    assert target_lines.exit_code(judged) == 1 and judged[-1].verdict == "MISS"
-    assert target_lines.summary(judged) == "49 pass, 1 miss, 0 not measurable"
+    judged = demands.judge(figures)
+    assert demands.exit_code(judged) == 0 and {one.verdict for one in judged} == {"pass"}
+    first, *_, last = demands.DEMANDS
+    figures[demands.V2][first.key] = demands.Figure(None, "its opponent is not installed")
+    assert demands.exit_code(demands.judge(figures)) == 0
+    figures[demands.QWEN][last.key] = demands.Figure(last.limits[demands.QWEN] - 0.01)
+    judged = demands.judge(figures)
+    assert demands.exit_code(judged) == 1 and judged[-1].verdict == "MISS"
+    assert demands.summary(judged) == "49 pass, 1 miss, 0 not measurable"
 
 
 def test_a_lower_bound_can_pass_but_not_miss():
-    demand = target_lines.Demand("line", "text", "key", {"m": 2.0})
+    demand = demands.Demand("line", "text", "key", {"m": 2.0})
 
     def verdict(*figure):
-        return target_lines.judge({"m": {"key": target_lines.Figure(*figure)}}, [demand])[0].verdict
+        return demands.judge({"m": {"key": demands.Figure(*figure)}}, [demand])[0].verdict
 
     assert verdict(3.0, "", True) == "pass"
     assert verdict(1.0, "", True) == "not measurable"
     assert verdict(1.0, "", False) == "MISS"
-    assert target_lines.judge({"m": {}}, [demand])[0].verdict == "not measurable"
+    assert demands.judge({"m": {}}, [demand])[0].verdict == "not measurable"
 
 
 # --- page and picture --------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def gemm_cases():
     for m in (1, 64):
         for op, kernel in (("forward", "gemm_x_avx2"), ("input_grad", "dgrad_x_avx2")):
             cases.append(
-                gemm_bench.GemmCase(
+                products.GemmCase(
                     "tiny", "gate", 32, 48, m, 2, kernel, op, "bf16", "bf16", "avx2", "fma_avx2", 3,
                     10.0, 9.0, 11.0, 2.0 * m, 0.02 * m / 2, 0.5 / m, 200.0, 30.0, None, 1e-3,
                 )
@@ -320,8 +320,8 @@ def record_of_everything(folder):
     slow = harness.Summary("torch loop fp32", 0, None, None, None, ratio=9.5, is_bound=True)
     case = CaseResult("tiny", "forward", 48, 32, 4, 2, 3, 3, 8, 1.0, 100.0, 10.0, contenders=[ours, slow])
     figures = figures_that_pass()
-    figures[target_lines.V2][target_lines.DEMANDS[0].key] = target_lines.Figure(0.01)
-    judged = [one.record() for one in target_lines.judge(figures)]
+    figures[demands.V2][demands.DEMANDS[0].key] = demands.Figure(0.01)
+    judged = [one.record() for one in demands.judge(figures)]
     machine = harness.machine_record(2, "avx2")
     runs = [("moe_layer", [case], {}), ("decode", [case], {"call_overhead_us": {"tiny": 12.0}})]
     overhead = {"layer": "tiny, BF16", **dict.fromkeys(bench_overhead.HEADINGS[1:], 4.2)}
@@ -344,7 +344,7 @@ def test_the_page_is_rendered_the_same_every_time_and_holds_every_part(tmp_path)
     assert "49 pass, 1 miss, 0 not measurable" in page and "**1%**" in page and "> 9.50" in page
     assert "a call without work takes 12 us" in page
     widths = [line.count(" | ") for line in page.splitlines() if line.startswith("| --- | --- | ---:")]
-    assert widths[0] == len(target_lines.HEADINGS) - 1
+    assert widths[0] == len(demands.HEADINGS) - 1
 
 
 def test_parts_of_a_call_add_up_to_all_of_it_but_the_products():

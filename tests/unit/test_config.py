@@ -19,7 +19,7 @@ from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, Unsupported
 )
 def test_method_names(name, method):
     config = KTConfig(method=name)
-    assert config.method == method and config.weight_format == method.lower()
+    assert config.method == method and config.format == method.lower()
 
 
 def test_unknown_method_names_the_nearest():

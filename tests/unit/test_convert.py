@@ -241,7 +241,7 @@ def test_a_complete_container_is_kept_and_a_different_one_is_not_replaced_unaske
     before = bytes(mapped)
     convert(source, plan_for(source, folder, "bf16"), overwrite=True)
     assert bytes(mapped) == before  # who uses the old files keeps them
-    assert PackedContainer(folder).manifest.weight_format == "bf16"
+    assert PackedContainer(folder).manifest.format == "bf16"
 
 
 def test_an_interrupted_overwrite_goes_on(monkeypatch, source, tmp_path, whole):

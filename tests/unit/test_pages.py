@@ -11,16 +11,19 @@ from safetensors import safe_open
 from typer.main import get_command
 
 from kt_sft import env
+from kt_sft.adapters import options
 from kt_sft.cli import app
 from kt_sft.config import METHODS, KTConfig
-from kt_sft.integrations.llamafactory import args
+from kt_sft.integrations.llamafactory import args, lora_options
 from kt_sft.native import native
 from kt_sft.placement.rules import load_rules
 from tests.helpers import tiny_models
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
-    path for pattern in ("*.md", "docs/*.md", "configs/*.md", "examples/*.md") for path in sorted(ROOT.glob(pattern))
+    path
+    for pattern in ("*.md", "docs/*.md", "docs/decisions/*.md", "configs/*.md", "examples/*.md")
+    for path in sorted(ROOT.glob(pattern))
 ]
 FOLDERS = "kt_sft|tests|scripts|native|benchmarks|packaging|examples|configs|docs"
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -81,7 +84,8 @@ def test_every_key_has_a_row_and_its_default():
         if setting in args.KEY_OF_SETTING:
             assert table[args.KEY_OF_SETTING[setting]] == str(default), setting
     assert {name for name in METHODS if f"`{name}`" not in page} == set()
-    assert {key for key in args.REFUSED if f"`{key}`" not in page} == set()
+    refused = {lora_options.key_of(row.option) for row in options.REFUSALS if options.RUN in row.doors}
+    assert {key for key in {*args.REFUSED, *refused} if f"`{key}`" not in page} == set()
 
 
 def test_every_variable_of_ours_is_on_the_page_of_settings():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from peft import LoraConfig
 from torch import nn
 from typer.testing import CliRunner
@@ -236,17 +237,42 @@ def test_without_llamafactory_our_keys_are_known(run_of, monkeypatch):
 
 
 def test_files_and_overrides_mean_what_they_mean_to_llamafactory(tmp_path):
-    OmegaConf = pytest.importorskip("omegaconf").OmegaConf
     file = tmp_path / "run.yaml"
     file.write_text(
         "a: 1e3\nb: 2024-01-02\nc: [1, x]\nd: {e: 1}\nf: ${d}\ng: yes\nh:\ni: 0x10\nj: 1_0\nk: 12:30\nl: .5\nm: '1e3'\n"
     )
-    overrides = ["a=2e1", "d.n=null", "o.p=cuda:1", "q=a=cuda:1,b=cpu", "c=[3]", "r=1.e2", "s=text"]
+    overrides = ["a=2e1", "d={m: 2}", "d.n=null", "o.p=cuda:1", "q=a=cuda:1,b=cpu", "c=[3]", "r=1.e2", "s=text"]
     merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_cli(overrides))
     assert read_config(file, overrides) == OmegaConf.to_container(merged)
     json_file = tmp_path / "run.json"
     json_file.write_text('{\n\t"cutoff_len": 1e3\n}')
     assert read_config(json_file) == {"cutoff_len": 1000.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("a: ${b", (), "expected what OmegaConf takes, found"),
+        ("a: 1", ("b=${",), "expected what OmegaConf takes"),
+        ("a: [1, 2]", ("a[0]=3",), "expected what OmegaConf takes"),
+        ("a: {~: 1}", (), "expected what OmegaConf takes"),
+    ],
+)
+def test_what_omegaconf_refuses_is_one_line(tmp_path, text, overrides, words):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(FormatError, match=words) as caught:
+        read_config(tmp_path / "run.yaml", overrides)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_run_file_in_json_has_the_limits_of_one_in_yaml(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"a": list(range(10_000))}))
+    with pytest.raises(FormatError, match="expected at most 10000 keys and values, found 100"):
+        read_config(file)
+    file.write_text(json.dumps({"a": "x" * (1 << 18)}))
+    with pytest.raises(FormatError, match="expected at most 262144 bytes"):
+        read_config(file)
 
 
 def test_a_whole_number_in_floating_point_is_a_length(run_of):

@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 
 from kt_sft.errors import FormatError, UnsupportedModel
-from kt_sft.integrations.transformers.auto_class import auto_class
 from kt_sft.models.activations import activation_name
+from kt_sft.models.auto_class import auto_class
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.layout import ExpertsSpec
 from kt_sft.models.spec import experts_spec, find_experts

@@ -14,16 +14,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from kt_sft import env
+from kt_sft.compat.peft import BaseTunerLayer, disabled
 from kt_sft.errors import InertAdapter
 from kt_sft.integrations.canary.parts import Part, find_parts, resting_parameters
-from kt_sft.integrations.canary.probe import Comparison, amplified, expert_ids, switched_off, undisturbed
+from kt_sft.integrations.canary.probe import Comparison, amplified, expert_ids, undisturbed
 from kt_sft.integrations.peft.injecting import has_experts
 from kt_sft.models.spec import iter_routed_experts
 
@@ -190,7 +190,7 @@ class _Watch:
             on = self._logits()
         if comparison.inert:
             raise _inert(step, comparison.inert[0], "its output is the same with the adapter switched off")
-        with switched_off(layers):
+        with disabled(layers):
             off = self._logits()
         if torch.equal(on, off):
             with amplified(layers):

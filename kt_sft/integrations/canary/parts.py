@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
+from kt_sft.compat.peft import BaseTunerLayer, ParamWrapper
 from kt_sft.integrations.peft import coverage
-from kt_sft.integrations.peft.targets import indexer_linears
+from kt_sft.models.routers import indexer_linears
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, LoraFactor
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kt_sft.compat.peft import LoraLayer, ParamWrapper, disabled
 from kt_sft.models.spec import iter_routed_experts
 
 _AMPLIFIED = 2.0**20  # of an adapter after one step whose output is lost in the rounding of the base layer's
@@ -43,7 +43,7 @@ class Comparison:
         self._is_inside = True
         try:
             chain = list(_chain(layer))
-            with switched_off(chain):
+            with disabled(chain):
                 off = layer(*args, **kwargs)
             if _is_same(output, off):
                 with amplified(chain):
@@ -81,19 +81,6 @@ def _chain(layer: nn.Module) -> Iterator[nn.Module]:
 def _is_same(first: Any, second: Any) -> bool:
     pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
     return all(torch.equal(one, other) for one, other in pairs if isinstance(one, Tensor))
-
-
-@contextmanager
-def switched_off(layers: list[nn.Module]) -> Iterator[None]:
-    """PEFT's own switch would also set requires_grad, which the run may have set otherwise."""
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, is_disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = is_disabled
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kt_sft.errors import FormatError, OutputError
+from kt_sft.formats.checkpoint import GGUF_SOURCES
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.gguf_config import model_config
 from kt_sft.formats.gguf_expert_tensors import INPUT_SCALE, is_expert_tensor
@@ -26,10 +27,9 @@ from kt_sft.formats.gguf_names import PlainTensor, plain_tensors, scale_of
 from kt_sft.formats.safetensors_index import SINGLE_NAME
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
 from kt_sft.formats.source_hash import hash_source
-from kt_sft.formats.staging import new_path
+from kt_sft.formats.staging import new_path, put_json
 from kt_sft.integrations.gguf.tokenizer import read_tokenizer
-from kt_sft.integrations.transformers.auto_class import errors_in_one_line
-from kt_sft.integrations.transformers.model_files import GGUF_SOURCES
+from kt_sft.models.auto_class import errors_in_one_line
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.spec import find_experts
 from kt_sft.sources.gguf import GgufExperts
@@ -46,29 +46,29 @@ def is_gguf_model(path: str | os.PathLike[str]) -> bool:
     return str(path).endswith(SUFFIX) and not os.path.isdir(path)
 
 
-def model_directory(file: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
+def model_directory(index: GgufIndex, cache: str | os.PathLike[str] | None = None) -> Path:
     """The model directory of a GGUF file: made now, or found in the cache.
 
     Args:
+        index: of the file.
         cache: folder of such directories; None: `~/.cache/kt_sft/gguf`.
     Raises:
         FormatError: the file is damaged or incomplete.
         UnsupportedModel: an architecture or a tokenizer that is not known.
     """
-    with GgufIndex.from_path(file) as index:
-        files = sorted({index.info(name).file for name in index})
-        # The time alone can be kept by who writes the file, the digest alone sees no small edit of a large one.
-        marks = [[str(part.resolve()), part.stat().st_mtime_ns, hash_source(part).digest] for part in files]
-        identity = hashlib.sha256(json.dumps([_VERSION, marks]).encode()).hexdigest()[:16]
-        folder = Path(cache).expanduser() if cache is not None else Path.home() / _CACHE
-        target = folder / f"{Path(file).stem}-{identity}"
-        if not target.is_dir():
-            logger.info("writing config, tokenizer and weights outside the experts of %s to %s", file, target)
-            write_model_directory(index, target)
+    files = sorted({index.info(name).file for name in index})
+    # The time alone can be kept by who writes the file, the digest alone sees no small edit of a large one.
+    marks = [[str(part.resolve()), part.stat().st_mtime_ns, hash_source(part).digest] for part in files]
+    identity = hashlib.sha256(json.dumps([_VERSION, marks]).encode()).hexdigest()[:16]
+    folder = Path(cache).expanduser() if cache is not None else Path.home() / _CACHE
+    target = folder / f"{index.source.stem}-{identity}"
+    if not target.is_dir():
+        logger.info("writing config, tokenizer and weights outside the experts of %s to %s", index.source, target)
+        write_model_directory(index, target)
     return target
 
 
-def read_config(index: GgufIndex) -> PreTrainedConfig:
+def gguf_config(index: GgufIndex) -> PreTrainedConfig:
     """The model's config from the metadata.
 
     Raises:
@@ -95,9 +95,9 @@ def write_model_directory(index: GgufIndex, target: Path) -> None:
     plan = [PlannedTensor(tensor.name, _dtype(tensor.name), tensor.shape) for tensor in tensors]
     try:
         with new_path(target, is_file=False, needed_bytes=sum(tensor.num_bytes for tensor in plan)) as staging:
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            put_json(staging / "config.json", config)
             sources = {"files": [str(file.resolve()) for file in index.files]}
-            (staging / GGUF_SOURCES).write_text(json.dumps(sources) + "\n", encoding="utf-8")
+            put_json(staging / GGUF_SOURCES, sources)
             _check(staging, tensors, index)
             read_tokenizer(index).save_pretrained(staging)
             write(staging / SINGLE_NAME, plan, _pieces(index, tensors))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -14,22 +13,16 @@ from torch import nn
 
 from kt_sft.errors import ConfigError
 from kt_sft.integrations import peft as kt_peft
+from kt_sft.integrations.llamafactory.lora_options import under_key
 from kt_sft.integrations.peft.names import LORA_LAYERS, suffix_matches
 from kt_sft.integrations.peft.targets import (
     ALL_LINEAR,
     expert_names,
-    frozen_linears,
 )
-from kt_sft.integrations.peft.unwrapped import plain_modules
+from kt_sft.models.routers import frozen_linears
+from kt_sft.models.unwrapped import plain_modules
 
 logger = logging.getLogger(__name__)
-
-_KEY_OF_OPTION = {
-    "target_modules": "lora_target",
-    "LoRA target": "lora_target",
-    "modules_to_save": "additional_target",
-    "r": "lora_rank",
-}
 
 
 def count_parameters(model: nn.Module, stock: Callable[[nn.Module], tuple[int, int]]) -> tuple[int, int]:
@@ -133,14 +126,4 @@ def under_keys() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError([_under_key(fault) for fault in error.faults]) from error
-
-
-def _under_key(fault: str) -> str:
-    """A fault of PEFT's option as one of the key; LLaMA-Factory has none for target_parameters and exclude_modules."""
-    option, colon, rest = fault.partition(":")
-    rest = rest.replace("name its parameter in target_parameters, or leave it out", "leave it out")
-    rest = re.sub(r", or set exclude_modules: '[^']*'", "", rest)
-    rest = rest.replace("pass it alone, as a string", "name the layers")
-    rest = re.sub(r"\bexpert_lora=False\b", "kt_expert_lora: false", rest)
-    return f"{_KEY_OF_OPTION.get(option, option)}{colon}{rest}"
+        raise ConfigError([under_key(fault) for fault in error.faults]) from error

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kt_sft.config import KTConfig
-from kt_sft.errors import ConfigError, FormatError, near, unknown_names
+from kt_sft.errors import ConfigError, FormatError, near, under_name, unknown_names
 from kt_sft.formats.json_object import read_object
+from kt_sft.integrations.llamafactory import lora_options
 
 # Key -> (type, help). Keys that LLaMA-Factory already has keep their own field. Default None: "as KTConfig has it".
 KEYS: dict[str, tuple[type, str]] = {
@@ -63,7 +64,6 @@ KEY_OF_SETTING = {  # KTConfig field -> key
     "rule_vars": "kt_rule_vars",
 }
 YES, NO = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")  # of a flag, as transformers reads words
-MAX_LORA_RANK = 256  # of the expert kernels
 STAGES = ("pt", "sft", "dpo", "kto")
 
 _LEAST = math.ulp(0.0)  # of what has to be above 0
@@ -95,7 +95,6 @@ RANGES: dict[str, tuple[float, float, str]] = {
 REFUSED = {
     "quantization_bit": "the experts have their own format (kt_method); remove quantization_bit",
     "export_quantization_bit": "the export is bf16; remove export_quantization_bit and quantize the exported model",
-    "pissa_init": "PiSSA changes the base weights, which the expert kernels keep packed; remove pissa_init",
     "use_llama_pro": "block expansion does not reach the routed experts; remove use_llama_pro",
     "use_unsloth": "unsloth replaces the model code; remove use_unsloth",
     "enable_liger_kernel": "liger replaces the experts module; remove enable_liger_kernel",
@@ -177,23 +176,28 @@ def no_effect(model_args: Any) -> list[str]:
     return [key for key in keys if getattr(model_args, key, None) is not None]
 
 
-def check(*groups: Any) -> None:
+def check(*groups: Any) -> KTConfig:
     """Refuse a configuration with `use_kt: true` that cannot work, before any model or data is read.
 
     Args:
         groups: the parsed argument objects of LLaMA-Factory, any of them.
+
+    Returns:
+        The settings of the experts.
 
     Raises:
         ConfigError: lists every fault.
     """
     faults = list(_faults(groups))
     model_args = next(group for group in groups if hasattr(group, "use_kt"))
+    config = None
     try:
-        kt_config(model_args)
+        config = kt_config(model_args)
     except ConfigError as error:
         faults += error.faults
-    if faults:
+    if faults or config is None:
         raise ConfigError(faults)
+    return config
 
 
 def given(values: dict[str, Any] | list[str], key: str) -> Any:
@@ -297,10 +301,8 @@ def _faults(groups: tuple[Any, ...]) -> Iterator[str]:
     yield from range_faults({key: _value(groups, key) for key in RANGES})
     if type(rank) is not int or rank < 1:
         yield f"lora_rank: expected a whole number >= 1, found {rank!r}"
-    if _value(groups, "use_dora") and on_experts:
-        yield "use_dora: DoRA is not computed for routed experts; remove use_dora, or set kt_expert_lora: false"
-    if type(rank) is int and on_experts and rank > MAX_LORA_RANK:
-        yield f"lora_rank: expected 1 to {MAX_LORA_RANK}, found {rank}; lower it or set kt_expert_lora: false"
+    use_dora, pissa_init = _value(groups, "use_dora"), _value(groups, "pissa_init")
+    yield from lora_options.faults(rank=rank, use_dora=use_dora, pissa_init=pissa_init, on_experts=bool(on_experts))
     if _value(groups, "kt_max_deferred_experts_per_token") and _value(groups, "do_train"):
         yield "kt_max_deferred_experts_per_token: deferred experts are for inference; remove it, or set do_train: false"
     first, second = _value(groups, "kt_weight_path"), _value(groups, "kt_expert_checkpoint_path")
@@ -323,7 +325,7 @@ def _value(groups: tuple[Any, ...], key: str) -> Any:
 
 
 def _under_key(fault: str) -> str:
-    field, colon, rest = fault.partition(":")
+    key, colon, rest = under_name(fault, KEY_OF_SETTING).partition(":")
     for setting in ("optimize_rule", "rule_vars", "weight_path", "weight_cache"):  # none is a word of the sentence
         rest = re.sub(rf"\b{setting}\b", KEY_OF_SETTING[setting], rest)
-    return f"{KEY_OF_SETTING.get(field, field)}{colon}{rest}"
+    return f"{key}{colon}{rest}"

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from kt_sft import env
+from kt_sft.compat.transformers import use_attention
 from kt_sft.integrations.llamafactory import autoload
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,6 @@ def patch_patcher(patcher: ModuleType) -> None:
         asked = getattr(model_args.flash_attn, "value", model_args.flash_attn)
         if asked not in _EAGER and env.local_rank() == 0:
             logger.warning("kt_sft: flash_attn %s: gpt-oss has attention sinks; eager attention is used", asked)
-        config._attn_implementation = "eager"
+        use_attention(config, "eager")
 
     patcher.configure_attn_implementation = configure_attn_implementation

@@ -112,12 +112,13 @@ def status() -> dict[str, Any]:
     facts: dict[str, Any] = {"patched": list(_patched), "failed": failures()}
     try:
         from kt_sft import env
+        from kt_sft.compat.releases import release_of
 
         facts["use_kt"] = env.use_kt()
         facts["torch_autoload"] = env.device_autoload()
         entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
         facts["entry_point"] = any(point.name == ENTRY_POINT_NAME for point in entry_points)
-        facts["llamafactory"] = _version("llamafactory")
+        facts["llamafactory"] = release_of("llamafactory")
         reason, remedy = _why_inactive(facts)
     except Exception as error:
         reason, remedy = f"the check itself failed: {error}", "reinstall kt_sft: pip install ."
@@ -140,13 +141,6 @@ def _why_inactive(facts: dict[str, Any]) -> tuple[str, str]:
     if not facts["use_kt"]:
         return "USE_KT is not set to 1", "start LLaMA-Factory as USE_KT=1 llamafactory-cli ..."
     return "", ""
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _patch_after_exec(spec: ModuleSpec) -> None:

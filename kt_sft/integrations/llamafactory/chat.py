@@ -19,13 +19,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from kt_sft.adapters.folder import local_adapter
+from kt_sft.compat.transformers import keeps_state
 from kt_sft.errors import ConfigError
 from kt_sft.inference.backend import MIN_TEMPERATURE, ModelFacts, PromptError, Sampling, ToolCall
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory import autoload
 from kt_sft.integrations.llamafactory.args import adapter_paths
 from kt_sft.integrations.llamafactory.run_file import read_config
-from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 
 __all__ = ["LlamaFactoryChat", "load", "read_config"]
 MAX_SCAN_STEPS = 20_000_000  # characters that LLaMA-Factory's patterns may look at in vain in one message; about 0.2 s
@@ -52,7 +53,7 @@ def load(config: dict[str, Any], *, model_name: str | None = None, prefill_chunk
     if config.get("use_kt"):
         autoload.install()
     for adapter in adapter_paths(config):
-        local_adapter_dir(adapter, subfolder=config.get("adapter_folder"), cache_dir=config.get("cache_dir"))
+        local_adapter(adapter, subfolder=config.get("adapter_folder"), cache_dir=config.get("cache_dir"))
     from llamafactory.chat import ChatModel
 
     chat_model = ChatModel(dict(config))
@@ -251,7 +252,7 @@ def _can_chunk(model: nn.Module) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     has_window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return not getattr(model, "_is_stateful", False) and kinds == {"full_attention"} and not has_window
+    return not keeps_state(model) and kinds == {"full_attention"} and not has_window
 
 
 def _facts(engine: Any, config: dict[str, Any], model_name: str | None, *, has_switch: bool) -> ModelFacts:
@@ -273,7 +274,7 @@ def _facts(engine: Any, config: dict[str, Any], model_name: str | None, *, has_s
         vocab_size=settings.vocab_size,
         family=settings.model_type,
         num_parameters=count,
-        weight_format=kt_config.method if kt_config else str(model.dtype).removeprefix("torch."),
+        format=kt_config.method if kt_config else str(model.dtype).removeprefix("torch."),
         size_bytes=sum(stat.st_size for _, stat in stats),
         created=max((stat.st_mtime for _, stat in stats), default=0.0),
         digest=hashlib.sha256(listing.encode()).hexdigest(),

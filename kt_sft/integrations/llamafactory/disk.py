@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from kt_sft.errors import GIB, OutputError
 from kt_sft.formats import training_checkpoint
 from kt_sft.formats.disk import free_bytes, is_write_error, reason
+from kt_sft.formats.staging import new_path
 
 logger = logging.getLogger(__name__)
 
@@ -96,15 +97,12 @@ def _rescue(trainer: Any) -> Path | None:
     """The adapter, without anything else, in the first other place that takes it."""
     output = Path(trainer.args.output_dir).absolute()
     for place in (output, output.parent, Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
+        folder = place / f"{output.name[:_NAME_LENGTH]}-adapter-{secrets.token_hex(4)}"
         try:
-            folder = Path(tempfile.mkdtemp(prefix=f"{output.name[:_NAME_LENGTH]}-adapter-", dir=place))
-        except OSError:
-            continue
-        try:
-            trainer.model.save_pretrained(str(folder))
+            with new_path(folder, is_file=False) as staging:
+                trainer.model.save_pretrained(str(staging))
             return folder
         except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
             if not is_write_error(error):
                 raise
     return None

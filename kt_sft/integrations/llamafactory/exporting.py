@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from kt_sft.adapters.folder import local_adapter
 from kt_sft.errors import ConfigError
 from kt_sft.formats.overwriting import saved_into
+from kt_sft.integrations.llamafactory import checked
 from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.merge.safetensors import write_merged
-from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
-from kt_sft.integrations.transformers.base_model import meta_model
 from kt_sft.integrations.transformers.saving import parse_size
 from kt_sft.progress import progress_bar
 
@@ -37,23 +37,22 @@ def may_grow(model_args: Any) -> bool:
     return any(getattr(model_args, key, None) for key in ("resize_vocab", "add_tokens", "add_special_tokens"))
 
 
-def open_merged(model_args: Any, **hub: Any) -> MergedCheckpoint:
+def open_merged(model_args: Any) -> MergedCheckpoint:
     """The checkpoint and its adapters, compared with one another; reads the adapters, and headers of the checkpoint.
 
     Raises:
         KTError: see `MergedCheckpoint`.
     """
     adapters = [
-        local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **hub)
+        local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
         for adapter in model_args.adapter_name_or_path or []
     ]
-    trusts = bool(getattr(model_args, "trust_remote_code", False))
-    return MergedCheckpoint(model_args.model_name_or_path, adapters, trust_remote_code=trusts)
+    return MergedCheckpoint(checked.of(model_args).open_base(model_args), adapters)
 
 
 def merging_model(merged: MergedCheckpoint) -> nn.Module:
     """Stands for the loaded model in LLaMA-Factory's export: its config, and `save_pretrained`, which merges."""
-    model = meta_model(merged.folder, trust_remote_code=merged.trust_remote_code)
+    model = merged.model
     model.requires_grad_(False)
 
     def save_pretrained(self: nn.Module, save_directory: str, max_shard_size: int | str = "50GB", **_: Any) -> None:

@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from kt_sft import env
+from kt_sft.adapters.folder import local_adapter
+from kt_sft.compat.transformers import use_one_gpu
 from kt_sft.errors import ConfigError
-from kt_sft.integrations.gguf.model import is_gguf_model
 from kt_sft.integrations.llamafactory import (
     adapters,
     args,
     autoload,
+    checked,
     closing,
     data_checks,
     disk,
@@ -37,12 +39,12 @@ from kt_sft.integrations.llamafactory import (
     trainer,
 )
 from kt_sft.integrations.peft import limits
-from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
+from kt_sft.integrations.peft.adapter_dir import check_adapter
 from kt_sft.integrations.peft.injecting import has_experts
 from kt_sft.integrations.peft.reloading import bare_twin
-from kt_sft.integrations.transformers.loading import check_model, from_gguf, quantization_config
 from kt_sft.integrations.transformers.model_files import drop_quantization
-from kt_sft.integrations.transformers.placing import plan_checkpoint
+from kt_sft.integrations.transformers.opened import OpenedModel
+from kt_sft.integrations.transformers.quantizer import KTExpertsConfig
 from kt_sft.placement import inject
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ def patch_parser(parser: ModuleType) -> None:
     stock_last = parser.get_last_checkpoint
     parsed: dict[str, Any] = {}
     our_class = args.model_arguments(stock_class)
-    references.patch_copies(our_class, use_model_directory)
+    references.patch_copies(our_class)
     for name in (parser.__name__, stock_class.__module__, parser.__package__):
         if vars(sys.modules[name]).get("ModelArguments") is stock_class:
             sys.modules[name].ModelArguments = our_class
@@ -125,7 +127,7 @@ def patch_loader(loader: ModuleType) -> None:
     ) -> nn.Module:
         is_export = is_active(model_args) and adapters.is_export(model_args, is_trainable)
         if is_export and exporting.merges_files(model_args):
-            return exporting.merging_model(exporting.open_merged(model_args, **_hub(model_args)))
+            return exporting.merging_model(exporting.open_merged(model_args))
         model = stock_load(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
         if is_active(model_args) and not is_trainable:
             closing.guard(model)
@@ -175,76 +177,64 @@ def activate(groups: tuple[Any, ...], values: dict[str, Any] | list[str]) -> Non
         _warn(f"USE_KT=1, but the configuration {says}: stock LLaMA-Factory runs{without}; set it, or unset USE_KT")
         return
     _require_all_patches()
-    args.check(*groups)
+    settings = args.check(*groups)
     if unused := args.no_effect(model_args):
         _warn(f"without effect in kt_sft: {', '.join(unused)}; remove {'it' if len(unused) == 1 else 'them'}")
     if model_args.export_dir:
         disk.check_writable(model_args.export_dir, "export_dir")
-    use_model_directory(model_args)
-    model = check_inputs(model_args)
     finetuning_args = next(group for group in groups if hasattr(group, "lora_target"))
-    model_args.kt_expert_lora = args.expert_lora(args.kt_config(model_args), finetuning_args.lora_target)
+    model_args.kt_expert_lora = args.expert_lora(settings, finetuning_args.lora_target)
+    models = checked.of(model_args)
+    models.use_directory(model_args)
+    opened = check_inputs(model_args)
     if model_args.infer_backend == "ktransformers":  # an inference engine of 0.9.4; ours is a Hugging Face model
         model_args.infer_backend = "huggingface"
     training_args = next((group for group in groups if hasattr(group, "per_device_train_batch_size")), None)
-    if model is not None and (model_args.export_dir or finetuning_args.create_new_adapter):
+    if opened is not None and (model_args.export_dir or finetuning_args.create_new_adapter):
         for adapter in model_args.adapter_name_or_path or []:
-            source = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **_hub(model_args))
-            limits.check_merge(model, source)
+            source = local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
+            limits.check_merge(opened.model, source)
     if training_args is not None:
         use_one_device(training_args, has_rules=model_args.kt_optimize_rule is not None)
     model_args.use_kt, model_args.kt_active = False, True
     if training_args is not None:
-        references.check(model_args, finetuning_args, model, check_inputs)
-        check_run(model, model_args, training_args, finetuning_args)
+        references.check(model_args, finetuning_args, opened, check_inputs)
+        check_run(opened, model_args, training_args, finetuning_args)
+    models.forget_models()
     for data_args in (group for group in groups if hasattr(group, "dataset_dir")):
         data_args.kt_active = True
         data_checks.check(data_args)
 
 
-def use_model_directory(model_args: Any) -> None:
-    """For a GGUF file as the model: LLaMA-Factory gets the directory that stands for it, the experts stay in the file.
-
-    Raises:
-        KTError: see `from_gguf`.
-    """
-    if is_gguf_model(model_args.model_name_or_path):
-        directory, config = from_gguf(model_args.model_name_or_path, args.kt_config(model_args))
-        model_args.model_name_or_path, model_args.kt_weight_path = str(directory), config.weight_path
-
-
-def check_inputs(model_args: Any) -> nn.Module | None:
+def check_inputs(model_args: Any) -> OpenedModel | None:
     """Look at the model's and the adapter's files now: LLaMA-Factory first tokenises the data set.
 
     Returns:
-        The model without weights, for further checks; None where nothing is loaded, or only LLaMA-Factory can.
+        What was opened, with the model without weights for further checks; None where nothing is loaded, or only
+        LLaMA-Factory can.
 
     Raises:
         KTError: what `load_model` and `load_adapter` would raise.
     """
     misc = importlib.import_module("llamafactory.extras.misc")
     path = model_args.model_name_or_path
-    from_hub = _hub(model_args)
     if exporting.merges_files(model_args):
-        exporting.open_merged(model_args, **from_hub)
+        exporting.open_merged(model_args)
         return None
     if not os.path.isdir(path) and (misc.use_modelscope() or misc.use_openmind()):
         return None  # only LLaMA-Factory can ask those hubs
-    on_cpu = model_args.export_dir is not None and model_args.export_device == "cpu"
-    device = torch.device("cpu") if on_cpu else misc.get_current_device()
-    remote = model_args.trust_remote_code
-    model = check_model(path, args.kt_config(model_args), device_map={"": device}, trust_remote_code=remote, **from_hub)
+    opened = checked.of(model_args).check(model_args)
     for adapter in model_args.adapter_name_or_path or []:
-        folder = local_adapter_dir(adapter, subfolder=model_args.adapter_folder, **from_hub)
-        check_adapter(model, folder, may_grow=exporting.may_grow(model_args))
-    return model
+        folder = local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
+        check_adapter(opened.model, folder, may_grow=exporting.may_grow(model_args))
+    return opened
 
 
-def check_run(model: nn.Module | None, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
+def check_run(opened: OpenedModel | None, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
     """Whether a run can write its results, can make its adapter, and goes on from a checkpoint that fits it.
 
     Args:
-        model: of `check_inputs`; not to be used afterwards.
+        opened: of `check_inputs`; its model is not to be used afterwards.
 
     Raises:
         KTError: see `disk` and `resuming`.
@@ -256,9 +246,10 @@ def check_run(model: nn.Module | None, model_args: Any, training_args: Any, fine
         return
     trainer.install()
     checkpoint = resuming.find_checkpoint(training_args)
-    if model is None:
+    if opened is None:
         return
-    model.kt_config = args.kt_config(model_args)
+    model = opened.model
+    model.kt_config = opened.settings
     bare = None if checkpoint is None else bare_twin(model)
     run = resuming.run_adapter(model, model_args, finetuning_args)
     if checkpoint is not None:
@@ -266,14 +257,6 @@ def check_run(model: nn.Module | None, model_args: Any, training_args: Any, fine
         resuming.check(checkpoint, bare, known, training_args, finetuning_args)
     if run is not None and training_args.should_save:
         disk.check_room(training_args.output_dir, run.numel, training_args, finetuning_args)
-
-
-def _hub(model_args: Any) -> dict[str, Any]:
-    return {
-        "revision": model_args.model_revision,
-        "cache_dir": model_args.cache_dir,
-        "token": model_args.hf_hub_token,
-    }
 
 
 def use_one_device(training_args: Any, *, has_rules: bool = False) -> None:
@@ -286,7 +269,7 @@ def use_one_device(training_args: Any, *, has_rules: bool = False) -> None:
         if not has_rules:
             seen = f"{training_args.n_gpu} GPUs are visible, this process uses one"
             _warn(f"{seen}; FORCE_TORCHRUN=1 starts a process for each, kt_optimize_rule spreads the layers over them")
-        training_args._n_gpu = 1
+        use_one_gpu(training_args)
 
 
 def load_experts_apart(model_args: Any, init_kwargs: dict[str, Any]) -> None:
@@ -294,21 +277,17 @@ def load_experts_apart(model_args: Any, init_kwargs: dict[str, Any]) -> None:
 
     `device_map: auto` would take the experts' placeholders for weights and send layers to the disk.
     """
-    config, path = args.kt_config(model_args), model_args.model_name_or_path
     device_map = init_kwargs.pop("device_map", None)
     init_kwargs.pop("offload_folder", None)
     current = importlib.import_module("llamafactory.extras.misc").get_current_device
     device = torch.device(device_map[""] if isinstance(device_map, dict) else current())
-    if config.optimize_rule is None:
-        init_kwargs["quantization_config"] = quantization_config(config, path)
-        if device_map is not None and device.type != "cpu":
-            init_kwargs["device_map"] = {"": device}
-        return
-    hub = {**_hub(model_args), "trust_remote_code": model_args.trust_remote_code}
-    plan = plan_checkpoint(path, config, device_map={"": device}, **hub)
-    init_kwargs["quantization_config"] = quantization_config(config, path, plan=plan)
-    if plan.devices != ("cpu",):
-        init_kwargs["device_map"] = inject.device_map(plan)
+    opened = checked.of(model_args).take(model_args, device)
+    init_kwargs["quantization_config"] = KTExpertsConfig(opened)
+    if opened.plan is not None:
+        if opened.plan.devices != ("cpu",):
+            init_kwargs["device_map"] = inject.device_map(opened.plan)
+    elif device_map is not None and device.type != "cpu":
+        init_kwargs["device_map"] = {"": device}
 
 
 def _require_all_patches() -> None:

@@ -10,17 +10,15 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_npu_available, is_torch_xpu_available
 
-from kt_sft.errors import ConfigError, KTError, nearest
+from kt_sft.compat.transformers import reporters
+from kt_sft.errors import ConfigError, as_ours, nearest, one_line
 from kt_sft.integrations.llamafactory import args, autoload, value_types
 from kt_sft.integrations.llamafactory.run_file import read_config
 
 _NOT_LISTED = ("azure_ml", "flyte")  # integrations that transformers leaves out of its list though they are installed
+_THEIRS = (ValueError, TypeError, ImportError, AssertionError, NotImplementedError, OSError)
 _GETTERS = ("get_train_args", "get_infer_args", "get_eval_args")
 
 
@@ -32,14 +30,11 @@ def patch_parser(parser: ModuleType) -> None:
     def read_args(values: Any = None) -> Any:
         if values is None and len(sys.argv) > 1 and sys.argv[1].endswith((".yaml", ".yml")):
             read_config(sys.argv[1])  # OmegaConf waits for pipes, and crashes on lists in lists in lists ...
-        try:
+        # Of OmegaConf, YAML or the file itself; nobody knows yet whether use_kt is set.
+        with as_ours(lambda error: ConfigError(f"run configuration: {one_line(error)}")):
             if values is None and sys.argv[1:2] and sys.argv[1].endswith(".json"):
                 return read_config(sys.argv[1], sys.argv[2:])  # the stock code hands the path itself to `json.load`
             return stock_read(values)
-        except KTError:
-            raise
-        except Exception as error:  # of OmegaConf, YAML or the file itself; nobody knows yet whether use_kt is set
-            raise ConfigError(f"run configuration: {_in_one_line(error)}") from error
 
     def in_one_line(stock: Any) -> Any:
         def get_args(values: Any = None) -> Any:
@@ -57,14 +52,9 @@ def patch_parser(parser: ModuleType) -> None:
 @contextmanager
 def errors_in_one_line(values: dict[str, Any] | list[str]) -> Iterator[None]:
     """Errors that others raise about a configuration with `use_kt`, as ours."""
-    try:
+    is_ours = args.is_set(values, "use_kt")
+    with as_ours(lambda error: ConfigError(f"configuration: {one_line(error)}") if is_ours else None, _THEIRS):
         yield
-    except KTError:
-        raise
-    except (ValueError, TypeError, ImportError, AssertionError, NotImplementedError, OSError) as error:
-        if not args.is_set(values, "use_kt"):
-            raise
-        raise ConfigError(f"configuration: {_in_one_line(error)}") from error
 
 
 def check_unparsed(values: dict[str, Any] | list[str], kinds: Iterable[type]) -> dict[str, Any] | list[str]:
@@ -97,14 +87,14 @@ def check_unparsed(values: dict[str, Any] | list[str], kinds: Iterable[type]) ->
 
 def reporting_faults(report_to: Any) -> Iterator[str]:
     """What `report_to` names and the trainer could not report to, which it finds after the model is loaded."""
-    there = get_available_reporting_integrations()
+    there, known = reporters()
     for name in [report_to] if isinstance(report_to, str) else report_to or ():
         if name in ("all", "none", *_NOT_LISTED) or name in there:
             continue
-        if name in INTEGRATION_TO_CALLBACK:
+        if name in known:
             yield f"report_to: {name} is not installed; install it, or set report_to: none"
         else:
-            yield f"report_to: {name}: unknown; {nearest(name, ['none', *INTEGRATION_TO_CALLBACK])}"
+            yield f"report_to: {name}: unknown; {nearest(name, ['none', *known])}"
 
 
 def raise_fault(message: str) -> NoReturn:
@@ -114,7 +104,3 @@ def raise_fault(message: str) -> NoReturn:
         ConfigError: always.
     """
     raise ConfigError(re.sub(r"^argument --(\w+)(/--[\w-]+)*: ", r"\1: ", message))
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -15,34 +15,29 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PretrainedConfig
 
 from kt_sft.adapters import fused
+from kt_sft.adapters.folder import local_adapter
 from kt_sft.adapters.forms import open_adapter
+from kt_sft.compat.peft import check_target_module_exists
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
-from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations.gguf.model import is_gguf_model
-from kt_sft.integrations.gguf.model import read_config as read_gguf_config
 from kt_sft.integrations.llamafactory import args, peer_keys, value_types
 from kt_sft.integrations.llamafactory.run_file import read_config as read_run_file
-from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 from kt_sft.integrations.peft.targets import expert_targets, prepare_lora_config
 from kt_sft.integrations.transformers.base_model import describe
 from kt_sft.integrations.transformers.linears import plain_linears
-from kt_sft.integrations.transformers.model_files import check_config_file, find_config_file
-from kt_sft.integrations.transformers.placing import check_dtype, meta_model, plan_model, read_config
+from kt_sft.integrations.transformers.opened import OpenedModel
+from kt_sft.integrations.transformers.placing import check_dtype, plan_model
 from kt_sft.integrations.transformers.swapping import swap_experts
 from kt_sft.models.expert_keys import PROJECTIONS
-from kt_sft.models.spec import ExpertsSpec, find_experts
+from kt_sft.models.layout import ExpertsSpec, Formats
 from kt_sft.native import native
-from kt_sft.nn.routed_experts import WeightFormats
 from kt_sft.placement.budget import DeviceMemory, Run, memory_by_device
 from kt_sft.placement.plan import LINEAR, MODULE, Plan, groups
 from kt_sft.placement.rules import DEVICE_TYPES
-from kt_sft.sources.opening import open_experts, weight_formats
 
 logger = logging.getLogger(__name__)
 
@@ -112,26 +107,25 @@ def plan_run(file: str | Path, overrides: Iterable[str] = (), *, device: str | N
     """
     values = read_run(file, overrides)
     config, path = args.kt_config(SimpleNamespace(**values)), values["model_name_or_path"]
-    if is_gguf_model(path) and config.weight_path is None:
-        config = KTConfig.from_dict({**config.to_dict(), "weight_path": path})
-    model_config = _model_config(path, values)
-    model = meta_model(model_config, values.get("trust_remote_code"))
+    hub = {"cache_dir": values.get("cache_dir"), "revision": values.get("model_revision", "main")}
+    opened = OpenedModel(path, config, trust_remote_code=values.get("trust_remote_code"), **hub)
+    opened.check_config()
+    model, specs = opened.model, opened.specs
     default = device or ("cpu" if values.get("use_cpu") else "cuda:0")
-    plan, specs = plan_model(model, config, _device(default)), find_experts(model)
+    plan = plan_model(model, config, _device(default))
     check_dtype(plan, model)  # LLaMA-Factory loads a model as it is stored
-    formats = _formats(model, specs, plan, config)
+    formats = _formats(opened, plan)
     packed_bytes = {
         name: native().MoeLayer.packed_bytes_for(
             *(spec.num_experts, spec.hidden, spec.inter), formats[name], config.int4_group_size
         )
         for name, spec in specs.items()
     }
-    swapped = meta_model(model_config, values.get("trust_remote_code"))
-    swap_experts(swapped, specs, config, formats)
-    element_bytes = _element_bytes(values, model_config)
+    swap_experts(model, specs, config, formats)
+    element_bytes = _element_bytes(values, opened.config)
     if element_bytes == 2 and plan.devices == ("cpu",):
-        plan = _with_cpu_linears(plan, swapped, config)
-    run = _run(values, config, swapped, specs, element_bytes)
+        plan = _with_cpu_linears(plan, model, config)
+    run = _run(values, config, model, specs, element_bytes)
     if run.trains and values.get("ref_model"):
         logger.warning("ref_model: its memory is not counted; plan it as a model of its own, without do_train")
     return RunPlan(path, config.optimize_rule, plan, run, memory_by_device(model, plan, specs, packed_bytes, run))
@@ -203,25 +197,14 @@ def _device(text: str) -> torch.device:
     raise ConfigError(f"device: expected cpu, cuda or cuda:1, found {text!r}")
 
 
-def _model_config(path: str, values: dict[str, Any]) -> PretrainedConfig:
-    if is_gguf_model(path):
-        with GgufIndex.from_path(path) as index:
-            return read_gguf_config(index)
-    hub_kwargs = {"cache_dir": values.get("cache_dir"), "revision": values.get("model_revision", "main")}
-    check_config_file(find_config_file(path, hub_kwargs))
-    return read_config(path, {**hub_kwargs, "trust_remote_code": values.get("trust_remote_code")})
-
-
-def _formats(model: nn.Module, specs: dict[str, ExpertsSpec], plan: Plan, config: KTConfig) -> dict[str, WeightFormats]:
+def _formats(opened: OpenedModel, plan: Plan) -> dict[str, Formats]:
     """Formats by module; of GGUF files they are in the header."""
     methods = plan.methods
     if "GGUF" not in methods.values():
         return {name: method.lower() for name, method in methods.items()}
-    if config.weight_path is None:
+    if opened.gguf is None and opened.given.weight_path is None:
         raise ConfigError("method GGUF: expected kt_weight_path, the GGUF file with the experts, found nothing; set it")
-    source = open_experts(model, specs, None, config, methods)
-    source.close()
-    return weight_formats(source, config, methods)
+    return opened.formats_of(methods)
 
 
 def _with_cpu_linears(plan: Plan, model: nn.Module, config: KTConfig) -> Plan:
@@ -304,7 +287,7 @@ def _lora_of(path: str, values: dict[str, Any], model: nn.Module) -> tuple[dict[
     """
     hub = {"cache_dir": values.get("cache_dir")}
     base = describe(model)
-    folder = local_adapter_dir(path, subfolder=values.get("adapter_folder"), **hub)
+    folder = local_adapter(path, subfolder=values.get("adapter_folder"), **hub)
     adapter = open_adapter(folder, base, reads_headers_only=True)
     elements = {name: adapter.ranks[name] * sum(base.linears[name]) for name in adapter.linears}
     highest = 0

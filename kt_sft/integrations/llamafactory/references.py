@@ -7,24 +7,17 @@ not: a reference reads its own checkpoint, unless it is the policy's base model 
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-from kt_sft import env
+from kt_sft import env, memory
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.formats.packed import is_container
 from kt_sft.integrations.gguf.model import is_gguf_model
-from kt_sft.integrations.llamafactory import args, autoload
-from kt_sft.integrations.transformers.memory_check import bytes_outside_experts, check_memory_of_all, memory_needed
-from kt_sft.integrations.transformers.model_files import find_config_file, read_config_file
-from kt_sft.memory import MemoryEstimate
-from kt_sft.models.spec import iter_routed_experts
-from kt_sft.nn.routed_experts import WeightFormats
+from kt_sft.integrations.llamafactory import args, autoload, checked
+from kt_sft.integrations.transformers.opened import OpenedModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,31 +26,27 @@ OF_THE_REWARD = ("reward_model", "reward_model_adapters", "reward_model_quantiza
 _DEFAULT_REVISION = "main"
 
 
-def patch_copies(model_arguments: type, use_model_directory: Callable[[Any], None]) -> None:
-    """`ModelArguments.copyfrom`, by which LLaMA-Factory makes the arguments of reference and reward models.
-
-    Args:
-        use_model_directory: takes the directory that stands for a GGUF file; changes the arguments.
-    """
+def patch_copies(model_arguments: type) -> None:
+    """`ModelArguments.copyfrom`, by which LLaMA-Factory makes the arguments of reference and reward models."""
     autoload.require(model_arguments, "copyfrom")
     stock_copy = model_arguments.copyfrom.__func__
 
     def copyfrom(cls: type, source: Any, **changes: Any) -> Any:
         copy = stock_copy(cls, source, **changes)
         if getattr(source, "kt_active", False) and changes.get("model_name_or_path"):
-            _keep_own(copy, source, use_model_directory)
+            _keep_own(copy, source)
         return copy
 
     model_arguments.copyfrom = classmethod(copyfrom)
 
 
 def check(
-    model_args: Any, finetuning_args: Any, policy: nn.Module | None, check_inputs: Callable[[Any], nn.Module | None]
+    model_args: Any, finetuning_args: Any, policy: OpenedModel | None, check_inputs: Callable[[Any], OpenedModel | None]
 ) -> None:
     """Look at the reference model as at the policy, before data is read.
 
     Args:
-        policy: on the meta device, with our experts modules; None: nobody could look at it.
+        policy: None: nobody could look at it.
         check_inputs: what checked the policy.
     Raises:
         ConfigError: what loading the reference would raise, or keys that do not go together.
@@ -91,8 +80,7 @@ def check(
     except KTError as error:
         raise ConfigError(f"ref_model {name}: {error}") from error
     if policy is not None and reference is not None:
-        needed = [_memory(policy, model_args), _memory(reference, reference_args)]
-        check_memory_of_all(needed, "the policy and its ref_model")
+        memory.check_together([policy.memory, reference.memory], "the policy and its ref_model")
 
 
 def is_same_model(one: str, other: str) -> bool:
@@ -102,11 +90,12 @@ def is_same_model(one: str, other: str) -> bool:
     return one == other
 
 
-def _keep_own(copy: Any, policy: Any, use_model_directory: Callable[[Any], None]) -> None:
+def _keep_own(copy: Any, policy: Any) -> None:
     """Take from a copy of the policy's arguments what belongs to the policy alone."""
+    copy.kt_checked = checked.of(policy)
     for key in FILES_OF_THE_POLICY:
         setattr(copy, key, None)
-    use_model_directory(copy)
+    copy.kt_checked.use_directory(copy)
     if is_same_model(copy.model_name_or_path, policy.model_name_or_path):
         for key in FILES_OF_THE_POLICY:  # they say where the experts of this very model are
             setattr(copy, key, getattr(policy, key))
@@ -143,20 +132,7 @@ def _check_keys(name: str, adapters: str | None, model_args: Any, finetuning_arg
 
 
 def _model_type(model_args: Any) -> str | None:
-    hub = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.hf_hub_token}
-    return read_config_file(find_config_file(model_args.model_name_or_path, hub)).get("model_type")
-
-
-def _memory(model: nn.Module, model_args: Any) -> MemoryEstimate:
-    experts = {name: module for name, module in iter_routed_experts(model)}
-    formats: dict[str, WeightFormats] = {
-        name: module.formats if module.weight_format == "gguf" else module.weight_format
-        for name, module in experts.items()
-    }
-    specs = {name: module.spec for name, module in experts.items()}
-    device = importlib.import_module("llamafactory.extras.misc").get_current_device()
-    rest = bytes_outside_experts(model, specs) if device.type == "cpu" else 0
-    return memory_needed(specs, rest, args.kt_config(model_args), formats)
+    return OpenedModel(model_args.model_name_or_path, **checked.hub(model_args)).values.get("model_type")
 
 
 def _warn(message: str) -> None:

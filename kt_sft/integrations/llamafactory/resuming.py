@@ -18,14 +18,14 @@ from torch import nn
 from transformers import Trainer
 
 from kt_sft import env
-from kt_sft.adapters.forms import adapter_file
+from kt_sft.adapters.folder import adapter_file
 from kt_sft.adapters.tensor_file import TensorFile
 from kt_sft.errors import ConfigError, FormatError, KTError
 from kt_sft.formats import training_checkpoint
 from kt_sft.formats.training_checkpoint import OPTIMIZER_NAME, SCHEDULER_NAME
 from kt_sft.integrations.llamafactory import adapters, saving
 from kt_sft.integrations.peft import reloading
-from kt_sft.integrations.peft.adapter_dir import check_adapter, in_running_form, read_adapter_config
+from kt_sft.integrations.peft.adapter_dir import in_running_form, read_adapter_config
 
 logger = logging.getLogger(__name__)
 
@@ -158,9 +158,8 @@ def check(checkpoint: Path, bare: nn.Module, run: RunAdapter | None, training_ar
         KTError: the adapter is not one of this model, or other tensors than the run trains; or the optimizer's state
             is that of other tensors.
     """
-    check_adapter(bare, checkpoint, may_grow=run is None)
     state = read_optimizer(checkpoint)
-    with in_running_form(bare, checkpoint) as folder:
+    with in_running_form(bare, checkpoint, may_grow=run is None) as folder:
         is_converted = folder != checkpoint
         if is_converted and training_checkpoint.is_deepspeed(checkpoint):
             raise FormatError(

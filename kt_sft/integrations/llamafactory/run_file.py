@@ -1,6 +1,6 @@
-"""The configuration of a run: a file and `key=value` words, read as LLaMA-Factory reads them (through OmegaConf).
+"""The configuration of a run: a file and `key=value` words, put together by OmegaConf as LLaMA-Factory does it.
 
-OmegaConf itself comes with LLaMA-Factory only, and a run can be planned without both.
+Both are read by our own readers first: OmegaConf waits for pipes, crashes on lists in lists, and knows no limits.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kt_sft.errors import ConfigError, FormatError
-from kt_sft.formats.json_object import read_object
-from kt_sft.formats.yaml_files import MOST_DEPTH, parse_yaml, read_yaml
+from omegaconf import OmegaConf
+
+from kt_sft.errors import ConfigError, FormatError, as_ours, one_line
+from kt_sft.formats.json_object import num_values, read_object
+from kt_sft.formats.yaml_files import MOST_BYTES, MOST_DEPTH, MOST_VALUES, parse_yaml, read_yaml
+
+_WHAT = "run configuration"
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -23,31 +27,38 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         FormatError: no such file, or no mapping in it; see `read_yaml`.
         ConfigError: lists every override that is none.
     """
+    values = _read(path)
+    words = list(overrides)
+    if faults := [fault for word in words if (fault := _fault_of(word))]:
+        raise ConfigError(faults)
+
+    def ours(error: BaseException) -> FormatError:  # of a key or `${...}` that it does not take
+        return FormatError(path, _WHAT, expected="what OmegaConf takes", found=one_line(error))
+
+    with as_ours(ours):
+        return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(words)))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     is_json = Path(path).suffix == ".json"
-    values = read_object(path, "run configuration") if is_json else read_yaml(path, "run configuration")
+    values = read_object(path, _WHAT, most_bytes=MOST_BYTES) if is_json else read_yaml(path, _WHAT)
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         found = type(values).__name__ if not isinstance(values, dict) else "a key that is no text"
-        raise FormatError(path, "run configuration", expected="a mapping of keys to values", found=found)
-    faults = []
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        names = key.split(".")
-        if not sign or len(names) > MOST_DEPTH or not all(names):
-            faults.append(f"{override}: expected key=value")
-            continue
-        try:
-            _put(values, names, parse_yaml(value))
-        except ValueError as error:
-            faults.append(f"{override}: expected a value in YAML, found {error}")
-    if faults:
-        raise ConfigError(faults)
+        raise FormatError(path, _WHAT, expected="a mapping of keys to values", found=found)
+    if is_json and (count := num_values(values)) > MOST_VALUES:
+        raise FormatError(path, _WHAT, expected=f"at most {MOST_VALUES} keys and values", found=count)
     return values
 
 
-def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        inner = values.get(key)
-        values[key] = inner if isinstance(inner, dict) else {}
-        values = values[key]
-    values[keys[-1]] = value
+def _fault_of(override: str) -> str | None:
+    """What is wrong with a word, before OmegaConf reads it."""
+    key, sign, value = override.partition("=")
+    names = key.split(".")
+    if not sign or len(names) > MOST_DEPTH or not all(names):
+        return f"{override}: expected key=value"
+    try:
+        parse_yaml(value)
+    except ValueError as error:
+        return f"{override}: expected a value in YAML, found {error}"
+    return None

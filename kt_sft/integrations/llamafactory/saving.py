@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import rotate_checkpoints
-
+from kt_sft.compat import transformers as compat
 from kt_sft.errors import OutputError
 from kt_sft.formats import training_checkpoint
 from kt_sft.formats.disk import flush, is_write_error, reason, share
@@ -35,11 +34,11 @@ def save_checkpoint(trainer: Any, stock: Callable[[], None], trial: Any) -> None
     Raises:
         OutputError: files cannot be written and other ranks wait; a single process goes on without the checkpoint.
     """
-    run_folder = Path(trainer._get_output_dir(trial=trial))
+    run_folder = compat.run_folder(trainer, trial)
     name = f"checkpoint-{trainer.state.global_step}"
     staged, target = run_folder / STAGING / name, run_folder / name
     _remove_link(run_folder / STAGING)
-    with _diverted(trainer, run_folder / STAGING):
+    with compat.diverted(trainer, run_folder / STAGING):
         try:
             stock()
             _point_to_best(trainer, run_folder, target)
@@ -66,14 +65,10 @@ def save_checkpoint(trainer: Any, stock: Callable[[], None], trial: Any) -> None
     if staged.is_dir() and trainer.args.local_process_index == 0:  # random states on a node with a disk of its own
         replace_folder(staged, target)
     if trainer.args.push_to_hub:
-        trainer._push_from_checkpoint(str(target))
+        compat.push_checkpoint(trainer, target)
     if trainer.args.should_save:
-        rotate_checkpoints(
-            output_dir=str(run_folder),
-            save_total_limit=trainer.args.save_total_limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        most, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
+        compat.delete_older_checkpoints(run_folder, most=most, best=best)
 
 
 def _report(trainer: Any, target: Path, error: BaseException) -> None:
@@ -128,17 +123,6 @@ def _remove_link(staging: Path) -> None:
     """Nothing is written, and nothing removed, where a link in the place of the staging folder leads."""
     if staging.is_symlink():
         staging.unlink(missing_ok=True)
-
-
-@contextmanager
-def _diverted(trainer: Any, folder: Path) -> Iterator[None]:
-    """Within it the trainer saves into another folder, and so finds no older ones to delete; it uploads nothing."""
-    trainer._get_output_dir = lambda trial: str(folder)
-    trainer._push_from_checkpoint = lambda checkpoint: None
-    try:
-        yield
-    finally:
-        del trainer._get_output_dir, trainer._push_from_checkpoint
 
 
 def _point_to_best(trainer: Any, run_folder: Path, target: Path) -> None:

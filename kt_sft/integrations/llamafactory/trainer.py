@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from kt_sft.compat import transformers as compat
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.canary.callback import Canary
 from kt_sft.integrations.llamafactory import disk, interrupts, resuming, saving
 
-_METHODS = ("train", "save_model", "_save", "_save_checkpoint", "_load_optimizer_and_scheduler")
-_DIVERTED = ("_get_output_dir", "_push_from_checkpoint")
+_METHODS = ("train", "save_model", compat.SAVE, compat.SAVE_CHECKPOINT, compat.LOAD_OPTIMIZER)
+_DIVERTED = (compat.OUTPUT_FOLDER, compat.PUSH)
 _CPU_WITH_INDEX = 15  # behind torch's own readers, which know `cpu` alone
 
 

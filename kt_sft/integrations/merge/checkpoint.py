@@ -21,8 +21,8 @@ from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
 from kt_sft.formats.finite import is_finite
 from kt_sft.formats.quantized_index import FLOAT_DTYPES, QuantizedIndex
 from kt_sft.formats.safetensors_writer import TORCH_NAMES, PlannedTensor
-from kt_sft.integrations.transformers.base_model import describe, meta_model
-from kt_sft.integrations.transformers.model_files import open_checkpoint
+from kt_sft.integrations.transformers.base_model import describe
+from kt_sft.integrations.transformers.opened import OpenedModel
 from kt_sft.models.expert_keys import PROJECTIONS, ExpertPart, KeyMap
 from kt_sft.sources.safetensors import READABLE
 
@@ -38,28 +38,21 @@ class MergedCheckpoint:
     """The tensors of a checkpoint, merged.
 
     Args:
-        folder: a safetensors checkpoint, quantised or not.
+        opened: of a safetensors checkpoint, quantised or not.
         adapters: of any form; several are added up.
-        trust_remote_code: whether code beside the checkpoint's config.json may run.
     Raises:
-        ConfigError: a folder without such a checkpoint.
+        ConfigError: it is no folder with such a checkpoint.
         FormatError: files missing or damaged; an adapter that does not fit.
         UnsupportedModel: a model or a quantisation that is not known.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        adapters: Sequence[str | os.PathLike[str]],
-        *,
-        trust_remote_code: bool = False,
-    ):
-        self.folder = Path(folder)
+    def __init__(self, opened: OpenedModel, adapters: Sequence[str | os.PathLike[str]]):
+        self.folder = Path(opened.path)
         if not self.folder.is_dir():
-            raise ConfigError(f"model: expected a directory with safetensors files to merge into, found {folder}")
-        self.trust_remote_code = trust_remote_code
-        model = meta_model(self.folder, trust_remote_code=trust_remote_code)
-        self.index: QuantizedIndex = open_checkpoint(str(self.folder))
+            raise ConfigError(f"model: expected a directory with safetensors files to merge into, found {self.folder}")
+        model = self.model = opened.model
+        opened.check_config()
+        self.index: QuantizedIndex = opened.index
         self.base: BaseModel = describe(model, str(self.folder))
         keys = KeyMap(model, self.base.specs)
         self._layers = keys.layers(self.index, self.index.source, lambda key: self.index.info(key).shape)

@@ -13,6 +13,7 @@ from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.merge.gguf import KINDS, gguf_plan
 from kt_sft.integrations.merge.safetensors import write_merged
 from kt_sft.integrations.transformers.base_model import default_name
+from kt_sft.integrations.transformers.opened import OpenedModel
 from kt_sft.progress import Bar
 
 
@@ -45,7 +46,7 @@ def merge(
                 f"{adapters[0]}: base model {model}: expected a directory, looked for in {os.getcwd()} and in the "
                 "directories above the adapter, found none; name its directory with --model"
             )
-    merged = MergedCheckpoint(model, adapters, trust_remote_code=trust_remote_code)
+    merged = MergedCheckpoint(OpenedModel(model, trust_remote_code=trust_remote_code), adapters)
     if to == "hf":
         with new_path(output, is_file=False, needed_bytes=merged.num_bytes()) as staging:
             write_merged(merged, staging, bar)

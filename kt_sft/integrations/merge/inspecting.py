@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from kt_sft.adapters.forms import adapter_file, base_name, open_adapter
+from kt_sft.adapters.folder import adapter_file
+from kt_sft.adapters.forms import base_name, open_adapter
 from kt_sft.adapters.model import Adapter
 from kt_sft.adapters.report import Report, begin_report, complete_report
 from kt_sft.errors import KTError

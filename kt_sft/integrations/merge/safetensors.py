@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME
 from kt_sft.formats.safetensors_writer import write
+from kt_sft.formats.staging import put_copy, put_json
 from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.transformers.model_files import untie
 from kt_sft.progress import Bar
@@ -53,7 +53,7 @@ def write_merged(
             weight_map |= dict.fromkeys(keys, name)
     if len(shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        put_json(folder / INDEX_NAME, content)
     copy_beside(merged.folder, folder, dtype, is_untied=merged.is_untied)
 
 
@@ -66,7 +66,7 @@ def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None, *,
     for path in sorted(source.iterdir()):
         is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         if path.is_file() and not is_weights and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+            put_copy(path, folder)
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for part in (values, values.get("text_config")):
         if isinstance(part, dict):
@@ -76,4 +76,4 @@ def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None, *,
                     part[name] = str(dtype).removeprefix("torch.")
     if is_untied:
         untie(values)
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    put_json(folder / "config.json", values)

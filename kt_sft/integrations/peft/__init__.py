@@ -1,7 +1,7 @@
 """Expert LoRA owned by stock PEFT and computed by the kernels.
 
 PEFT wraps the experts' placeholder parameters (`LoraConfig.target_parameters`), owns lora_A and lora_B, saves and loads
-them; `bind_expert_lora` hands these very parameters to `RoutedExperts`, which multiplies with them. An adapter written
+them; `bind_experts` hands these very parameters to `RoutedExperts`, which multiplies with them. An adapter written
 here is a plain PEFT adapter.
 
     api          get_peft_model, load_adapter, count_parameters
@@ -12,19 +12,16 @@ here is a plain PEFT adapter.
     binding      PEFT's wrappers around the experts: pass-through forward, merge into packed weights
     outside      PEFT layers outside the experts that need help: routers, tied heads
     limits       what can be trained and not be merged, converted or saved
-    adapter_dir  what lies in a saved adapter's directory, and whether it fits the model
+    adapter_dir  PEFT's config of a saved adapter, whether it fits the model, and a copy in the running form
 """
 
-from kt_sft.integrations.peft.adapter_dir import check_adapter_fits
 from kt_sft.integrations.peft.api import count_parameters, get_peft_model, load_adapter
-from kt_sft.integrations.peft.binding import bind_expert_lora, bind_experts, expose_placeholders, hide_placeholders
+from kt_sft.integrations.peft.binding import bind_experts, expose_placeholders, hide_placeholders
 from kt_sft.integrations.peft.targets import ExpertLoraConfig, prepare_lora_config
 
 __all__ = [
     "ExpertLoraConfig",
-    "bind_expert_lora",
     "bind_experts",
-    "check_adapter_fits",
     "count_parameters",
     "expose_placeholders",
     "get_peft_model",

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import peft
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from kt_sft.adapters.folder import CONFIG_NAME
-from kt_sft.errors import ConfigError, FormatError, KTError
+from kt_sft.adapters import options
+from kt_sft.adapters.folder import local_adapter
+from kt_sft.compat.peft import BaseTunerLayer
+from kt_sft.compat.transformers import renamed_on_loading
+from kt_sft.errors import ConfigError, FormatError, as_ours, first_line
+from kt_sft.formats.file_names import ADAPTER_CONFIG
+from kt_sft.integrations.peft import reloading
 from kt_sft.integrations.peft.adapter_dir import (
-    check_adapter_fits,
-    check_patterns,
     in_running_form,
-    local_adapter_dir,
     read_adapter_config,
     saved_config,
 )
@@ -81,7 +81,7 @@ def load_adapter(
     """
     _check_has_no_adapter(model)
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-    source = local_adapter_dir(adapter_dir, subfolder=kwargs.pop("subfolder", None), **hub)
+    source = local_adapter(adapter_dir, subfolder=kwargs.pop("subfolder", None), **hub)
     if config is not None and source.is_dir():
         _check_same(config, source)
     with in_running_form(model, source) as folder:
@@ -90,14 +90,12 @@ def load_adapter(
 
 def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str, **kwargs) -> PeftModel:
     config = read_adapter_config(folder)
-    check_patterns(model, config, folder)
-    faults = expert_faults(config, expert_targets(config, [name for name, _ in iter_routed_experts(model)]))
+    targets = expert_targets(config, [name for name, _ in iter_routed_experts(model)])
+    faults = expert_faults(config, targets, options.LOAD)
     if faults:
         raise ConfigError(f"{folder}: {fault}" for fault in faults)
-    check_adapter_fits(model, config, folder)
-
     config.inference_mode = not is_trainable
-    kwargs.setdefault("key_mapping", getattr(model, "_checkpoint_conversion_mapping", None))
+    kwargs.setdefault("key_mapping", renamed_on_loading(model))
     build = {key: kwargs[key] for key in ("autocast_adapter_dtype", "low_cpu_mem_usage") if key in kwargs}
     _remove_offload_hooks(model)
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
@@ -111,16 +109,13 @@ def _load(model: nn.Module, folder: Path, is_trainable: bool, adapter_name: str,
     return peft_model
 
 
-@contextmanager
-def _saying_whose(folder: Path) -> Iterator[None]:
+def _saying_whose(folder: Path) -> AbstractContextManager[None]:
     """What PEFT says of a config that it cannot build, as an error of the adapter."""
-    try:
-        yield
-    except KTError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise FormatError(folder / CONFIG_NAME, f"PEFT cannot build its modules ({reason})") from error
+
+    def ours(error: BaseException) -> FormatError:
+        return FormatError(folder / ADAPTER_CONFIG, f"PEFT cannot build its modules ({first_line(error)})")
+
+    return as_ours(ours, (ValueError, TypeError, KeyError, AttributeError, NotImplementedError))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -152,4 +147,4 @@ def _remove_offload_hooks(model: nn.Module) -> None:
         remove_hook_from_submodules(model)
 
 
-install(load_adapter)
+install(load_adapter, reloading.load_adapter)

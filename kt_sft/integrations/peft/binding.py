@@ -10,16 +10,22 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from kt_sft.adapters.model import PARAMETERS, Lora
+from kt_sft.compat.peft import (
+    LoraLayer,
+    ParamWrapper,
+    check_adapters_to_merge,
+    check_forward_arguments,
+    has_exchanged_widths,
+)
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.outside import bind_outside
-from kt_sft.integrations.peft.targets import PROJECTIONS
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, EXPERT_MINOR, ExpertLora, LoraFactor, LoraPair
 from kt_sft.nn.packed_linear import PackedLinear
@@ -30,7 +36,7 @@ class ExpertParamWrapper(ParamWrapper):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if "adapter_names" in kwargs:
-            self._check_forward_args(x, *args, **kwargs)
+            check_forward_arguments(self, x, *args, **kwargs)
             kwargs.pop("adapter_names")
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -110,10 +116,14 @@ def bind_experts(model: nn.Module, *, dropout: float = 0.0) -> None:
     hide_placeholders(model)
 
 
-def bind_expert_lora(peft_model: PeftModel) -> PeftModel:
-    """Replace, on this object, PEFT's methods that do not know about the experts; idempotent."""
+def bind_expert_lora(peft_model: PeftModel, load_adapter: Callable[..., Any]) -> PeftModel:
+    """Replace, on this object, PEFT's methods that do not know about the experts; idempotent.
+
+    Args:
+        load_adapter: what the method of this name does, given the model and the method's arguments.
+    """
     peft_model.get_nb_trainable_parameters = types.MethodType(_get_nb_trainable_parameters, peft_model)
-    peft_model.load_adapter = types.MethodType(_load_adapter, peft_model)
+    peft_model.load_adapter = types.MethodType(load_adapter, peft_model)
     return peft_model
 
 
@@ -127,7 +137,7 @@ def restore_linear_dropout(peft_model: PeftModel, adapter: str, dropout: float) 
 def hide_placeholders(model: nn.Module) -> None:
     """Take the experts' placeholders out of `parameters()`: they have no storage to broadcast, move or save."""
     for _, experts in iter_routed_experts(model):
-        for name in PROJECTIONS:
+        for name in PARAMETERS:
             parameter = experts._parameters.pop(name, None)
             if parameter is not None:
                 experts.__dict__[name] = parameter
@@ -144,14 +154,14 @@ def hidden_numel(model: nn.Module) -> int:
     experts_numel = sum(
         experts.__dict__[name].numel()
         for _, experts in iter_routed_experts(model)
-        for name in PROJECTIONS
+        for name in PARAMETERS
         if name in experts.__dict__
     )
     return experts_numel + sum(m.weight.numel() for m in model.modules() if isinstance(m, PackedLinear))
 
 
 def _expose(experts: nn.Module) -> None:
-    for name in PROJECTIONS:
+    for name in PARAMETERS:
         parameter = experts.__dict__.pop(name, None)
         if parameter is not None:
             experts.register_parameter(name, parameter)
@@ -194,7 +204,7 @@ def _pair(wrapper: ParamWrapper, adapter: str) -> LoraPair:
         raise ConfigError(
             f"expert LoRA: {wrapper.parameter_name} needs widths {in_width} and {out_width}, got {widths}"
         )
-    is_p_first = not getattr(wrapper, "_did_swap_in_out_features", False)
+    is_p_first = not has_exchanged_widths(wrapper)
     swapped = is_p_first != spec.is_transposed if in_width == out_width else widths == (out_width, in_width)
     mixed = spec.is_interleaved and wrapper.parameter_name == "gate_up_proj"  # along the output
     of_lora_a = LoraFactor(lora_a, EXPERT_MAJOR, num_experts, is_interleaved=mixed and swapped)
@@ -222,7 +232,7 @@ def _merge(wrappers: list[ParamWrapper], *, safe_merge: bool, adapter_names: lis
         if not todo:
             continue
         experts = todo[0].get_base_layer()
-        deltas = {w.parameter_name: _Delta(w, adapter) for w in todo}
+        deltas = {w.parameter_name: _lora(w, adapter) for w in todo}
         num_experts = todo[0].get_param().shape[0]
         merged = [_Merged(_origin(experts, index), index, deltas) for index in range(num_experts)]
         if safe_merge:
@@ -237,18 +247,13 @@ def _merge(wrappers: list[ParamWrapper], *, safe_merge: bool, adapter_names: lis
             wrapper.merged_adapters.append(adapter)
 
 
-class _Delta:
-    """scaling * b_e^T a_e of one projection, for one expert at a time in f32."""
-
-    def __init__(self, wrapper: ParamWrapper, adapter: str):
-        pair = _pair(wrapper, adapter)
-        kind = {"device": "cpu", "dtype": torch.float32, "copy": True}  # it outlives the adapter
-        self.a = pair.a.canonical().detach().to(**kind)  # [experts, rank, in]
-        self.b = pair.b.canonical().detach().to(**kind)  # [experts, rank, out]
-        self.scaling = pair.scaling()
-
-    def of(self, index: int) -> Tensor:
-        return self.scaling * (self.b[index].T @ self.a[index])  # [out, in]
+def _lora(wrapper: ParamWrapper, adapter: str) -> Lora:
+    """One projection of all experts, f32, on the CPU."""
+    pair = _pair(wrapper, adapter)
+    kind = {"device": "cpu", "dtype": torch.float32, "copy": True}  # it outlives the adapter
+    a = pair.a.canonical().detach().to(**kind)  # [experts, rank, in]
+    b = pair.b.canonical().detach().to(**kind)  # [experts, rank, out]
+    return Lora(a, b.mT, pair.scaling())
 
 
 def _origin(experts: nn.Module, index: int) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
@@ -271,23 +276,16 @@ class _Merged:
 
     base: Callable[[], tuple[Tensor, Tensor, Tensor]]
     index: int
-    deltas: dict[str, _Delta]
+    deltas: dict[str, Lora]
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = self.base()
         if "gate_up_proj" in self.deltas:
-            gate_delta, up_delta = self.deltas["gate_up_proj"].of(self.index).chunk(2)
+            gate_delta, up_delta = self.deltas["gate_up_proj"].delta(self.index).chunk(2)
             gate, up = (gate.float() + gate_delta).to(gate.dtype), (up.float() + up_delta).to(up.dtype)
         if "down_proj" in self.deltas:
-            down = (down.float() + self.deltas["down_proj"].of(self.index)).to(down.dtype)
+            down = (down.float() + self.deltas["down_proj"].delta(self.index)).to(down.dtype)
         return gate, up, down
-
-
-def _load_adapter(self: PeftModel, model_id, adapter_name: str, is_trainable: bool = False, **kwargs):
-    """See `reloading.load_adapter`."""
-    from kt_sft.integrations.peft import reloading  # reads adapters, for which it asks this module about PEFT's layout
-
-    return reloading.load_adapter(self, model_id, adapter_name, is_trainable, **kwargs)
 
 
 def _get_nb_trainable_parameters(self: PeftModel) -> tuple[int, int]:

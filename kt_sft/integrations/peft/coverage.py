@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from kt_sft import env
+from kt_sft.compat.peft import BaseTunerLayer, LoraLayer, check_target_module_exists
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.names import LORA_LAYERS
 from kt_sft.integrations.peft.targets import expert_names, expert_targets
-from kt_sft.integrations.peft.unwrapped import plain_modules, plain_name, without_adapter
 from kt_sft.models.spec import iter_routed_experts
+from kt_sft.models.unwrapped import plain_modules, plain_name, without_adapter
 
 logger = logging.getLogger(__name__)
 

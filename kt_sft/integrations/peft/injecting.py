@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import nn
 
-from kt_sft.adapters.folder import CONFIG_NAME
+from kt_sft.adapters import options
 from kt_sft.adapters.patterns import Patterns, check_speed
 from kt_sft.adapters.schema import find_faults
+from kt_sft.compat.peft import BaseTuner, BaseTunerLayer, LoraLayer, ParamWrapper
 from kt_sft.errors import ConfigError
+from kt_sft.formats.file_names import ADAPTER_CONFIG
 from kt_sft.formats.overwriting import MODEL_CARD, saved_into
 from kt_sft.integrations.peft import coverage
 from kt_sft.integrations.peft.binding import (
@@ -38,7 +38,13 @@ from kt_sft.integrations.peft.binding import (
     restore_linear_dropout,
 )
 from kt_sft.integrations.peft.limits import lost_biases, training_limits
-from kt_sft.integrations.peft.targets import ExpertLoraConfig, expert_names, expert_targets, prepare_lora_config
+from kt_sft.integrations.peft.targets import (
+    ExpertLoraConfig,
+    expert_names,
+    expert_targets,
+    plain_values,
+    prepare_lora_config,
+)
 from kt_sft.models.spec import iter_routed_experts
 
 logger = logging.getLogger(__name__)
@@ -72,11 +78,12 @@ def requesting(*, expert_lora: bool | None = None, is_saved: bool = False) -> It
         _request.reset(token)
 
 
-def install(load_adapter: Callable[..., PeftModel]) -> None:
+def install(load_adapter: Callable[..., PeftModel], reload_adapter: Callable[..., Any]) -> None:
     """Put the step into PEFT, once per process.
 
     Args:
         load_adapter: what `PeftModel.from_pretrained` does on a model with our experts.
+        reload_adapter: what a PeftModel's `load_adapter` does, if it has our experts.
     Raises:
         RuntimeError: this PEFT lacks one of the names, or a parameter that the step reads.
     """
@@ -103,7 +110,7 @@ def install(load_adapter: Callable[..., PeftModel]) -> None:
     def init(self: PeftModel, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         stock_init(self, model, *args, **kwargs)
         if has_experts(model):
-            bind_expert_lora(self)
+            bind_expert_lora(self, reload_adapter)
 
     @functools.wraps(stock_from_pretrained)
     def from_pretrained(cls, model, model_id, adapter_name="default", is_trainable=False, config=None, **kwargs):
@@ -162,19 +169,16 @@ def _inject(stock: Callable[[], None], tuner: BaseTuner, model: nn.Module, adapt
     if expert_lora is None and not request.is_saved:
         expert_lora = getattr(getattr(model, "kt_config", None), "expert_lora", None)
     prepared = _saved(config) if request.is_saved else prepare_lora_config(model, config, expert_lora)
+    if request.is_saved:
+        _make_safe(prepared, model)
     lost = lost_biases(model, prepared)
     if lost and not prepared.inference_mode:
-        raise ConfigError(
-            f"bias: 'lora_only' would train biases such as that of {lost[0]}, and PEFT does not save them; use "
-            "'all' or 'none'"
-        )
+        raise ConfigError(options.faults(options.TRAIN, {"bias": prepared.bias}, {options.BIASES: lost[0]}))
     if lost:
         logger.warning("bias 'lora_only': PEFT has not saved biases such as that of %s; the base model's hold", lost[0])
     present = _adapters(model)
     if expert_targets(prepared, expert_names(model)):
         _check_is_first(present)
-    if request.is_saved:
-        _make_safe(prepared, model)
     if not present:
         expose_placeholders(model)
     tuner.peft_config[adapter_name] = prepared
@@ -197,8 +201,8 @@ def _check_values(config: LoraConfig) -> None:
     Raises:
         ConfigError: all that is wrong.
     """
-    values = {key: list(v) if isinstance(v, set | tuple) else v for key, v in config.to_dict().items()}
-    faults = [str(fault) for fault in find_faults(values, is_file=False)]
+    values = plain_values(config)
+    faults = [str(fault) for fault in find_faults(values, is_file=False)] + options.faults(options.TRAIN, values)
     if faults:
         raise ConfigError(faults)
 
@@ -212,7 +216,7 @@ def _make_safe(config: LoraConfig, model: nn.Module) -> None:
     """
     names = {name for name, _ in model.named_modules()}
     names |= {f"{name}.{parameter}" for name, m in model.named_modules() for parameter in m._parameters}
-    check_speed(vars(config), names, Path(CONFIG_NAME))
+    check_speed(vars(config), names, Path(ADAPTER_CONFIG))
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = Patterns.of(getattr(config, key))
         if len(patterns) > _FEW:

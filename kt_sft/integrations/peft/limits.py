@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peft import LoraConfig
-from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
-from kt_sft.adapters import kinds
+from kt_sft.adapters import kinds, options, peft_config
 from kt_sft.adapters.forms import open_adapter
-from kt_sft.adapters.peft_config import RESIDUAL
-from kt_sft.integrations.peft.adapter_dir import read_adapter_config
+from kt_sft.compat.peft import LoraEmbedding, LoraLayer, ParamWrapper, check_target_module_exists
 from kt_sft.integrations.peft.outside import RouterLinear
-from kt_sft.integrations.peft.unwrapped import plain_name
+from kt_sft.integrations.peft.targets import plain_values
 from kt_sft.integrations.transformers.base_model import describe
 from kt_sft.models.spec import iter_routed_experts
+from kt_sft.models.unwrapped import plain_name
 
 
 def training_limits(peft_model: nn.Module, config: LoraConfig) -> list[str]:
@@ -34,12 +32,7 @@ def training_limits(peft_model: nn.Module, config: LoraConfig) -> list[str]:
     if config.lora_bias and bare:
         title = kinds.KINDS["lora_bias"].title
         sentences.append(f"{title}: cannot be merged, since layers such as {bare[0]} have no bias to add it to")
-    begun = config.init_lora_weights
-    if isinstance(begun, str) and begun.lower().startswith(RESIDUAL):
-        sentences.append(
-            f"init_lora_weights {begun!r}: the adapter belongs to what it leaves of the base weights and can neither "
-            "be merged nor converted; save it with PEFT's path_initial_model_for_weight_conversion for that"
-        )
+    sentences += options.afterwards(plain_values(config))
     if config.bias == "all" and any(experts.spec.has_bias for _, experts in iter_routed_experts(peft_model)):
         sentences.append("bias 'all': the biases of the routed experts stay frozen")
     dropout = getattr(config, "adapter_dropout", None) or config.lora_dropout
@@ -58,7 +51,7 @@ def check_merge(model: nn.Module, source: Path) -> None:
     Raises:
         FormatError: a bias that the model has not.
     """
-    if source.is_dir() and read_adapter_config(source).lora_bias:
+    if source.is_dir() and peft_config.read_config(source, options.LOAD).get("lora_bias"):
         kinds.check_merge(open_adapter(source, describe(model), reads_headers_only=True))
 
 
@@ -92,7 +85,7 @@ def _kinds(peft_model: nn.Module, config: LoraConfig) -> Iterator[str]:
             yield "saved"
         elif isinstance(module, TrainableTokensWrapper):
             yield "tokens"
-        elif isinstance(module, Embedding):
+        elif isinstance(module, LoraEmbedding):
             yield "embedding"
         elif isinstance(module, LoraLayer):
             is_router = name in base.routers or (isinstance(module, ParamWrapper) and f"{name}.weight" in base.bare)

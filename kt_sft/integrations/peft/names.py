@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from kt_sft.compat.peft import check_target_module_exists, custom_layers, get_pattern_key
 from kt_sft.errors import nearest
 
 LORA_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
@@ -130,7 +129,7 @@ def _target_modules(found: Findings, config: LoraConfig, entries, modules, spell
                 )
             elif not names:
                 found.unknown("target_modules", entry, known, OF_OTHER_FAMILIES, "layer of the model")
-    custom = tuple(getattr(config, "_custom_modules", None) or ())
+    custom = custom_layers(config)
     for entry, names in hits.items():
         wrong = [
             name

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
+from kt_sft.compat.peft import LoraEmbedding, LoraLayer, LoraLinear, ParamWrapper
 from kt_sft.models.spec import iter_routed_experts
 
 
@@ -45,7 +45,7 @@ class _OwnWeight:
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
 
-class RouterLinear(_ReadWeight, Linear):
+class RouterLinear(_ReadWeight, LoraLinear):
     """LoRA on a router, by `target_modules`."""
 
 
@@ -59,11 +59,11 @@ class RouterParameter(_ReadWeight, ParamWrapper):
             return getattr(super().__getattr__("base_layer"), name)
 
 
-class TiedLinear(_OwnWeight, Linear):
+class TiedLinear(_OwnWeight, LoraLinear):
     """LoRA on a head that is also the embedding."""
 
 
-class TiedEmbedding(_OwnWeight, Embedding):
+class TiedEmbedding(_OwnWeight, LoraEmbedding):
     """LoRA on an embedding that is also the head."""
 
 
@@ -71,8 +71,8 @@ class TiedParameter(_OwnWeight, ParamWrapper):
     """LoRA on either, by `target_parameters`."""
 
 
-_ROUTERS = {Linear: RouterLinear, ParamWrapper: RouterParameter}
-_TIED = {Linear: TiedLinear, Embedding: TiedEmbedding, ParamWrapper: TiedParameter}
+_ROUTERS = {LoraLinear: RouterLinear, ParamWrapper: RouterParameter}
+_TIED = {LoraLinear: TiedLinear, LoraEmbedding: TiedEmbedding, ParamWrapper: TiedParameter}
 
 
 def bind_outside(peft_model: nn.Module) -> None:

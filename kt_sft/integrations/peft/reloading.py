@@ -12,18 +12,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
+from kt_sft.adapters.folder import local_adapter
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
 from kt_sft.integrations.peft.adapter_dir import (
-    check_adapter,
     in_running_form,
-    local_adapter_dir,
     read_adapter_config,
 )
 from kt_sft.integrations.peft.injecting import requesting
-from kt_sft.integrations.peft.unwrapped import plain_name
 from kt_sft.integrations.transformers.swapping import swap_experts
 from kt_sft.models.spec import iter_routed_experts
+from kt_sft.models.unwrapped import plain_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 _HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -44,9 +43,8 @@ def load_adapter(
         FormatError: missing, damaged, made for another model, or other tensors than the adapter of this name has.
     """
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
-    source = local_adapter_dir(model_id, subfolder=kwargs.pop("subfolder", None), **hub)
+    source = local_adapter(model_id, subfolder=kwargs.pop("subfolder", None), **hub)
     bare = bare_twin(peft_model.get_base_model())
-    check_adapter(bare, source)
     with in_running_form(bare, source) as folder:
         if adapter_name in peft_model.peft_config:
             check_same_tensors(
@@ -60,7 +58,7 @@ def bare_twin(base: nn.Module) -> nn.Module:
     experts = {plain_name(name): module for name, module in iter_routed_experts(base)}
     with torch.device("meta"):
         twin = type(base)(copy.deepcopy(base.config))
-    formats = {name: e.formats if e.weight_format == "gguf" else e.weight_format for name, e in experts.items()}
+    formats = {name: e.formats if e.method == "GGUF" else e.formats[0] for name, e in experts.items()}
     swap_experts(twin, {name: e.spec for name, e in experts.items()}, base.kt_config, formats)
     return twin
 
@@ -72,7 +70,7 @@ def untrained_twin(model: nn.Module, source: Path) -> PeftModel:
         model: without weights; it is changed in place.
         source: of any form.
     """
-    with in_running_form(model, source) as folder:
+    with in_running_form(model, source, may_grow=True) as folder:
         config = read_adapter_config(folder)
     config.inference_mode = False
     with requesting(is_saved=True), torch.device("meta"):

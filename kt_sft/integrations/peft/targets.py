@@ -9,32 +9,29 @@ config says 0 while the user's value travels beside it.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 from collections.abc import Iterable
+from typing import Any
 
-import peft
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
-from kt_sft.adapters import layout
-from kt_sft.adapters.patterns import Patterns
+from kt_sft.adapters import layout, options, peft_config
+from kt_sft.adapters.model import PARAMETERS
+from kt_sft.compat.peft import RELEASE, check_target_module_exists, every_linear
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.peft import names
-from kt_sft.integrations.peft.unwrapped import plain_modules, plain_name
-from kt_sft.models.spec import find_routers, iter_routed_experts
+from kt_sft.models.routers import frozen_linears, indexer_linears, router_linears
+from kt_sft.models.spec import iter_routed_experts
+from kt_sft.models.unwrapped import plain_modules, plain_name
 
 logger = logging.getLogger(__name__)
 _matches = names.suffix_matches
 
-SIDE_FILE = "kt_sft.json"
-RUNNING_FORM = layout.form_of(peft.__version__)  # in which the PEFT that runs writes LoRA of fused experts
-MAX_RANK = 256
+RUNNING_FORM = layout.form_of(RELEASE)  # in which the PEFT that runs writes LoRA of fused experts
 ALL_LINEAR = ("all", "all-linear")
-PROJECTIONS = ("gate_up_proj", "down_proj")
 # How checkpoints and older adapters call the matrices of one expert -> the fused parameter that holds them.
 ALIASES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
 ALIASES |= {"down_proj": "down_proj", "w2": "down_proj"}
@@ -69,10 +66,12 @@ class ExpertLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         with saved_into(save_directory) as staging:
             super().save_pretrained(str(staging), **kwargs)
-            beside = {"model_type": self.model_type, layout.MARK: RUNNING_FORM}
-            if self.adapter_dropout is not None:
-                beside["lora_dropout"] = self.adapter_dropout
-            (staging / SIDE_FILE).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+            peft_config.write_side_file(staging, self.model_type, self.adapter_dropout, RUNNING_FORM)
+
+
+def plain_values(config: LoraConfig) -> dict[str, Any]:
+    """A config's values as adapter_config.json would have them."""
+    return {key: list(v) if isinstance(v, set | tuple) else v for key, v in config.to_dict().items()}
 
 
 def prepare_lora_config(model: nn.Module, lora_config: LoraConfig, expert_lora: bool | None = None) -> ExpertLoraConfig:
@@ -140,40 +139,16 @@ def expert_names(model: nn.Module) -> list[str]:
 
 def expert_targets(config: LoraConfig, experts: Iterable[str]) -> list[str]:
     """Full names of the experts' parameters that `config.target_parameters` names, in PEFT's nesting order."""
-    entries = config.target_parameters or []
-    return [name for name in _expert_parameters(experts) if any(_matches(entry, [name]) for entry in entries)]
+    return [parameter for name in experts for parameter in peft_config.named_parameters(vars(config), name)]
 
 
 def effective_rank(config: LoraConfig, parameter: str) -> int:
     """The rank that PEFT gives to a parameter or module of this name."""
-    patterns = Patterns.of(config.rank_pattern)
-    key = patterns.key_of(parameter)
-    return config.r if key is None else patterns[key]
-
-
-def router_linears(model: nn.Module) -> list[str]:
-    """Routers that are `nn.Linear` (DeepSeek-V2's `mlp.gate`), so that a LoRA target could hit them.
-
-    Routers that hold a bare Parameter cannot be hit.
-    """
-    experts = {plain_name(name): module for name, module in iter_routed_experts(model)}
-    return list(find_routers(model, {name: module.gate_up_proj.shape[0] for name, module in experts.items()}))
-
-
-def indexer_linears(model: nn.Module) -> list[str]:
-    """Linear layers of indexers (GLM-5, DeepSeek-V3.2), which choose what attention sees: no gradient reaches them."""
-    modules = plain_modules(model)
-    indexers = tuple(f"{name}." for name, module in modules.items() if type(module).__name__.endswith("Indexer"))
-    return [name for name, m in modules.items() if name.startswith(indexers) and isinstance(m, nn.Linear)]
-
-
-def frozen_linears(model: nn.Module) -> set[str]:
-    """Linear layers that no target trains by `target_modules`."""
-    return {*router_linears(model), *indexer_linears(model)}
+    return peft_config.rank_of(vars(config), parameter)
 
 
 def _expert_parameters(experts: Iterable[str]) -> list[str]:
-    return [f"{name}.{projection}" for name in experts for projection in PROJECTIONS]
+    return [f"{name}.{projection}" for name in experts for projection in PARAMETERS]
 
 
 def _split_shorthand(config: LoraConfig) -> bool:
@@ -191,7 +166,7 @@ def _every_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     """What PEFT takes for all-linear, without the routers and without the layers that the config leaves out."""
     probe = copy.copy(config)
     probe.target_modules = "all-linear"
-    found = _maybe_include_all_linear_layers(probe, model).target_modules - frozen_linears(model)
+    found = every_linear(probe, model) - frozen_linears(model)
     if config.layers_to_transform is None:
         return found
     return {name for name in found if _is_left_in(config, name)}
@@ -206,9 +181,9 @@ def _spellings(modules: dict[str, nn.Module], experts: list[str], *, singles: bo
     """Every way to name the experts' matrices; with `singles` also those of one expert."""
     spelled: Spellings = {}
     for name in experts:
-        both = {f"{name}.{projection}" for projection in PROJECTIONS}
+        both = {f"{name}.{projection}" for projection in PARAMETERS}
         spelled[name] = (both, None)
-        for spelling, projection in (*((p, p) for p in PROJECTIONS), *ALIASES.items()):
+        for spelling, projection in (*((p, p) for p in PARAMETERS), *ALIASES.items()):
             spelled[f"{name}.{spelling}"] = ({f"{name}.{projection}"}, None)
         for index in range(modules[name].num_experts if singles else 0):
             spelled[f"{name}.{index}"] = (both, index)
@@ -345,7 +320,7 @@ def _compact(model: nn.Module, experts: list[str], selected: set[str]) -> list[s
     """`mlp.experts.down_proj` instead of one name per layer, where it means exactly the selected parameters."""
     every = _every_parameter(model, experts)
     entries = []
-    for projection in PROJECTIONS:
+    for projection in PARAMETERS:
         names = {name for name in selected if name.rpartition(".")[2] == projection}
         suffixes = {".".join(name.split(".")[-3:]) for name in names}
         if len(suffixes) == 1 and set(_matches(next(iter(suffixes)), every)) == names:
@@ -370,27 +345,18 @@ def _faults(config: LoraConfig, selected: set[str], experts: list[str], expert_l
     return faults + expert_faults(config, selected)
 
 
-def expert_faults(config: LoraConfig, selected: Iterable[str]) -> list[str]:
-    """What LoRA on the selected expert parameters cannot honour, one sentence each; none if nothing is selected."""
-    if not selected:
+def expert_faults(config: LoraConfig, selected: Iterable[str], door: str = options.TRAIN) -> list[str]:
+    """What LoRA on the selected expert parameters cannot honour, one sentence each; none if nothing is selected.
+
+    Args:
+        door: of `adapters.options`.
+    """
+    parameters = sorted(selected)
+    if not parameters:
         return []
-    off = "or set expert_lora=False to train without the experts"
-    faults = []
-    for option in ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "arrow_config"):
-        if getattr(config, option, None):
-            faults.append(f"{option}: expert LoRA does not support it; remove {option}, {off}")
-    if getattr(config, "alora_invocation_tokens", None) is not None:
-        faults.append(f"alora_invocation_tokens: expert LoRA does not support aLoRA; remove it, {off}")
-    init = config.init_lora_weights
-    if not isinstance(init, bool) and str(init).lower() != "gaussian":
-        faults.append(f"init_lora_weights: expert LoRA needs True, False or 'gaussian', got {init!r}; change it, {off}")
-    ranks = {effective_rank(config, parameter): parameter for parameter in sorted(selected)}
+    ranks = {effective_rank(config, parameter): parameter for parameter in parameters}
+    others = {option: value for option, value in vars(config).items() if option != "r"}
+    faults = options.faults(door, others, {options.EXPERTS: parameters[0]})
     for rank, parameter in ranks.items():
-        if not 1 <= rank <= MAX_RANK:
-            faults.append(
-                f"r: expert LoRA needs a rank of 1 to {MAX_RANK}, got {rank} for {parameter}; lower it, {off}"
-            )
-    dropout = config.lora_dropout
-    if not 0.0 <= dropout < 1.0:
-        faults.append(f"lora_dropout: expected 0 <= p < 1, got {dropout}")
+        faults += options.faults(door, {"r": rank}, {options.EXPERTS: parameter})
     return faults

@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedConfig
 
 from kt_sft.adapters.model import BaseModel
+from kt_sft.compat.transformers import revert_weight_conversion
 from kt_sft.errors import ConfigError, FormatError
-from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations.gguf import model as gguf_model
-from kt_sft.integrations.peft.unwrapped import is_of_adapter, plain_modules, plain_name
-from kt_sft.integrations.transformers import placing
-from kt_sft.integrations.transformers.model_files import find_config_file, read_config_file
+from kt_sft.integrations.gguf.model import is_gguf_model
+from kt_sft.integrations.transformers.opened import OpenedModel
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
+from kt_sft.models.unwrapped import is_of_adapter, plain_modules, plain_name
 from kt_sft.nn.packed_linear import PackedLinear
 
 
@@ -41,35 +39,24 @@ def find_base_model(
     """
     if name is None:
         raise ConfigError(f"{adapter}: names no base model; name its directory with --base-model")
-    if not gguf_model.is_gguf_model(name):
+    opened = OpenedModel(name, trust_remote_code=trust_remote_code)
+    if not is_gguf_model(name):
         try:
-            find_config_file(name, {})
+            _ = opened.config_file
         except FormatError as error:
             where = f"; looked for in {os.getcwd()}, in the directories above the adapter, and on the hub"
             told = "" if os.path.isabs(name) or os.path.exists(name) else where
             raise ConfigError(f"{adapter}: base model: {error}{told}; name its directory with --base-model") from None
-    return describe(meta_model(name, trust_remote_code=trust_remote_code), str(name))
+    return describe(opened.model, str(name))
 
 
-def meta_model(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a directory, hub name or GGUF file without weights, as transformers builds it.
-
-    Raises:
-        FormatError: nothing there, or a damaged config.json.
-        UnsupportedModel: a model that transformers does not know, or a config that it cannot build one of.
-    """
-    if gguf_model.is_gguf_model(name):
-        with GgufIndex.from_path(Path(name)) as index:
-            return placing.meta_model(gguf_model.read_config(index))
-    read_config_file(find_config_file(name, {}))
-    config = placing.read_config(name, {"trust_remote_code": trust_remote_code})
-    return placing.meta_model(config, trust_remote_code)
-
-
-def describe(model: nn.Module, path: str | None = None) -> BaseModel:
+def describe(model: nn.Module, path: str | None = None, *, may_grow: bool = False) -> BaseModel:
     """Of a model in memory (meta device is enough), with transformers' experts modules or ours.
 
     Wrappers of PEFT are looked through: the model below them is described.
+
+    Args:
+        may_grow: its vocabulary may still become another one.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -79,16 +66,24 @@ def describe(model: nn.Module, path: str | None = None) -> BaseModel:
     linears = {name: (m.out_features, m.in_features) for name, m in modules.items() if _is_linear(m, name, specs)}
     bare = dict(_bare(modules, linears, specs))
     values = config.get_text_config().to_dict()
-    name = path or getattr(config, "_name_or_path", None) or None
+    name = path or getattr(config, "name_or_path", None) or None
     layers = hub_layers(model, specs)
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    named = [*model.named_parameters(remove_duplicate=False), *_saved_buffers(model)]
     shapes = {plain_name(name): tuple(tensor.shape) for name, tensor in named if not is_of_adapter(name)}
     shapes |= {f"{name}.weight": shape for name, shape in linears.items()}  # packed ones are no parameters
     matrices = linears | {name.removesuffix(".weight"): shape for name, shape in bare.items()}
     return BaseModel(
         name, config.model_type, values, specs, layers, linears, _hub_names(model, matrices), shapes, bare,
-        frozenset(_routers(modules, linears, specs)), _tied(model),
+        frozenset(_routers(modules, linears, specs)), _tied(model), may_grow,
     )  # fmt: skip
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that checkpoints hold, by name."""
+    for name, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield f"{name}.{key}" if name else key, buffer
 
 
 def hub_layers(model: Any, specs: dict[str, ExpertsSpec]) -> dict[str, LayerSource]:
@@ -202,4 +197,4 @@ def default_name(adapter_base: str | None, adapter: Path) -> str | None:
 
 
 def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file() or (path.is_file() and gguf_model.is_gguf_model(path))
+    return (path / "config.json").is_file() or (path.is_file() and is_gguf_model(path))

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kt_sft.config import KTConfig
 from kt_sft.convert.plan import ConvertPlan, finished_manifest, plan_conversion
-from kt_sft.convert.run import Progress, convert
+from kt_sft.convert.run import convert
 from kt_sft.convert.verify import verify
 from kt_sft.errors import ConfigError, FormatError
-from kt_sft.formats.gguf import SUFFIX, GgufIndex
+from kt_sft.formats.checkpoint import GGUF, SAFETENSORS, kind_at
+from kt_sft.formats.gguf import SUFFIX
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.packed_manifest import Manifest
-from kt_sft.integrations.transformers.base_model import meta_model
-from kt_sft.integrations.transformers.model_files import check_config_file, find_config_file
-from kt_sft.models.spec import find_experts
+from kt_sft.integrations.transformers.opened import OpenedModel
+from kt_sft.progress import Bar
 from kt_sft.runtime import prepare_native
-from kt_sft.sources.gguf import GgufExperts
-from kt_sft.sources.opening import ExpertSource, open_experts, open_weight_path
 
 if TYPE_CHECKING:
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.layout import ExpertsSpec
+    from kt_sft.sources.protocol import ExpertSource
 
 # Input type -> beginnings of the names that tensors of such a checkpoint have in `ExpertSource.formats`.
 INPUT_TYPES = {"auto": ("",), "bf16": ("BF16",), "fp16": ("F16",), "fp8": ("F8",), "gguf": ()}
@@ -49,7 +46,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     check: bool = False,
     trust_remote_code: bool = False,
-    bar: Callable[[str, int], AbstractContextManager[Progress]],
+    bar: Bar,
 ) -> Converted:
     """Pack all experts of a checkpoint.
 
@@ -58,7 +55,7 @@ def convert_checkpoint(
         input_type: what the checkpoint must hold; `auto` takes any.
         check: read the container back afterwards (or the one that is there already).
         trust_remote_code: whether code beside the checkpoint's config.json may run.
-        bar: shows progress: (what, experts) -> context that gives the function to call.
+        bar: shows progress in experts.
 
     Raises:
         KTError: see `open_source`, `kt_sft.convert.run.convert` and `kt_sft.convert.verify.verify`.
@@ -70,7 +67,7 @@ def convert_checkpoint(
         )
     prepare_native(config)
     source, specs, model_type = open_source(input_path, input_type, trust_remote_code=trust_remote_code)
-    plan = plan_conversion(source, specs, output, config.weight_format, config.int4_group_size, model_type)
+    plan = plan_conversion(source, specs, output, config.format, config.int4_group_size, model_type)
     is_new = overwrite or finished_manifest(plan) is None
     if is_new:
         with bar("Converting", plan.num_experts) as progress:
@@ -105,21 +102,16 @@ def open_source(
         raise ConfigError(f"input-path: expected a checkpoint, found a packed container in {path}")
     folder = path.parent if path.is_file() else path
     if path.suffix == SUFFIX and not (folder / "config.json").is_file():
-        weights = GgufIndex.from_path(path)
-        model = meta_model(path)
+        opened = OpenedModel(path)
     else:
-        check_config_file(find_config_file(str(folder), {}))
-        weights = open_weight_path(path)
-        model = meta_model(folder, trust_remote_code=trust_remote_code)
-    specs = find_experts(model)
-    if isinstance(weights, GgufIndex):
-        source: ExpertSource = GgufExperts(weights, specs)
-    else:
-        with weights:
-            files = sorted({str(file) for name in weights for file in weights.files(name)})
-        source = open_experts(model, specs, files, KTConfig())
+        apart = {} if kind_at(path) == SAFETENSORS else {"weight_path": str(path)}
+        opened = OpenedModel(str(folder), KTConfig(**apart), trust_remote_code=trust_remote_code)
+        opened.check_config()
+    _ = opened.weights
+    source = opened.source
+    assert source is not None  # of a path that is there
     check_input_type(source, input_type)
-    return source, specs, model.config.model_type
+    return source, opened.specs, opened.config.model_type
 
 
 def check_input_type(source: ExpertSource, input_type: str) -> None:
@@ -132,7 +124,7 @@ def check_input_type(source: ExpertSource, input_type: str) -> None:
         raise ConfigError(f"input-type: expected one of {', '.join(INPUT_TYPES)}, found {input_type!r}")
     found = sorted({name for names in source.formats.values() for name in names})
     if input_type == "gguf":
-        fits = isinstance(source, GgufExperts)
+        fits = source.kind == GGUF
     else:
         fits = all(name.startswith(INPUT_TYPES[input_type]) for name in found)
     if not fits:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kt_sft.config import KTConfig
 from kt_sft.errors import GIB, ConfigError
-from kt_sft.integrations.peft.targets import router_linears
+from kt_sft.models.routers import router_linears
 from kt_sft.native import native
 from kt_sft.nn.packed_linear import pack_linear
 
@@ -45,8 +45,8 @@ def _pack_chosen(model: nn.Module, config: KTConfig, chosen: Mapping[str, str]) 
             "optimize_rule: PackedLinear: expected bf16 linear layers on the CPU that share no weight, and no router, "
             f"found {', '.join(wrong[:3])}; load in bf16, or use class default for them"
         )
-    for name, weight_format in chosen.items():
-        pack_linear(eligible[name], weight_format, activations=_activations(config))
+    for name, format in chosen.items():
+        pack_linear(eligible[name], format, activations=_activations(config))
     return list(chosen)
 
 
@@ -64,16 +64,16 @@ def _pack_by_setting(model: nn.Module, config: KTConfig) -> list[str]:
         if gain < MIN_SPEEDUP:
             logger.info("linear layers on the CPU stay with torch: our kernels have %s", why)
             return []
-    weight_format = "bf16" if is_auto else config.cpu_linear
+    format = "bf16" if is_auto else config.cpu_linear
     for name, linear in eligible.items():
         try:
-            pack_linear(linear, weight_format, activations=_activations(config))
+            pack_linear(linear, format, activations=_activations(config))
         except ValueError as error:
             raise ValueError(f"{name}: {error}; set cpu_linear: off or bf16") from None
     packed_bytes = sum(linear.packed_bytes for linear in eligible.values())
     logger.info(
         "packed %d frozen linear layers in %.2f GiB (%s): %s; cpu_linear: off leaves them to torch",
-        *(len(eligible), packed_bytes / GIB, weight_format, why),
+        *(len(eligible), packed_bytes / GIB, format, why),
     )
     return list(eligible)
 

@@ -1,29 +1,28 @@
-"""A model's files: its config.json, and the weights beside it with the quantisation that this one states."""
+"""A model's settings as transformers reads them: where config.json is, what it takes of it, generation_config.json."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from kt_sft.errors import FormatError
+from kt_sft.errors import FormatError, first_line
+from kt_sft.formats.checkpoint import MOST_CONFIG_BYTES
 from kt_sft.formats.config_values import check_values
 from kt_sft.formats.json_object import read_object
-from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
-from kt_sft.formats.safetensors_index import SafetensorsIndex
-from kt_sft.integrations.transformers.auto_class import HUB_ARGS, errors_in_one_line, read_auto_config
-
-_LAYERS_IN_A_SECOND = 96
-_NUMBER = re.compile(r"\.(\d{1,9})\.")
-# In a model directory that was made of GGUF files: which.
-GGUF_SOURCES = "kt_sft_gguf.json"
-_MOST_BYTES = 4 << 20  # the largest that are known have some 600 KB (lists of modules that are not quantised)
+from kt_sft.models.auto_class import (
+    HUB_ARGS,
+    auto_class,
+    config_file,
+    errors_in_one_line,
+    read_auto_config,
+)
 
 
 def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> Path:
@@ -53,104 +52,33 @@ def find_config_file(path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -
             raise OSError("it has no config.json")
         return Path(found_file)
     except (OSError, ValueError, TypeError) as error:  # the last two of other arguments: names, revisions, folders
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FormatError(
             text,
             "model",
             expected="a model directory, or a hub id that is cached or can be reached",
-            found=f"neither ({reason})",
+            found=f"neither ({first_line(error)})",
             remedy="correct the path or download the model first",
         ) from error
 
 
-def read_config_file(config_file: Path) -> dict[str, Any]:
-    """Values of a config.json that a model can be built of.
-
-    Raises:
-        FormatError: no JSON object, values that no model has, or more layers than the weights beside it.
-    """
-    values = read_object(
-        config_file, "config", most_bytes=_MOST_BYTES, may_be_infinite=True, remedy="download it again"
-    )
-    check_values(config_file, values)
-    _check_size(config_file, values)
-    return values
-
-
-def check_config_file(config_file: Path) -> Quantization | None:
-    """How the weights beside a config.json are quantised; None: they are not. Checks the settings of both files there.
-
-    Raises:
-        FormatError: see `read_config_file`; the same of generation_config.json.
-        UnsupportedModel: weights quantised in a way that is not read, or settings that transformers does not take.
-    """
-    values = read_config_file(config_file)
-    _check_generation_config(config_file.with_name(GENERATION_CONFIG_NAME), values)
-    return read_quantization(values.get("quantization_config"), config_file)
-
-
-def _check_size(config_file: Path, values: dict[str, Any]) -> None:
-    """Raise where a config.json has more layers than the weights beside it: only building them would show that.
-
-    Those that are built in a second are left to the comparison of every tensor, which follows anyway.
-
-    Raises:
-        FormatError: with the numbers of both.
-    """
-    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
-    asked = max((part.get("num_hidden_layers") or 0 for part in parts), default=0)
-    if asked <= _LAYERS_IN_A_SECOND:
-        return
-    try:
-        with SafetensorsIndex.from_directory(config_file.parent) as index:
-            numbers = {int(found[1]) for name in index if (found := _NUMBER.search(name))}  # experts' come later
-    except FormatError:
-        return  # of a model on the hub, or without weights, whoever reads them says so
-    if asked > (stored := max(numbers, default=-1) + 1):
-        expected = f"at most {stored}, the layers of the weights beside it"
-        raise FormatError(config_file, "num_hidden_layers", expected=expected, found=asked, remedy="download it again")
-
-
-def _check_generation_config(file: Path, values: dict[str, Any]) -> None:
-    """Raise where transformers would refuse a generation_config.json, which it reads after all weights.
+def check_generation_config(config: Path, values: Mapping[str, Any]) -> None:
+    """Raise where transformers would refuse the generation_config.json beside a config; it reads it after all weights.
 
     Args:
-        values: of the config.json beside it.
+        values: of the config.json.
     Raises:
-        FormatError: names what is wrong.
+        FormatError, UnsupportedModel: names what is wrong.
     """
+    file = config.with_name(GENERATION_CONFIG_NAME)
     if not file.exists():
         return
-    settings = read_object(
-        file, "generation config", most_bytes=_MOST_BYTES, may_be_infinite=True, remedy="correct it or remove it"
-    )
+    remedy = "correct it or remove it"
+    settings = read_object(file, "generation config", most_bytes=MOST_CONFIG_BYTES, may_be_infinite=True, remedy=remedy)
     text = values.get("text_config")
     size = values.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
     check_values(file, {**({} if size is None else {"vocab_size": size}), **settings})
     with errors_in_one_line(file, "generation config"):
         GenerationConfig.from_dict(settings)
-
-
-def open_checkpoint(files: Iterable[str | Path] | str) -> QuantizedIndex:
-    """A safetensors checkpoint, quantised as the config.json beside it says.
-
-    Args:
-        files: weight files of one directory, or a directory.
-    Raises:
-        FormatError: file missing or damaged, scales missing or of a wrong shape.
-        UnsupportedModel: quantised in a way that is not read.
-    """
-    index = SafetensorsIndex.from_directory(files) if isinstance(files, str) else SafetensorsIndex.from_files(files)
-    config_file = index.source / "config.json"
-    return QuantizedIndex(index, check_config_file(config_file) if config_file.is_file() else None)
-
-
-def gguf_sources(folder: Path | None) -> list[Path]:
-    """The GGUF files that a model directory was made of; none for others, and for files that are gone."""
-    with suppress(FormatError, KeyError, TypeError):
-        files = [Path(name) for name in read_object(folder / GGUF_SOURCES, "GGUF sources")["files"]]
-        return [file for file in files if file.is_file()]
-    return []
 
 
 def load_config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -170,11 +98,25 @@ def load_config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> dict[st
     return kwargs
 
 
-def drop_quantization(config: PreTrainedConfig) -> None:
+def drop_quantization(config: PretrainedConfig) -> None:
     """Have transformers take a checkpoint for one in floating point; its weights are dequantised by us."""
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
+
+
+def meta_model(config: PretrainedConfig, trust_remote_code: bool | None = None) -> PreTrainedModel:
+    """The model of a config without weights; takes the config's own quantization off.
+
+    Raises:
+        FormatError: a value that no model has.
+        UnsupportedModel: a config that no model can be built of, or whose own code does not run.
+    """
+    drop_quantization(config)
+    path = config.name_or_path or "model"
+    check_values(config_file(path), config.to_dict(), has_defaults=True)
+    with torch.device("meta"), errors_in_one_line(path, trust_remote_code=trust_remote_code):
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def untie(values: dict[str, Any]) -> None:

@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from kt_sft import env
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
-from kt_sft.formats.config_values import check_values
-from kt_sft.integrations.transformers.auto_class import (
-    HUB_ARGS,
-    auto_class,
-    config_file,
-    errors_in_one_line,
-    read_auto_config,
-)
-from kt_sft.integrations.transformers.model_files import check_config_file, drop_quantization, find_config_file
+from kt_sft.models.layout import ExpertsSpec
 from kt_sft.placement.inject import check_devices
 from kt_sft.placement.plan import Plan
 from kt_sft.placement.resolve import NO_RULES, resolve
 from kt_sft.placement.rules import load_rules, parse_variables
-
-
-def read_config(path: str | os.PathLike[str], from_pretrained_kwargs: dict[str, Any]) -> PretrainedConfig:
-    """The model's config: the one that the caller passes, or that of the files.
-
-    Raises:
-        UnsupportedModel: a model that transformers does not know, or whose own code does not run.
-    """
-    given = from_pretrained_kwargs.get("config")
-    if isinstance(given, PretrainedConfig):
-        return given
-    hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
-    trust = from_pretrained_kwargs.get("trust_remote_code")
-    return read_auto_config(path if given is None else given, **hub_kwargs, trust_remote_code=trust)
-
-
-def meta_model(model_config: PretrainedConfig, trust_remote_code: bool | None = None) -> PreTrainedModel:
-    """The model of a config without weights; takes the config's own quantization off.
-
-    Raises:
-        FormatError: a value that no model has.
-        UnsupportedModel: a config that no model can be built of, or whose own code does not run.
-    """
-    drop_quantization(model_config)
-    path = model_config.name_or_path or "model"
-    check_values(config_file(path), model_config.to_dict(), has_defaults=True)
-    with torch.device("meta"), errors_in_one_line(path, trust_remote_code=trust_remote_code):
-        return auto_class(model_config).from_config(model_config, trust_remote_code=trust_remote_code)
 
 
 def plan_model(model: PreTrainedModel, config: KTConfig, default_device: object = "cpu") -> Plan:
@@ -105,18 +70,21 @@ def plan_here(model: PreTrainedModel, config: KTConfig, device_map: Any = None, 
     return plan
 
 
-def plan_checkpoint(
-    path: str | os.PathLike[str], config: KTConfig, *, device_map: Any = None, **from_pretrained_kwargs: Any
-) -> Plan | None:
-    """`plan_here` for a model in files or on the hub; None without rules."""
-    if config.optimize_rule is None:
-        return None
-    hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGS}
-    check_config_file(find_config_file(path, hub_kwargs))
-    model = meta_model(read_config(path, from_pretrained_kwargs), from_pretrained_kwargs.get("trust_remote_code"))
-    return plan_here(model, config, device_map, given_dtype(from_pretrained_kwargs))
-
-
 def given_dtype(from_pretrained_kwargs: dict[str, Any]) -> Any:
     """The dtype among `from_pretrained`'s arguments, under its new name or the old one."""
     return from_pretrained_kwargs.get("dtype", from_pretrained_kwargs.get("torch_dtype"))
+
+
+def bytes_outside_experts(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> int:
+    """Bytes of all parameters and buffers outside the experts."""
+    outside = (
+        t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.rpartition(".")[0] not in specs
+    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in outside)
+
+
+def uses_main_memory(device_map: dict[str, Any] | str | None) -> bool:
+    """Whether weights outside the experts stay in main memory under this device map."""
+    if not isinstance(device_map, dict):
+        return device_map in (None, "cpu")
+    return any(str(device) == "cpu" for device in device_map.values())

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from kt_sft.compat.transformers import ConversionOps, WeightConverter, drop_conversions
 from kt_sft.errors import UnsupportedModel
 from kt_sft.formats.quantized_index import QuantizedIndex
-from kt_sft.integrations.transformers.model_files import open_checkpoint
-from kt_sft.models.expert_keys import KeyMap
 
 if TYPE_CHECKING:
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.expert_keys import KeyMap
+    from kt_sft.models.layout import ExpertsSpec
 
 # What a checkpoint holds beside the weights themselves; transformers must not report it as unexpected.
 UNREAD = (
@@ -32,17 +30,16 @@ class Dequantizer:
     The loader hands over the quantised tensor alone; this reads it again together with its scales, from the page cache.
 
     Args:
-        model: as transformers builds it, its experts modules still in place.
-        files: weight files of the model directory.
+        index: the model's own tensors.
+        key_map: of the model as transformers builds it.
+        specs: its routed experts.
     Raises:
-        FormatError: a file is damaged, or scales are missing or of a wrong shape.
         UnsupportedModel: a quantised tensor that transformers converts in a way of its own.
     """
 
-    def __init__(self, model: nn.Module, specs: Mapping[str, ExpertsSpec], files: Iterable[str | Path]):
-        self._index: QuantizedIndex = open_checkpoint(files)
+    def __init__(self, index: QuantizedIndex, key_map: KeyMap, specs: Mapping[str, ExpertsSpec]):
+        self._index = index
         self._keys: dict[str, str] = {}  # parameter -> checkpoint tensor
-        key_map = KeyMap(model, specs)
         for key in self._index.quantized:
             target, pattern = key_map.target(key)
             if target.rpartition(".")[0] in specs or not key_map.is_parameter(target):
@@ -70,9 +67,7 @@ class Dequantizer:
     def close(self, model: nn.Module) -> None:
         """Drop file mappings, and take the conversions off a loaded model: it is saved in floating point."""
         self._index.close()
-        kept = [entry for entry in getattr(model, "_weight_conversions", None) or [] if not _is_ours(entry)]
-        if hasattr(model, "_weight_conversions"):
-            model._weight_conversions = kept
+        drop_conversions(model, _is_ours)
 
 
 def _is_ours(conversion: Any) -> bool:

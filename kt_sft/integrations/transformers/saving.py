@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.finite import is_finite
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
+from kt_sft.formats.staging import put_json
 from kt_sft.integrations.transformers.base_model import expert_shapes
 from kt_sft.integrations.transformers.model_files import untie
 from kt_sft.models.expert_keys import ExpertPart, KeyMap
 from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
 from kt_sft.nn.packed_linear import has_rounded_linears, saving_packed_weights
+from kt_sft.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def save_full_model(
             config = staging / "config.json"
             values = json.loads(config.read_text(encoding="utf-8"))
             untie(values)
-            config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            put_json(config, values)
         _write_experts(staging, target, plan, limit_bytes)
         _write_index(staging)
 
@@ -185,7 +186,7 @@ class _Unpacker:
             except FormatError as error:
                 reason = str(error)
         if not self._has_warned:
-            name = experts.weight_format
+            name = experts.method.lower()
             logger.warning(
                 "experts are saved as %s rounded them, with a relative error of about %s: %s",
                 *(name.upper(), FORMAT_ERRORS[name], reason),
@@ -205,11 +206,14 @@ def _write_experts(folder: Path, target: Path, plan: list[tuple[PlannedTensor, l
         shards[-1].append(entry)
         used_bytes += entry[0].num_bytes
     unpack = _Unpacker()
-    for number, shard in enumerate(hf_logging.tqdm(shards, desc="Writing expert shards"), 1):
-        tensors = [tensor for tensor, _ in shard]
-        parts = ((tensor.name, *part) for tensor, parts in shard for part in parts)
-        pieces = _pieces(target, tensors[0].dtype, parts, unpack)
-        write(folder / f"experts-{number:05d}.safetensors", tensors, pieces)
+    with progress_bar("Writing expert shards", len(shards), unit="file") as move:
+        for number, shard in enumerate(shards, 1):
+            tensors = [tensor for tensor, _ in shard]
+            parts = ((tensor.name, *part) for tensor, parts in shard for part in parts)
+            pieces = _pieces(target, tensors[0].dtype, parts, unpack)
+            file = folder / f"experts-{number:05d}.safetensors"
+            write(file, tensors, pieces)
+            move(number, len(shards), file.name)
 
 
 def _pieces(
@@ -248,4 +252,4 @@ def _write_index(folder: Path) -> None:
     for file in folder.glob("*.new"):
         file.rename(file.with_suffix(""))
     content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    put_json(folder / INDEX_NAME, content)

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
+from kt_sft.compat.transformers import mark_initialized
 from kt_sft.config import KTConfig
 from kt_sft.models.families import adapt_block
-from kt_sft.models.spec import ExpertsSpec
-from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts, WeightFormats
+from kt_sft.models.layout import ExpertsSpec, Formats
+from kt_sft.nn.routed_experts import PLACEHOLDERS, RoutedExperts
 from kt_sft.schedule.deferred import Deferral, LayerChain
 
 
 def swap_experts(
-    model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig, formats: dict[str, WeightFormats]
+    model: PreTrainedModel, specs: dict[str, ExpertsSpec], config: KTConfig, formats: dict[str, Formats]
 ) -> None:
     """Put our experts modules, empty, in the place of transformers'."""
     dtype = model.dtype
@@ -27,7 +28,7 @@ def swap_experts(
         with torch.device("cpu"):
             experts = RoutedExperts(
                 spec,
-                weight_format=formats[name],
+                formats=formats[name],
                 group_size=config.int4_group_size,
                 expert_activations=config.expert_activations,
                 chunk_size=config.chunk_size,
@@ -38,7 +39,7 @@ def swap_experts(
             chain.append(experts)
             experts.deferral = Deferral(chain, config.max_deferred_experts_per_token)
         for placeholder in PLACEHOLDERS:
-            getattr(experts, placeholder)._is_hf_initialized = True
+            mark_initialized(getattr(experts, placeholder))
         block = model.get_submodule(parent)
         adapt_block(block, getattr(block, attribute))
         setattr(block, attribute, experts)

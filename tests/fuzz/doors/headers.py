@@ -20,12 +20,12 @@ from torch import Tensor
 from kt_sft.convert.run import _finished_layers, convert
 from kt_sft.errors import FormatError
 from kt_sft.formats import training_checkpoint
+from kt_sft.formats.checkpoint import open_checkpoint
 from kt_sft.formats.ggml_types import GGML_TYPE_BY_NUMBER
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, PackedContainer
 from kt_sft.formats.quantized_index import QuantizedIndex, read_quantization
 from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME, SafetensorsIndex
-from kt_sft.integrations.transformers.model_files import open_checkpoint
 from tests.fuzz.case import Door, Subject
 from tests.fuzz.documents import Json, Lines, Plain, Tensors, TorchArchive
 from tests.fuzz.gguf_document import Gguf, parse
@@ -130,7 +130,7 @@ def _mxfp4(_: Path) -> Subject:
 
 
 def _read_quantized(folder: Path) -> dict[str, Tensor]:
-    with open_checkpoint(str(folder)) as index:
+    with open_checkpoint(SafetensorsIndex.from_directory(folder)) as index:
         found = {name: index.read(name) for name in index}
         assert all(index.info(name).shape == tuple(tensor.shape) for name, tensor in found.items())
         for name in index.quantized:

@@ -107,7 +107,7 @@ def _gguf(family: str, *, loads: bool) -> Callable[[Path], Subject]:
 
         def read(at: Path) -> Any:
             if loads:
-                made = model_directory(at / "m.gguf", cache)
+                made = model_directory(GgufIndex.from_path(at / "m.gguf"), cache)
                 for kept in sorted(cache.iterdir())[:-3]:
                     _remove(kept)
                 return made

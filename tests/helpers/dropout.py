@@ -1,4 +1,4 @@
-"""The dropout decisions of the native kernels, in numpy: for tests and for readers. The kernels never store a mask."""
+"""The dropout decisions of the native kernels, in numpy. The kernels never store a mask."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kt_sft.ops.cpu_copy import check_storage
+from kt_sft.cpu_tensors import check_storage
 
 
 def packed_linear(x: Tensor, layer: object, bias: Tensor | None = None, *, rows: str = "bf16") -> Tensor:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 
 from rich.table import Table
 
-from benchmarks.block_layer import DOWN, INSTEAD
-from benchmarks.layer_bench import BASE_ONLY, MODELS, OURS, REFERENCE, rank_name
+from benchmarks.contest import BASE_ONLY, MODELS, OURS, REFERENCE, rank_name
+from benchmarks.gguf_mix import DOWN, INSTEAD
 
 V2, QWEN, V3 = MODELS
 GROUPED = "grouped_mm bf16"

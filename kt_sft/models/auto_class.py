@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from kt_sft import env
-from kt_sft.errors import KTError, UnsupportedModel
+from kt_sft.compat.transformers import serves
+from kt_sft.errors import UnsupportedModel, as_ours
 from kt_sft.models import kimi_k2
 
 kimi_k2.register()
@@ -46,7 +47,7 @@ def auto_class(config: PretrainedConfig) -> Any:
         kinds = kinds[1:] + kinds[:1]
     remote = getattr(config, "auto_map", None) or {}
     for kind in kinds:
-        if kind.__name__ in remote or type(config) in kind._model_mapping:
+        if kind.__name__ in remote or serves(kind, type(config)):
             return kind
     return AutoModelForCausalLM
 
@@ -64,20 +65,20 @@ def errors_in_one_line(
     Raises:
         UnsupportedModel: with the key that transformers names.
     """
-    try:
-        yield
-    except KTError:
-        raise
-    except BaseException as error:
+
+    def ours(error: BaseException) -> UnsupportedModel | None:
         # That of the tokenizers library, which is written in Rust, is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+            return None
         needs_trust = not trust_remote_code and "trust_remote_code" in str(error)
         trust = "allow the code beside it with --trust-remote-code, or trust_remote_code: true, if you trust it"
         where = f"{os.fspath(path)}: {what}" if what else config_file(path)
         remedy = trust if needs_trust else ("download it again" if what else "")
         expected = "what transformers takes" if what else "the config of a known model"
-        raise UnsupportedModel(where, expected=expected, found=_in_words(error), remedy=remedy) from error
+        return UnsupportedModel(where, expected=expected, found=_in_words(error), remedy=remedy)
+
+    with as_ours(ours, BaseException):
+        yield
 
 
 def config_file(path: str | os.PathLike[str]) -> str:
@@ -119,7 +120,7 @@ def has_native_class(path: str | os.PathLike[str], **hub_kwargs: Any) -> bool:
         model_type = PretrainedConfig.get_config_dict(path, **hub_kwargs)[0].get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return False
-    return any(CONFIG_MAPPING[model_type] in kind._model_mapping for kind in _KINDS)
+    return any(serves(kind, CONFIG_MAPPING[model_type]) for kind in _KINDS)
 
 
 def _forget_code(config: PretrainedConfig) -> bool:

@@ -11,9 +11,9 @@ from types import ModuleType
 import torch
 
 from benchmarks import harness
+from benchmarks.contest import MODELS
 from benchmarks.harness import Contender, Sample, Work
-from benchmarks.layer_bench import MODELS
-from benchmarks.moe_layer import worst_error
+from benchmarks.problem import worst_error
 from benchmarks.roofline import Roofline, unit_of
 
 ROWS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 512)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.moe_layer import Layer
+from benchmarks.problem import Layer
 from kt_sft.nn.routed_experts import Matrices
 from kt_sft.sources.gguf import dequantize
 from tests.helpers.blocks import block_of, random_rows

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from benchmarks import harness, moe_layer
-from benchmarks.block_layer import block_layers
+from benchmarks import harness, problem
+from benchmarks.gguf_mix import block_layers
 from benchmarks.harness import CaseResult, Contender, Sample, Work
-from benchmarks.moe_layer import Batch, Computes, Layer, LayerShape
-from benchmarks.our_layer import OurLayer
+from benchmarks.kt_sft_contender import OurLayer
+from benchmarks.problem import Batch, Computes, Layer, LayerShape
 from benchmarks.roofline import Roofline, unit_of
 
 OURS = "kt_sft bf16"
@@ -190,18 +190,18 @@ class LayerBench:
                 ours, self.layer, max_error, ours.weight_bytes, rows, forward_only=rows != "bf16"
             )
         for rank in ranks:
-            layer = moe_layer.with_rank(self.layer, rank)
+            layer = problem.with_rank(self.layer, rank)
             twin = packed["bf16"].sharing(layer)
             self.contestants[rank_name(rank)] = Contestant(twin, layer, FORMATS[OURS][2], twin.weight_bytes)
 
     def add_blocks(self, names: Iterable[str]) -> None:
-        """Ours from block types of GGUF files, as `block_layer.DOWN` names them; each has weights of its own."""
+        """Ours from block types of GGUF files, as `gguf_mix.DOWN` names them; each has weights of its own."""
         for name, blocks in block_layers(self.layer, names):
             ours = OurLayer(blocks.layer, weight_format=blocks.formats, experts=blocks.experts())
             self.contestants[name] = Contestant(ours, blocks.layer, FORMATS[OURS][2], ours.weight_bytes)
 
     def add_torch(self, names: Iterable[str]) -> None:
-        for name, opponent in moe_layer.torch_contenders(self.layer, names).items():
+        for name, opponent in problem.torch_contenders(self.layer, names).items():
             label = name.rsplit(" ", 1)[1]
             self.contestants[name] = Contestant(opponent, self.layer, MAX_ERROR[label], forward_only=label == "_int_mm")
 
@@ -222,12 +222,12 @@ class LayerBench:
             flops = work_of(layer.shape, [batch], backward, 2.0).flops
             fp32 = self.contestants.get(REFERENCE)
             if flops <= EXACT_REFERENCE_FLOPS:
-                reference: Computes = moe_layer.exact_layer(layer)
+                reference: Computes = problem.exact_layer(layer)
             elif fp32 is not None and layer.gate_up is self.layer.gate_up:
                 reference = fp32.computes.sharing(layer)
             else:
-                reference = moe_layer.torch_contenders(layer, [REFERENCE])[REFERENCE]
-            answer = moe_layer.answers(reference, batch) if backward else [moe_layer.infer(reference, batch)]
+                reference = problem.torch_contenders(layer, [REFERENCE])[REFERENCE]
+            answer = problem.answers(reference, batch) if backward else [problem.infer(reference, batch)]
             self._references[key] = answer
         return self._references[key]
 
@@ -239,8 +239,8 @@ class LayerBench:
         """
         one = self.contestants[name]
         reference = self._reference(one.layer, batch, backward)
-        got = moe_layer.answers(one.computes, batch) if backward else [moe_layer.infer(one.computes, batch)]
-        error = moe_layer.worst_error(got, reference)
+        got = problem.answers(one.computes, batch) if backward else [problem.infer(one.computes, batch)]
+        error = problem.worst_error(got, reference)
         if not error <= one.max_error:
             raise RuntimeError(
                 f"{name}: relative error expected <= {one.max_error}, got {error:.3g} on "
@@ -269,7 +269,7 @@ class LayerBench:
                 self._bound(trial, name, batches[0], backward, expected)
                 continue
             trial.errors[name], estimate = self._warm_up(name, batches, backward)
-            run = partial(_pass, moe_layer.step if backward else moe_layer.infer, one.computes, batches)
+            run = partial(_pass, problem.step if backward else problem.infer, one.computes, batches)
             contenders.append(Contender(name, run, estimate, one.reports_seconds))
         self._references.clear()
         estimates = [one.estimate_seconds for one in contenders]
@@ -281,7 +281,7 @@ class LayerBench:
     def _warm_up(self, name: str, batches: list[Batch], backward: bool) -> tuple[float, float]:
         """Error of the contestant and seconds that one pass takes."""
         computes = self.contestants[name].computes
-        call: Callable[..., object] = moe_layer.step if backward else moe_layer.infer
+        call: Callable[..., object] = problem.step if backward else problem.infer
         start = time.perf_counter()
         error = self.check(name, batches[0], backward)
         estimate = time.perf_counter() - start
@@ -298,7 +298,7 @@ class LayerBench:
         if part < 1:
             trial.notes[name] = f"not timed: one pass would take about {expected:.0f} s"
             return
-        call: Callable[..., object] = moe_layer.step if backward else moe_layer.infer
+        call: Callable[..., object] = problem.step if backward else problem.infer
         start = time.perf_counter()
         call(self.contestants[name].computes, batch.head(part))
         trial.at_least[name] = time.perf_counter() - start

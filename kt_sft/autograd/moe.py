@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kt_sft.cpu_tensors import cpu_copy
 from kt_sft.native import native
-from kt_sft.ops.cpu_copy import cpu_copy
 
 _NO_TAPE = (None, None, None, None)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

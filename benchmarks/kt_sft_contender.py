@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from benchmarks.moe_layer import LORA_SCALE, Batch, Layer
+from benchmarks.problem import LORA_SCALE, Batch, Layer
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.expert_lora import ExpertLora, LoraFactor, LoraPair
 from kt_sft.nn.routed_experts import Matrices, RoutedExperts
@@ -38,7 +38,7 @@ class OurLayer:
     ) -> None:
         shape = layer.shape
         self._settings = {
-            "weight_format": weight_format,
+            "formats": weight_format,
             "group_size": GROUP_SIZE,
             "chunk_size": chunk_size,
             "cpu_activation": cpu_activation,
@@ -79,7 +79,7 @@ class OurLayer:
             if not torch.equal(factor.canonical(), one):
                 raise RuntimeError(
                     f"LoraFactor {factor.layout}: canonical() does not restore [experts, rank, dim]; "
-                    "bring benchmarks/our_layer.py in line with kt_sft/nn/expert_lora.py"
+                    "bring benchmarks/kt_sft_contender.py in line with kt_sft/nn/expert_lora.py"
                 )
         gate_up_a, gate_up_b, down_a, down_b = self._factors
         self.experts.lora = ExpertLora(

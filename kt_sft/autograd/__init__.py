@@ -1,0 +1,1 @@
+"""Differentiable operations on the native kernels: what autograd sees of them."""

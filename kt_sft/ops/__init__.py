@@ -1,1 +1,0 @@
-"""Differentiable operations on the native kernels."""
