@@ -8,7 +8,7 @@
 //   micro_widened  weights widened once per task and kReduceBlock into a scratch in L2: many row blocks
 // Both do the same operations in the same order, so a row's result does not depend on how many rows there are.
 #pragma once
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 #include "weights_inl.h"
 #include "with_rows_inl.h"
 

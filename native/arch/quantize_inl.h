@@ -71,7 +71,7 @@ KTS_INLINE Int4Errors<V> int4_errors(const float* w, int64_t count, float s) {
   return {V::sum(plus), V::sum(minus)};
 }
 
-// The search of quant/int4.cc. w [count] times 2^-shift, zeros up to a multiple of 8; `largest` is in [2, 4).
+// The search of gemm/quantize.cc. w [count] times 2^-shift, zeros up to a multiple of 8; `largest` is in [2, 4).
 template <class V>
 KTS_INLINE float int4_search(const float* w, int64_t count, float largest, float least, float most) {
   constexpr uint32_t kStep = 1u << 19;  // numbers of 5 significant bits are this far apart as bits

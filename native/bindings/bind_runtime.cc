@@ -4,7 +4,6 @@
 #include "bindings.h"
 #include "gil.h"
 #include "kts/gemm.h"
-#include "kts/isa.h"
 #include "kts/openmp.h"
 #include "kts/thread_pool.h"
 #include "kts/topology.h"

@@ -6,7 +6,6 @@
 #include <string>
 
 #include "../gemm/schedule.h"
-#include "kts/elementwise.h"
 #include "kts/linear.h"
 #include "kts/openmp.h"
 #include "kts/thread_pool.h"

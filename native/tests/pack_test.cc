@@ -5,8 +5,7 @@
 #include <vector>
 
 #include "check.h"
-#include "kts/packed.h"
-#include "kts/quant.h"
+#include "kts/pack.h"
 #include "packed_problem.h"
 
 namespace kts::test {

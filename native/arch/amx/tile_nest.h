@@ -11,7 +11,7 @@
 #pragma once
 #include <cstring>
 
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 #include "tile_config.h"
 
 namespace kts::amx {

@@ -11,7 +11,7 @@
 #include "../prefetch_inl.h"
 #include "../vec_avx512.h"
 #include "../with_rows_inl.h"
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 #include "unpack_avx512.h"
 
 namespace kts::avx512bf16 {

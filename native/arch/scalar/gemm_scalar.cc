@@ -2,7 +2,7 @@
 // sums in f32 in ascending order with fused multiply-adds. int8 rows: exact int32 sums, per group for int4, whose
 // products with the scales are summed in f32 in ascending order. For tests: two orders of magnitude slower than the
 // vector rows.
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 
 namespace kts::scalar {
 

@@ -1,5 +1,7 @@
 // The kernel table and the choice of a row: least estimated cycles among the rows that the CPU can run.
-#include "kts/gemm.h"
+#include "kts/tables.h"
+
+#include <cstring>
 
 namespace kts {
 
@@ -41,6 +43,23 @@ const KernelRow& select_gemm(Format format, Rows rows, Direction direction, int6
   }
   if (best == nullptr) fail("no kernel for this weight format, row format and instruction set");
   return *best;
+}
+
+const RowOps& row_ops(IsaSet isa) {
+  if (isa & kAvx512) return avx512::kRowOps;
+  if (isa & kAvx2) return avx2::kRowOps;
+  return scalar::kRowOps;
+}
+
+const QuantOps& quant_ops(IsaSet isa) { return isa & kAvx2 ? avx2::kQuantOps : scalar::kQuantOps; }
+
+bool activation_from_name(const char* name, Activation* out) {
+  for (int i = 0; i < kNumActivations; ++i)
+    if (std::strcmp(name, kActivationNames[i]) == 0) {
+      *out = static_cast<Activation>(i);
+      return true;
+    }
+  return false;
 }
 
 }  // namespace kts
