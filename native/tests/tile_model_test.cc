@@ -137,7 +137,8 @@ KTS_TEST(tile_model_of_int8_rows_equals_the_scalar_bits) {
     Random random(4);
     Problem problem(format, shape, random, Values::kReals);
     int64_t ldc = 0;
-    const KernelRow& reference = select_gemm(format.kind, Rows::kInt8, Direction::kForward, shape.m, kScalar);
+    const KernelRow& reference =
+        select_gemm({format.kind, Rows::kInt8, Direction::kForward, shape.m, shape.n, shape.k}, kScalar);
     const std::vector<float> want = problem.run(reference, false, &ldc);
     const std::vector<float> got = problem.run(model_row(product), false, &ldc);
     KTS_EXPECT(std::memcmp(want.data(), got.data(), want.size() * sizeof(float)) == 0)

@@ -33,8 +33,50 @@ struct KernelRow {
 
 const std::vector<KernelRow>& kernel_table();
 
-// The row with the least estimated cost for m rows among those that `isa` can run.
-const KernelRow& select_gemm(Format format, Rows rows, Direction direction, int64_t m, IsaSet isa);
+// A product to be made: m rows and weights W [n, k], or a part of them that one task takes.
+struct GemmProduct {
+  Format weights;
+  Rows rows;
+  Direction direction;
+  int64_t m, n, k;
+};
+
+// Why a row of the table does not make a product.
+enum class Refusal : int {
+  kNone,
+  kOtherProduct,  // other weights or the other direction
+  kOtherRows,     // takes rows of another kind
+  kCpu,           // the CPU lacks its instructions
+  kNarrowed,      // the CPU has them, set_isa() excludes them
+  kManyRows,      // more than max_m
+  kLongRows,      // int8 rows beyond kMaxInt8RowLength
+};
+Refusal refusal(const KernelRow& row, const GemmProduct& product, IsaSet isa);
+
+// Of one core with its operands in the caches; panels and tiles that the matrix does not fill are computed whole.
+double estimated_cycles(const KernelRow& row, const GemmProduct& product);
+
+// The row with the least estimated cycles among those that `isa` can run. Throws std::invalid_argument if there is none.
+const KernelRow& select_gemm(const GemmProduct& product, IsaSet isa);
+
+// The row of that name, whether selection would take it or not. Throws std::invalid_argument unless it exists, makes the
+// product and runs on this CPU.
+const KernelRow& named_gemm(const char* name, const GemmProduct& product);
+
+// What became of every row for these weights and this direction, in the order of the table: the row of least cycles
+// without a refusal, the first of equals, is the one that select_gemm() takes.
+struct KernelVerdict {
+  const KernelRow* row;
+  Refusal refusal;
+  double cycles;
+};
+std::vector<KernelVerdict> judge_gemm(const GemmProduct& product, IsaSet isa);
+
+// What the rows of inference are unless the user says: int8 where the CPU multiplies bytes, block floating point where it
+// has vectors.
+Rows default_rows(Format weights, IsaSet isa);
+
+const char* rows_name(Rows rows);
 
 // The table of the best level in `isa`.
 const RowOps& row_ops(IsaSet isa);
