@@ -19,6 +19,7 @@ int packed_code(const PackedMatrix& w, int64_t n, int64_t k) {
 }
 
 BlockScale packed_block_scale(const PackedMatrix& w, int64_t n, int64_t k) {
+  KTS_DCHECK(w.holds(n, k));
   const BlockTypeInfo& type = block_type_info(w.format.type);
   const ScaleRecord at(type);
   const uint8_t* record = w.scale_record(n / kPanel, k);
@@ -34,6 +35,7 @@ BlockScale packed_block_scale(const PackedMatrix& w, int64_t n, int64_t k) {
 }
 
 float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k) {
+  KTS_DCHECK(w.holds(n, k));
   if (is_block_format(w.format.kind)) {
     const BlockScale scale = packed_block_scale(w, n, k);
     return __builtin_fmaf(static_cast<float>(packed_code(w, n, k)), scale.factor, scale.offset);

@@ -1,6 +1,7 @@
 // Names and sizes of packed weights.
 #include <string>
 
+#include "kts/kernel.h"
 #include "kts/pack.h"
 
 namespace kts {
@@ -37,6 +38,7 @@ int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k) {
 }
 
 PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* memory) {
+  KTS_DCHECK(n > 0 && k > 0 && is_aligned(memory, 64));
   const char* base = static_cast<const char*>(memory);
   PackedMatrix view{format, n, k, base, nullptr, nullptr};
   const char* scales = base + value_bytes(format, n, k);
@@ -45,6 +47,13 @@ PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* 
     view.column_sums = reinterpret_cast<const int32_t*>(scales + align_up(scale_bytes(format, n, k), 64));
   return view;
 }
+
+#if KTS_HAS_CONTRACTS
+void check_panels(const PackedMatrix& w, int64_t begin, int64_t end) {
+  check_weights(w);
+  KTS_DCHECK(0 <= begin && begin <= end && end <= w.n_panels());
+}
+#endif
 
 int64_t WeightFormat::k_unit() const {
   if (is_block_format(kind)) return block_type_info(type).block > kTileKQ ? block_type_info(type).block : kTileKQ;

@@ -1,6 +1,7 @@
 // Row-major bf16 -> tile order (formulas in kts/packed.h) and back.
 #include <cstring>
 
+#include "kts/kernel.h"
 #include "kts/pack.h"
 #include "kts/tables.h"
 
@@ -177,6 +178,8 @@ void unpack_integer_row(const PackedMatrix& packed, int64_t n, T* w) {
 
 template <class T>
 void unpack(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, T* w, int64_t stride) {
+  KTS_DCHECKED(check_panels(packed, panel_begin, panel_end));
+  KTS_DCHECK(is_array(w, packed.n) && stride >= packed.k);
   for (int64_t n = panel_begin * kPanel; n < min_i64(panel_end * kPanel, packed.n); ++n) {
     if (packed.format.kind == Format::kBf16)
       unpack_bf16_row(packed, n, w + n * stride);
@@ -191,6 +194,8 @@ void unpack(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, 
 
 void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end,
                  const RowPart& part) {
+  KTS_DCHECKED(check_panels(packed, panel_begin, panel_end));
+  KTS_DCHECK(is_array(w, packed.n) && stride >= packed.k && part.before >= 0 && part.after >= 0);
   KTS_CHECK(packed.format.kind <= Format::kInt4, "weights: block types are loaded from blocks, not from bf16");
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     if (packed.format.kind == Format::kBf16) pack_bf16_panel(w, stride, packed, panel);
@@ -200,7 +205,10 @@ void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, in
 }
 
 void pack_stored_int4(const StoredInt4& w, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end) {
-  KTS_DCHECK(packed.format.any_scale);
+  KTS_DCHECKED(check_panels(packed, panel_begin, panel_end));
+  KTS_DCHECK(packed.format.any_scale && packed.k % 2 == 0);
+  KTS_DCHECK(is_array(w.q, packed.n) && w.stride >= packed.k / 2);
+  KTS_DCHECK(is_array(w.scales, packed.n) && w.scale_stride >= packed.k_groups());
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     clear_int4_panel(packed, panel);
     for (int64_t n = panel * kPanel; n < min_i64((panel + 1) * kPanel, packed.n); ++n)

@@ -99,6 +99,8 @@ void clear_panel(const PackedMatrix& w, int64_t panel) {
 
 void pack_block_panels(const uint8_t* w, int64_t row_bytes, const PackedMatrix& packed, int64_t panel_begin,
                        int64_t panel_end) {
+  KTS_DCHECKED(check_panels(packed, panel_begin, panel_end));
+  KTS_DCHECK(w != nullptr && row_bytes >= block_row_bytes(packed.format, packed.k));
   KTS_CHECK(packed.format.kind >= Format::kF16, "weights: only f16 and block types are loaded from blocks");
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     clear_panel(packed, panel);

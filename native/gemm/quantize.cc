@@ -13,6 +13,7 @@
 namespace kts {
 
 float quantize_row_int8(const bf16_t* w, int64_t count, int8_t* q) {
+  KTS_DCHECK(is_array(w, count) && is_array(q, count));
   const QuantOps& ops = quant_ops(active_isa());
   const uint32_t largest = ops.largest(w, count);
   KTS_CHECK(largest < 0x7f80u, "weights: expected finite numbers, found NaN or infinity");
@@ -22,6 +23,7 @@ float quantize_row_int8(const bf16_t* w, int64_t count, int8_t* q) {
 }
 
 float quantize_group_int4(const bf16_t* w, int64_t count, int8_t* q) {
+  KTS_DCHECK(is_array(w, count) && is_array(q, count));
   KTS_CHECK(count <= 128, "int4: expected groups of at most 128");
   const QuantOps& ops = quant_ops(active_isa());
   const uint32_t largest = ops.largest(w, count);

@@ -113,6 +113,7 @@ void run_task(const Product& p, int64_t block, int64_t group, int thread) {
   } else {
     gemm.a_rows = p.a_rows + begin;
   }
+  KTS_DCHECK(p.kernel->max_m == 0 || rows <= p.kernel->max_m);
   p.kernel->run(gemm);
   for (int64_t i = 0; i < rows; ++i) store_row(p, sums + i * range.padded_cols, begin + i, range);
 }

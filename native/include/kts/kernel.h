@@ -55,4 +55,21 @@ inline constexpr int64_t kGemmScratchBytes = 512 << 10;
 
 using GemmFn = void (*)(const GemmTask&);
 
+// What a kernel takes. max_rows: of one task; 0: any number.
+struct KernelContract {
+  Format weights;
+  Rows rows;
+  Direction direction;
+  int64_t max_rows = 0;
+};
+
+// The contracts that kernels open with, by KTS_DCHECKED (arch/contracts.cc): of a task, and of pointers to rows.
+void check_task(const GemmTask& task, const KernelContract& contract);
+void check_weights(const PackedMatrix& w);
+void check_row_pointers(const void* const* rows, int64_t count, int64_t alignment);
+template <class T>
+KTS_INLINE void check_rows(const T* const* rows, int64_t count) {
+  check_row_pointers(reinterpret_cast<const void* const*>(rows), count, alignof(T));
+}
+
 }  // namespace kts

@@ -12,6 +12,9 @@ int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k);
 // The view of packed_bytes() bytes at `memory`, 64-byte aligned.
 PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* memory);
 
+// The contract of what packs and unpacks panels [begin, end).
+void check_panels(const PackedMatrix& w, int64_t begin, int64_t end);
+
 // Elements of each row of w before and after the k that are packed: int8 scales are those of the whole row, so that
 // weights do not depend on how a matrix is cut into shards.
 struct RowPart {

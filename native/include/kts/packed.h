@@ -101,12 +101,24 @@ struct PackedMatrix {
 
   int64_t n_panels() const { return ceil_div(n, kPanel); }
   int64_t k_panels() const { return ceil_div(k, kPanel); }
-  int64_t k_groups() const { return ceil_div(k, format.group); }
+  KTS_CHECKED_MEMBER int64_t k_groups() const {
+    KTS_DCHECK(format.kind == Format::kInt4 && format.group > 0);
+    return ceil_div(k, format.group);
+  }
   const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
-  const float* int8_scales() const { return static_cast<const float*>(scales); }
-  const bf16_t* int4_scales() const { return static_cast<const bf16_t*>(scales); }
+  KTS_CHECKED_MEMBER const float* int8_scales() const {
+    KTS_DCHECK(format.kind == Format::kInt8);
+    return static_cast<const float*>(scales);
+  }
+  KTS_CHECKED_MEMBER const bf16_t* int4_scales() const {
+    KTS_DCHECK(format.kind == Format::kInt4);
+    return static_cast<const bf16_t*>(scales);
+  }
+  // Whether W[row, column] is a weight of the matrix.
+  KTS_MEMBER bool holds(int64_t row, int64_t column) const { return row >= 0 && row < n && column >= 0 && column < k; }
   // Block formats: the record of scales of a panel's block that holds column k.
-  __attribute__((always_inline)) const uint8_t* scale_record(int64_t panel, int64_t column) const {
+  KTS_MEMBER const uint8_t* scale_record(int64_t panel, int64_t column) const {
+    KTS_DCHECK(is_block_format(format.kind) && format.type != BlockType::kNone && panel >= 0 && column >= 0);
     const BlockTypeInfo& type = block_type_info(format.type);
     return static_cast<const uint8_t*>(scales) +
            (panel * ceil_div(k, type.block) + column / type.block) * ScaleRecord(type).bytes;
@@ -115,6 +127,7 @@ struct PackedMatrix {
 
 // Integer of one int8 or int4 weight, by the formulas above: for tests and scalar kernels.
 KTS_INLINE int packed_integer(const PackedMatrix& w, int64_t n, int64_t k) {
+  KTS_DCHECK((w.format.kind == Format::kInt8 || w.format.kind == Format::kInt4) && w.holds(n, k));
   const int64_t tile = (n / kPanel * ceil_div(w.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
   if (w.format.kind == Format::kInt8)
     return static_cast<int8_t>(w.bytes()[tile * kTileBytes + k % kTileKQ / 4 * 64 + n % kTileN * 4 + k % 4]);
@@ -124,12 +137,14 @@ KTS_INLINE int packed_integer(const PackedMatrix& w, int64_t n, int64_t k) {
 
 // Scale of one int8 or int4 weight.
 KTS_INLINE float packed_scale(const PackedMatrix& w, int64_t n, int64_t k) {
+  KTS_DCHECK((w.format.kind == Format::kInt8 || w.format.kind == Format::kInt4) && w.holds(n, k));
   if (w.format.kind == Format::kInt8) return w.int8_scales()[n];
   return bf16_to_f32(w.int4_scales()[(n / kPanel * w.k_groups() + k / w.format.group) * kPanel + n % kPanel]);
 }
 
 // The tile of 16 n x 64 k of a block format that holds W[n, k].
 KTS_INLINE const uint8_t* packed_block_tile(const PackedMatrix& w, int64_t n, int64_t k) {
+  KTS_DCHECK(is_block_format(w.format.kind) && w.holds(n, k));
   const int64_t tile = (n / kPanel * ceil_div(w.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
   return w.bytes() + tile * block_tile_bytes(block_bits(w.format.kind));
 }
