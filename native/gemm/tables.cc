@@ -39,22 +39,30 @@ double estimated_cycles(const KernelRow& row, const GemmProduct& product) {
   return static_cast<double>(weights) * cycles_per_weight(row, product.m);
 }
 
-Refusal refusal(const KernelRow& row, const GemmProduct& product, IsaSet isa) {
+// Inlined into the choice, which every task makes: `detected` matters to those alone who ask for the reason.
+KTS_INLINE Refusal refusal_of(const KernelRow& row, const GemmProduct& product, IsaSet isa, IsaSet detected) {
   if (row.format != product.weights || row.direction != product.direction) return Refusal::kOtherProduct;
   // Block floating point is for few rows: more of them are taken as the bf16 rows that they are.
   const bool falls_back = product.rows == Rows::kBfp16 && row.rows == Rows::kBf16;
   if (row.rows != product.rows && !falls_back) return Refusal::kOtherRows;
-  if ((row.isa & isa) == 0) return (row.isa & detect_isa()) == 0 ? Refusal::kCpu : Refusal::kNarrowed;
+  if ((row.isa & isa) == 0) return (row.isa & detected) == 0 ? Refusal::kCpu : Refusal::kNarrowed;
   if (row.max_m > 0 && product.m > row.max_m) return Refusal::kManyRows;
   return row.rows == Rows::kInt8 && product.k > kMaxInt8RowLength ? Refusal::kLongRows : Refusal::kNone;
 }
 
+Refusal refusal(const KernelRow& row, const GemmProduct& product, IsaSet isa) {
+  return refusal_of(row, product, isa, detect_isa());
+}
+
 const KernelRow& select_gemm(const GemmProduct& product, IsaSet isa) {
+  const GemmProduct wanted = product;  // in registers
   const KernelRow* best = nullptr;
+  double least = 0.0;
   for (const KernelRow& row : kernel_table()) {
-    if (refusal(row, product, isa) != Refusal::kNone) continue;
+    if (refusal_of(row, wanted, isa, isa) != Refusal::kNone) continue;
     // n and k are common to all rows, so that cycles per weight decide.
-    if (best == nullptr || cycles_per_weight(row, product.m) < cycles_per_weight(*best, product.m)) best = &row;
+    const double cycles = cycles_per_weight(row, wanted.m);
+    if (best == nullptr || cycles < least) best = &row, least = cycles;
   }
   if (best == nullptr) fail("no kernel for this weight format, row format and instruction set");
   return *best;

@@ -269,7 +269,7 @@ FAULTS = (
     Fault(
         "kernels that the user has narrowed away count as missing in the CPU",
         "native/gemm/tables.cc",
-        "return (row.isa & detect_isa()) == 0 ? Refusal::kCpu : Refusal::kNarrowed;",
+        "return (row.isa & detected) == 0 ? Refusal::kCpu : Refusal::kNarrowed;",
         "return Refusal::kCpu;",
         ("tests/unit/test_kernel_choice.py::test_every_row_of_the_table_is_chosen_dearer_or_out_for_a_reason",),
     ),
