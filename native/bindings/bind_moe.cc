@@ -206,14 +206,6 @@ int64_t count_experts(const HeldMoe& layer) {
   return (counted.*kCount)();
 }
 
-const char* default_rows(const Text<"format">& format) {
-  const Format kind = weight_format(format.c_str(), 32).kind;
-  // int8 rows are the faster ones where the CPU multiplies bytes, block floating point elsewhere.
-  if (!takes_rows(kind, Rows::kBfp16)) return "bf16";
-  const bool has_dot = takes_rows(kind, Rows::kInt8) && (active_isa() & (kAvx512Vnni | kAmxInt8)) != 0;
-  return has_dot ? "int8" : (active_isa() & (kAvx2 | kAvx512)) != 0 ? "bfp16" : "bf16";
-}
-
 void bind_facts(py::class_<HeldMoe>& layer) {
   const auto shape_of = [](const HeldMoe& held) -> const MoeShape& { return held->shape(); };
   layer.def_property_readonly("packed_bytes", [](const HeldMoe& held) { return held->packed_bytes(); })
@@ -245,7 +237,6 @@ void bind_facts(py::class_<HeldMoe>& layer) {
 }  // namespace
 
 void bind_moe(py::module_& m) {
-  m.def("default_rows", &default_rows);
   py::class_<HeldMoe> layer(m, "MoeLayer");
   layer
       .def(py::init([](Number<"num_experts"> num_experts, Number<"hidden"> hidden, Number<"inter"> inter,
