@@ -49,3 +49,13 @@ def mark(file: str | os.PathLike[str]) -> Mark:
         return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
     except OSError:
         return ()
+
+
+def marks(place: str | os.PathLike[str]) -> dict[str, Mark]:
+    """Of a file, or of all files in a directory; none where nothing is there."""
+    try:
+        return {entry.name: mark(entry) for entry in os.scandir(place) if not entry.is_dir()}
+    except NotADirectoryError:
+        return {"": mark(place)}
+    except (OSError, ValueError):
+        return {}

@@ -19,6 +19,7 @@ from kt_sft.errors import FormatError, UnsupportedModel, unpackable
 from kt_sft.formats.checkpoint import GGUF, SAFETENSORS, kind_at, open_weights
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_expert_tensors import ROUTER_SCALE_ARCHITECTURES, count_experts
+from kt_sft.formats.unchanged_files import marks
 from kt_sft.models.layout import ExpertsSpec
 from kt_sft.nn.routed_experts import RoutedExperts
 from kt_sft.residency.expert_map import ExpertMap, logical_experts
@@ -123,7 +124,7 @@ def _open_layer(path: str, sizes: LayerSizes, config: KTConfig) -> tuple[ExpertS
     """The source, the layer's name in it, and its shape."""
     folder = Path(path)
     if kind_at(folder) == SAFETENSORS and folder.is_dir():
-        source, specs = _open_checkpoint(str(folder.resolve()), _marks(folder))
+        source, specs = _open_checkpoint(str(folder.resolve()), tuple(sorted(marks(folder).items())))
         name = _layer_name(specs, sizes.layer_idx, path)
     else:
         weights = open_weights(path)
@@ -170,12 +171,6 @@ def _open_checkpoint(path: str, marks: tuple) -> tuple[ExpertSource, dict[str, E
 
     source, specs, _ = open_source(path)
     return source, specs
-
-
-def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """What tells that a file was written since."""
-    stats = ((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _gguf_spec(index: GgufIndex, sizes: LayerSizes) -> ExpertsSpec:

@@ -85,7 +85,7 @@ FAULTS = (
     Fault(
         "files that change between the checks and the load are not seen",
         "kt_sft/integrations/transformers/opened.py",
-        "        return all(_marks(place) == seen for place, seen in self._seen.items())",
+        "        return all(marks(place) == seen for place, seen in self._seen.items())",
         "        return True",
         (f"{_OPENED}test_files_that_change_between_check_and_load_are_opened_again",),
     ),

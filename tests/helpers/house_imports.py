@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "placement": PLAIN_LEAVES,
     "schedule": {"errors"},
     "inference": {"errors"},
-    "autograd": {"transfer", "native", "errors", "config"},
+    "autograd": {"schedule", "transfer", "native", "errors", "config"},
     "transfer": {"config", "errors"},
     "residency": {"config", "native", "errors"},
     "adapters": {"formats", "models", "native", "errors"},

@@ -189,7 +189,8 @@ def test_several_gpus_without_torchrun_are_one(caplog):
     [({"": torch.device("cuda:1")}, {"": torch.device("cuda:1")}), ({"": torch.device("cpu")}, None), (None, None)],
 )
 def test_model_is_placed_on_one_device(work, device_map, expected):
-    model_args = SimpleNamespace(model_name_or_path=str(work / "model"))
+    hub = dict.fromkeys(("trust_remote_code", "model_revision", "cache_dir", "hf_hub_token"))
+    model_args = SimpleNamespace(model_name_or_path=str(work / "model"), **hub)
     init_kwargs = {"device_map": device_map, "offload_folder": "offload"}
     hook.load_experts_apart(model_args, init_kwargs)
     assert init_kwargs.pop("quantization_config").quant_method == "kt_sft"

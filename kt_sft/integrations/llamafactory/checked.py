@@ -60,7 +60,9 @@ class CheckedModels:
 
     def open_base(self, model_args: Any) -> OpenedModel:
         """The checkpoint that an export merges into; kept until it is asked for again."""
-        opened = OpenedModel(model_args.model_name_or_path, trust_remote_code=bool(model_args.trust_remote_code))
+        opened = OpenedModel(
+            model_args.model_name_or_path, trust_remote_code=bool(getattr(model_args, "trust_remote_code", False))
+        )
         kept = self._kept.pop(_key(opened), None)
         if kept is None or not kept.is_current():
             kept = self._kept[_key(opened)] = opened

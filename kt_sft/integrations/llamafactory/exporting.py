@@ -37,14 +37,14 @@ def may_grow(model_args: Any) -> bool:
     return any(getattr(model_args, key, None) for key in ("resize_vocab", "add_tokens", "add_special_tokens"))
 
 
-def open_merged(model_args: Any) -> MergedCheckpoint:
+def open_merged(model_args: Any, **hub: Any) -> MergedCheckpoint:
     """The checkpoint and its adapters, compared with one another; reads the adapters, and headers of the checkpoint.
 
     Raises:
         KTError: see `MergedCheckpoint`.
     """
     adapters = [
-        local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
+        local_adapter(adapter, subfolder=model_args.adapter_folder, **hub)
         for adapter in model_args.adapter_name_or_path or []
     ]
     return MergedCheckpoint(checked.of(model_args).open_base(model_args), adapters)

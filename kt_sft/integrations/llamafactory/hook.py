@@ -127,7 +127,7 @@ def patch_loader(loader: ModuleType) -> None:
     ) -> nn.Module:
         is_export = is_active(model_args) and adapters.is_export(model_args, is_trainable)
         if is_export and exporting.merges_files(model_args):
-            return exporting.merging_model(exporting.open_merged(model_args))
+            return exporting.merging_model(exporting.open_merged(model_args, **checked.hub(model_args)))
         model = stock_load(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
         if is_active(model_args) and not is_trainable:
             closing.guard(model)
@@ -219,7 +219,7 @@ def check_inputs(model_args: Any) -> OpenedModel | None:
     misc = importlib.import_module("llamafactory.extras.misc")
     path = model_args.model_name_or_path
     if exporting.merges_files(model_args):
-        exporting.open_merged(model_args)
+        exporting.open_merged(model_args, **checked.hub(model_args))
         return None
     if not os.path.isdir(path) and (misc.use_modelscope() or misc.use_openmind()):
         return None  # only LLaMA-Factory can ask those hubs

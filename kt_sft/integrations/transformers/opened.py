@@ -25,7 +25,7 @@ from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_config import model_config
 from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
 from kt_sft.formats.safetensors_index import SafetensorsIndex
-from kt_sft.formats.unchanged_files import Mark, mark
+from kt_sft.formats.unchanged_files import marks
 from kt_sft.integrations.gguf.model import gguf_config, is_gguf_model, model_directory
 from kt_sft.integrations.transformers.model_files import check_generation_config, find_config_file, meta_model
 from kt_sft.integrations.transformers.placing import bytes_outside_experts, given_dtype, plan_here, uses_main_memory
@@ -71,7 +71,7 @@ class OpenedModel:
         self._is_loaded, self._is_checked = is_loaded, False
         self._gguf = gguf
         places = (path, self.given.weight_path, self.given.optimize_rule)
-        self._seen = {place: _marks(place) for place in places if place is not None}
+        self._seen = {place: marks(place) for place in places if place is not None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OpenedModel:
         """transformers copies what travels with a model's config."""
@@ -79,7 +79,7 @@ class OpenedModel:
 
     def is_current(self) -> bool:
         """Whether all files are as they were when this was made."""
-        return all(_marks(place) == seen for place, seen in self._seen.items())
+        return all(marks(place) == seen for place, seen in self._seen.items())
 
     @cached_property
     def gguf(self) -> GgufIndex | None:
@@ -373,13 +373,3 @@ def open_model(
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of everything that a checkpoint of a model may hold."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _marks(place: str | os.PathLike[str]) -> dict[str, Mark]:
-    """Of a file, or of all files in a directory; none of a name on the hub."""
-    try:
-        return {entry.name: mark(entry) for entry in os.scandir(place) if not entry.is_dir()}
-    except NotADirectoryError:
-        return {"": mark(place)}
-    except (OSError, ValueError):
-        return {}
