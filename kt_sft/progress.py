@@ -31,13 +31,9 @@ def progress_bar(what: str, total: int, *, unit: str, is_shown: bool = True) -> 
     """A line of tqdm, which the switches of transformers and huggingface_hub turn off."""
     from huggingface_hub.utils import tqdm
 
-    reached = 0
     with tqdm(total=total, desc=what, unit=unit, disable=not is_shown) as bar:
 
         def move(done: int, _total: int, _name: str) -> None:
-            # A bar that is switched off does not count.
-            nonlocal reached
-            bar.update(done - reached)
-            reached = done
+            bar.update(done - bar.n)
 
         yield move

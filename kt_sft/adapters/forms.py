@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -88,13 +89,18 @@ def open_adapter(
     if not base.may_grow:
         _check_not_empty(opened, tensors.path)
     for sentence in left_out(source):
-        logger.warning("%s: %s", source, sentence)
+        _say_once(source, sentence)
     for file in (tensors, experts) if not reads_headers_only else ():
         if file is not None:
             file.check_finite()
     if door == options.READ:  # who builds PEFT's modules of it looks at the experts' options with their names
         options.check_file(door, config, source, opened.experts)
     return replace(opened, beside=beside)
+
+
+@functools.cache  # a run opens its adapter when it is checked, and when it is loaded
+def _say_once(source: Path, sentence: str) -> None:
+    logger.warning("%s: %s", source, sentence)
 
 
 def _model_type_of(base_model: str | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from kt_sft.errors import FormatError
@@ -74,6 +75,15 @@ def num_values(value: Any) -> int:
     """Keys, entries and values in mappings and lists, whatever their depth."""
     inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
     return len(inner) + sum(num_values(entry) for entry in inner if isinstance(entry, dict | list))
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every text in mappings, their keys too, and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from texts_of(inner)
 
 
 def _no_constant(name: str) -> float:

@@ -195,6 +195,22 @@ FAULTS = (
         "missing = []",
         (f"{_ADAPTER_DIR}test_missing_tensor_of_a_linear_layer",),
     ),
+    Fault(
+        "an adapter of what is left of the weights is merged",
+        "kt_sft/adapters/options.py",
+        '_begins("pissa", "olora", "corda", "loftq", "lora_ga"), (READ,),',
+        '_begins("pissa", "olora", "corda", "loftq", "lora_ga"), (),',
+        (
+            "tests/integration/test_lora_options.py::test_what_can_be_trained_and_not_merged_is_refused_when_it_is_merged",
+        ),
+    ),
+    Fault(
+        "a fused adapter of another release is given to PEFT as it is",
+        "kt_sft/adapters/fused.py",
+        "return all(swapped[name] == layout.exchanges(form, spec, base.model_type)",
+        "return all(True or swapped[name] == layout.exchanges(form, spec, base.model_type)",
+        ("tests/integration/test_adapter_layout.py::test_version_tells_the_layout_of_square_experts",),
+    ),
     # --- merged checkpoints
     Fault(
         "kt-sft merge drops the delta of down",

@@ -5,12 +5,27 @@ from __future__ import annotations
 from scripts.mutants.fault import Fault
 
 _VALUES = "tests/unit/test_config_values.py::test_values_that_no_model_has"
+_PLAN = "tests/unit/test_plan.py::"
 _YAML = "tests/unit/test_yaml_files.py::"
 _DOORS = "tests/integration/test_hostile_configs.py::"
 _OPENED = "tests/integration/test_opened_once.py::"
 _GGUF = "tests/unit/test_gguf_config.py::test_special_tokens_and_blocks"
 
 FAULTS = (
+    Fault(
+        "a run's file has the last word, not the command line",
+        "kt_sft/integrations/llamafactory/run_file.py",
+        "OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(words))",
+        "OmegaConf.merge(OmegaConf.from_dotlist(words), OmegaConf.create(values))",
+        (f"{_PLAN}test_files_and_overrides_mean_what_they_mean_to_llamafactory",),
+    ),
+    Fault(
+        "interpolations of a run's file have no limit",
+        "kt_sft/integrations/llamafactory/run_file.py",
+        "    if length > _MOST_INTERPOLATED:",
+        "    if False:",
+        (f"{_PLAN}test_what_omegaconf_refuses_is_one_line",),
+    ),
     Fault(
         "a switch passes for a number",
         "kt_sft/formats/config_values.py",

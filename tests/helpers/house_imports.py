@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "placement": PLAIN_LEAVES,
     "schedule": {"errors"},
     "inference": {"errors"},
-    "autograd": {"transfer", "native", "errors", "config", "cpu_tensors"},
+    "autograd": {"schedule", "transfer", "native", "errors", "config", "cpu_tensors"},
     "transfer": {"config", "errors", "cpu_tensors"},
     "residency": {"config", "native", "errors"},
     "adapters": {"formats", "models", "native", "errors"},

@@ -256,6 +256,8 @@ def test_files_and_overrides_mean_what_they_mean_to_llamafactory(tmp_path):
         ("a: 1", ("b=${",), "expected what OmegaConf takes"),
         ("a: [1, 2]", ("a[0]=3",), "expected what OmegaConf takes"),
         ("a: {~: 1}", (), "expected what OmegaConf takes"),
+        ("a: [{b: '" + "${" * 100_000 + "'}]", (), "of 8192 characters at most, found 200000"),
+        ("a: 1", ("b=" + "${" * 5000,), "of 8192 characters at most, found 10002"),
     ],
 )
 def test_what_omegaconf_refuses_is_one_line(tmp_path, text, overrides, words):

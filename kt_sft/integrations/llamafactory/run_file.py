@@ -12,10 +12,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from kt_sft.errors import ConfigError, FormatError, as_ours, one_line
-from kt_sft.formats.json_object import num_values, read_object
+from kt_sft.formats.json_object import num_values, read_object, texts_of
 from kt_sft.formats.yaml_files import MOST_BYTES, MOST_DEPTH, MOST_VALUES, parse_yaml, read_yaml
 
 _WHAT = "run configuration"
+_MOST_INTERPOLATED = 1 << 13  # characters
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -31,12 +32,25 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     words = list(overrides)
     if faults := [fault for word in words if (fault := _fault_of(word))]:
         raise ConfigError(faults)
+    _check_interpolations(path, [values, words])
 
     def ours(error: BaseException) -> FormatError:  # of a key or `${...}` that it does not take
         return FormatError(path, _WHAT, expected="what OmegaConf takes", found=one_line(error))
 
     with as_ours(ours):
         return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(words)))
+
+
+def _check_interpolations(path: str | Path, value: Any) -> None:
+    """Raise where there is more `${...}` than OmegaConf parses in a moment: a thousand take 0.2 s.
+
+    Raises:
+        FormatError: how long all texts with one are.
+    """
+    length = sum(len(text) for text in texts_of(value) if "${" in text)
+    if length > _MOST_INTERPOLATED:
+        expected, found = f"texts with ${{...}} of {_MOST_INTERPOLATED} characters at most", length
+        raise FormatError(path, _WHAT, expected=expected, found=found)
 
 
 def _read(path: str | Path) -> dict[str, Any]:
