@@ -35,7 +35,6 @@ def swap_experts(
                 dtype=dtype,
             )
         if config.max_deferred_experts_per_token:
-            chain.append(experts)
             experts.deferral = Deferral(chain, config.max_deferred_experts_per_token)
         for placeholder in PLACEHOLDERS:
             getattr(experts, placeholder)._is_hf_initialized = True
