@@ -25,7 +25,8 @@ from torch import Tensor
 
 import kt_sft
 from benchmarks import session
-from kt_sft.autograd.moe import NO_LORA, MoeCall, moe
+from kt_sft.autograd.moe import join, submit
+from kt_sft.autograd.settings import NO_LORA, MoeSettings
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import RoutedExperts
 
@@ -38,8 +39,8 @@ NARROW_HIDDEN, NARROW_INTER = 64, 32
 PARTS = {
     "PEFT's wrappers": ("model", "experts"),
     "module call": ("experts", "forward"),
-    "settings, LoRA operands": ("forward", "moe"),
-    "dtypes, output, autograd": ("moe", "native"),
+    "settings, LoRA operands": ("forward", "submit and join"),
+    "dtypes, output, autograd": ("submit and join", "native"),
     "native: plan, routing, sum": ("native without rows", "native without tokens"),
     "native: arguments": ("native without tokens", ""),
 }
@@ -83,18 +84,20 @@ def stages(outer: torch.nn.Module, layer: Layer) -> dict[str, Callable[[], objec
     """The call as the model makes it, then each inner part alone."""
     experts = outer.get_base_layer() if hasattr(outer, "get_base_layer") else outer
     x, ids, weights = token(layer, experts.hidden_dim)
-    call = MoeCall(experts.layer, rows=experts.rows(), chunk_size=experts.chunk_size)
-    if experts.lora is not None:
-        experts.lora.bind(call)
+    settings = MoeSettings(rows=experts.rows())
+    lora = NO_LORA if experts.lora is None else experts.lora.bind(experts.layer.inter)
     out = torch.empty_like(x)
-    fixed = {"lora": call.native_lora(NO_LORA), "g": None, "u": None, "xa": (), "out_dtype": "bf16", **call.options()}
+    fixed = {
+        **{"lora": lora.projections, "g": None, "u": None, "xa": (), "out_dtype": "bf16", "bias": None},
+        **{"dropout_seed": 0, **settings.options},
+    }
     skipped = torch.full_like(ids, layer.num_experts)
     nothing, no_out = (x[:0], ids[:0], weights[:0]), out[:0]
     return {
         "model": lambda: outer(x, ids, weights),
         "experts": lambda: experts(x, ids, weights),
         "forward": lambda: experts.forward(x, ids, weights),
-        "moe": lambda: moe(x, ids, weights, NO_LORA, call),
+        "submit and join": lambda: join(submit(x, ids, weights, experts.layer, settings, lora=lora)),
         "native": lambda: experts.layer.forward(x, ids, weights, out=out, **fixed),
         "native without rows": lambda: experts.layer.forward(x, skipped, weights, out=out, **fixed),
         "native without tokens": lambda: experts.layer.forward(*nothing, out=no_out, **fixed),
@@ -138,8 +141,8 @@ def products_us(layer: Layer, method: str, rounds: int) -> float:
         experts.load_expert(expert, *((torch.randn(shape) / shape[1] ** 0.5).to(torch.bfloat16) for shape in shapes))
     x, _, weights = token(layer, layer.hidden)
     ids = torch.randperm(layer.top_k)[None].contiguous()
-    call = MoeCall(experts.layer, rows=experts.rows())
-    return time_stages({"moe": lambda: moe(x, ids, weights, NO_LORA, call)}, rounds)["moe"]
+    settings = MoeSettings(rows=experts.rows())
+    return time_stages({"": lambda: join(submit(x, ids, weights, experts.layer, settings))}, rounds)[""]
 
 
 def measure(layer: Layer, method: str, rounds: int) -> dict[str, object]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kt_sft.cpu_tensors import check_storage
+from kt_sft.transfer.routes import IN_PLACE, fetch
 
 
 def packed_linear(x: Tensor, layer: object, bias: Tensor | None = None, *, rows: str = "bf16") -> Tensor:
@@ -31,8 +31,7 @@ def _operand(x: Tensor, width: int, name: str) -> Tensor:
     """`[rows, width]` bf16 on the CPU, the very memory where nothing has to change."""
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"{name}: expected floating point [..., {width}], got {x.dtype} {list(x.shape)}")
-    check_storage(x, name)
-    flat = x.detach().to("cpu", torch.bfloat16).reshape(-1, width)
+    flat = fetch(x, torch.bfloat16, name).reshape(-1, width)
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
@@ -47,7 +46,7 @@ def _forward(x: Tensor, layer: object, bias: Tensor | None, rows: str) -> Tensor
     a = _operand(x, layer.k, "x")
     out, dtype = _result(a.shape[0], layer.n, x.dtype)
     layer.forward(a, out, dtype, rows, bias)
-    return out.to(x.device, x.dtype).reshape(*x.shape[:-1], layer.n)
+    return IN_PLACE.deliver(out, x.device, x.dtype).reshape(*x.shape[:-1], layer.n)
 
 
 class _Linear(torch.autograd.Function):
@@ -66,4 +65,4 @@ class _Linear(torch.autograd.Function):
         a = _operand(dy, ctx.layer.n, "dy")
         dx, name = _result(a.shape[0], ctx.layer.k, dtype)
         ctx.layer.input_grad(a, dx, name)
-        return dx.to(device, dtype).reshape(*dy.shape[:-1], ctx.layer.k), None, None, None
+        return IN_PLACE.deliver(dx, device, dtype).reshape(*dy.shape[:-1], ctx.layer.k), None, None, None

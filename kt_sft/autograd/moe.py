@@ -1,248 +1,356 @@
-"""The routed experts as one differentiable operation: forward keeps a tape, backward spends it."""
+"""The routed experts as two differentiable operations: `submit` hands the inputs over, `join` gives the output.
+
+Backward mirrors them: join's hands the output's gradient over, submit's gives the gradients of the inputs. What is
+computed between the two, in either direction, runs beside the kernels where these have a device to wait for.
+"""
+
+# x: a token, w: router weight of its expert e, ': transposed, s: LoRA scale, m: dropout mask; docs/numerics.md rounds.
+#   g = x Wg' + s (m x Ag') Bg' + bg      u: the same of up      h = act(g) u      y = h Wd' + s (m h Ad') Bd' + bd
+#   out = sum over e of w y
+#   dh = dout Wd + s m (dout Bd) Ad       dw = <dh, h> + <dout, bd>      dg, du = w dh by the derivatives of act(g) u
+#   dx = sum over e of  dg Wg + s m (dg Bg) Ag  +  du Wu + s m (du Bu) Au
+#   dB = s d' (m i A')  and  dA = s m (B' d') i  over the rows of e, of (d, i) = (dg, x), (du, x), (w dout, h)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kt_sft.cpu_tensors import cpu_copy
-from kt_sft.native import native
+from kt_sft.autograd.settings import (
+    NO_FACTORS,
+    NO_LORA,
+    Biases,
+    LoraOperands,
+    LoraTensors,
+    MoeSettings,
+    empty,
+    split_projections,
+)
+from kt_sft.schedule import task_queue
+from kt_sft.schedule.deferred import Deferral, Parts
+from kt_sft.schedule.task_queue import Result
+from kt_sft.transfer.routes import Route, route_of
 
 _NO_TAPE = (None, None, None, None)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_HUGE_BYTES = 4 << 20  # two huge pages, of which one is whole wherever it begins
-
-# Order of the LoRA tensors in this file: a [num_experts, rank, in] and b [num_experts, rank, out] of gate, up, down.
-# up_a and up_b None with gate_b [num_experts, rank, 2 * inter]: gate and up share a (PEFT's fused gate_up_proj).
-LoraTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-NO_LORA: LoraTensors = (None,) * 6
-# (a, b, scale) of gate, up and down as the extension takes them; None: no LoRA there.
-Projection = tuple[Tensor, Tensor, float] | None
-Projections = tuple[Projection, Projection, Projection]
 
 
-@dataclass
-class MoeCall:
-    """What one call needs beside the tensors that autograd sees.
+class Ticket:
+    """What `join` takes: a pass that was submitted, and what ties both operations together in autograd."""
 
-    Args:
-        layer: `kt_sft._native.MoeLayer`.
-        rows: `bf16` or, with quantised weights, `int8` (activations rounded to integers row by row) or `bfp16` (up to
-            four rows per expert in block floating point). Gradients pass straight through that rounding and are those
-            of the stored weights.
-        scales: LoRA scale of gate, up and down (PEFT's own entries, never alpha / rank computed again).
-        projections: `native_projections` of the LoRA tensors and scales; None: made here.
-        shared: their operands that are a parameter's own memory: to write one before backward is an error, as in torch.
-        dropout: probability of the inverted dropout on the input of the LoRA branches; 0 turns it off.
-        seed: of the dropout masks.
-        chunk_size: tokens per native pass.
-        retain: keep gate and up products for backward; False computes them again.
-        after_backward: called once the gradients are there.
-        bias: of gate and up `[num_experts, inter]` and of down `[num_experts, hidden]`, f32 on the CPU, contiguous.
-    """
+    __slots__ = ("passed", "tie")
 
-    layer: object
-    rows: str = "bf16"
-    scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    projections: Projections | None = None
-    shared: tuple[Tensor, ...] = ()
-    dropout: float = 0.0
-    seed: int = 0
-    chunk_size: int = 1024
-    retain: bool = True
-    after_backward: Callable[[], None] | None = None
-    bias: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def native_lora(self, lora: LoraTensors) -> Projections:
-        """The projections, made on first use; backward gets those of forward."""
-        if self.projections is None:
-            self.projections = native_projections(tuple(to_operand(t) for t in lora), self.scales, self.layer.inter)
-        return self.projections
-
-    def options(self) -> dict[str, object]:
-        """What forward and backward of one call must agree in."""
-        return {
-            "dropout_p": self.dropout,
-            "dropout_seed": self.seed,
-            "chunk_size": self.chunk_size,
-            "rows": self.rows,
-            "bias": self.bias,
-        }
+    def __init__(self, passed: _Pass, tie: Tensor | None):
+        self.passed = passed
+        self.tie = tie
 
 
-def to_operand(tensor: Tensor | None) -> Tensor | None:
-    """f32 CPU copy of a LoRA factor, contiguous."""
-    return None if tensor is None else cpu_copy(tensor, torch.float32, "lora", copy=True)
-
-
-def native_projections(operands: LoraTensors, scales: tuple[float, float, float], inter: int) -> Projections:
-    """The operands and scales of gate, up and down."""
-    pairs = split_projections(operands, inter)
-    return tuple(None if a is None else (a, b, scale) for (a, b), scale in zip(pairs, scales, strict=True))
-
-
-def split_projections(lora: LoraTensors, inter: int) -> tuple[tuple, tuple, tuple]:
-    """(a, b) of gate, up and down; views of the fused tensors where gate and up share a."""
-    gate_a, gate_b, up_a, up_b, down_a, down_b = lora
-    if gate_b is not None and up_b is None and gate_b.shape[-1] == 2 * inter:
-        return (gate_a, gate_b[..., :inter]), (gate_a, gate_b[..., inter:]), (down_a, down_b)
-    return (gate_a, gate_b), (up_a, up_b), (down_a, down_b)
-
-
-def moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, lora: LoraTensors, call: MoeCall) -> Tensor:
-    """Weighted sum of the chosen experts for every token.
+def submit(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    layer: object,
+    settings: MoeSettings,
+    *,
+    factors: LoraTensors = NO_FACTORS,
+    lora: LoraOperands = NO_LORA,
+    bias: Biases | None = None,
+    seed: int = 0,
+    route: Route | None = None,
+    is_beside: bool = False,
+    deferral: Deferral | None = None,
+) -> Ticket:
+    """Begin the weighted sum of the chosen experts for every token.
 
     Args:
-        x: hidden states `[tokens, hidden]`, bf16, f16 or f32; rounded to bf16.
-        topk_ids: expert of each (token, slot), int64 `[tokens, k]`; an id >= num_experts skips its slot.
+        x: hidden states `[tokens, hidden]`, bf16, f16 or f32; rounded to bf16. Without gradients `[..., hidden]`.
+        topk_ids: expert of each (token, slot), integers `[tokens, k]`; an id >= num_experts skips its slot.
         topk_weights: router weights `[tokens, k]`.
-        lora: LoRA factors, or `NO_LORA`.
-    Returns:
-        `[tokens, hidden]` in x's dtype and device; sums in f32, rounded once.
+        layer: `kt_sft._native.MoeLayer`.
+        factors: the parameters of `lora` as autograd sees them, for their gradients.
+        seed: of the dropout masks.
+        route: of the tensors; None: as they lie, not to be written before `join`.
+        is_beside: tensors on the CPU, too, are computed beside the caller.
+        deferral: leaves experts to the next layer; without gradients only.
     Raises:
-        ValueError: a shape, dtype or id does not fit the layer.
+        ValueError: tensors of the wrong kind; what else does not fit the layer is raised by `join`.
     """
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, topk_weights, *lora))
-    if wants_grad:
-        return _Moe.apply(x, topk_ids, topk_weights, *lora, call)
-    return _run_forward(_inputs(x, topk_ids, topk_weights), lora, call, tape=_NO_TAPE, like=x)
+    route = route or route_of(x)
+    passed = _Pass(layer, settings, lora, bias, seed, route, x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, topk_weights, *factors)):
+        return Ticket(passed, _Submit.apply(x, topk_ids, topk_weights, *factors, passed))
+    passed.start(x, topk_ids, topk_weights, is_beside=is_beside, deferral=deferral)
+    return Ticket(passed, None)
 
 
-def _inputs(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """CPU copies in the extension's dtypes, the very tensors where nothing has to change."""
-    return (
-        _input(x, torch.bfloat16, "x"),  # [tokens, hidden]
-        _input(topk_ids, torch.int64, "topk_ids"),  # [tokens, k]
-        _input(topk_weights, torch.float32, "topk_weights"),  # [tokens, k]
-    )
+def join(ticket: Ticket) -> Tensor:
+    """The output of a pass, once.
 
-
-def _input(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if tensor.dtype is dtype and tensor.is_cpu and not tensor.requires_grad and tensor.is_contiguous():
-        return tensor  # each step below costs a microsecond even where it does nothing
-    is_number = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype in INTEGERS
-    if not is_number:
-        kind = "floating point numbers" if dtype.is_floating_point else "integers"
-        raise ValueError(f"{name}: expected {kind}, got {tensor.dtype}")
-    return cpu_copy(tensor, dtype, name)
-
-
-def _result(x: Tensor, like: Tensor) -> tuple[Tensor, str]:
-    """Uninitialised output of the extension, shaped as its input x, for a result of dtype `like.dtype`; dtype name."""
-    if like.dtype is torch.bfloat16:
-        return torch.empty_like(x), "bf16"
-    return torch.empty_like(x, dtype=torch.float32), "f32"
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """On the CPU whatever the default device is; large ones in huge pages, which cost less to touch and to find."""
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    if tensor.nbytes >= _HUGE_BYTES:
-        native().advise_huge_pages(tensor)
-    return tensor
-
-
-def moe_into(out: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, call: MoeCall) -> None:
-    """`moe` without gradients into memory of the caller; may run in any thread.
-
-    Args:
-        out: bf16 or f32 `[tokens, hidden]`, on the CPU, contiguous; overwritten.
-        x: bf16 `[tokens, hidden]`, on the CPU, contiguous.
-        topk_ids: int64 `[tokens, k]`, likewise; an id >= num_experts skips its slot.
-        topk_weights: f32 `[tokens, k]`, likewise.
-        call: its `projections` are the LoRA, if any.
+    Returns:
+        `[tokens, hidden]` in the dtype and on the device of the hidden states; sums in f32, rounded once.
+    Raises:
+        ValueError: a shape or id does not fit the layer.
+        RuntimeError: it was joined before; or an input was written since its submit, and its gradients are wanted.
+        Exception: what else went wrong in the pass.
     """
-    call.layer.forward(
-        x, topk_ids, topk_weights, lora=call.native_lora(NO_LORA), g=None, u=None, xa=None, out=out,
-        out_dtype="bf16" if out.dtype is torch.bfloat16 else "f32", **call.options(),
-    )  # fmt: skip
+    tie, ticket.tie = ticket.tie, None
+    return ticket.passed.finish() if tie is None else _Join.apply(tie, ticket.passed)
 
 
-def _run_forward(inputs: tuple, lora: LoraTensors, call: MoeCall, *, tape: tuple, like: Tensor) -> Tensor:
-    x, ids, weights = inputs
-    out, out_dtype = _result(x, like)
-    g, u, *xa = tape
-    call.layer.forward(
-        x, ids, weights, lora=call.native_lora(lora), g=g, u=u, xa=tuple(xa), out=out, out_dtype=out_dtype,
-        **call.options(),
-    )  # fmt: skip
-    return out if like.is_cpu and out.dtype is like.dtype else out.to(like.device, like.dtype)
-
-
-def _tape(rows: int, call: MoeCall, lora: LoraTensors) -> tuple[Tensor | None, ...]:
-    """g and u, f16, and x A^T of gate and of up, f32 `[rows, rank]`, where they have an A of their own."""
-    gate, up, _ = call.native_lora(lora)
-    g, u = (empty((rows, call.layer.inter_stride), torch.float16) for _ in range(2))
-    own = (gate, None if gate is not None and up is not None and up[0] is gate[0] else up)
-    return g, u, *(None if one is None else empty((rows, one[0].shape[1]), torch.float32) for one in own)
-
-
-class _Moe(torch.autograd.Function):
-    """The tape is (x, topk_ids, topk_weights, g, u, x A^T of gate and of up, shared operands): torch tensors, which
-    checkpointing and offload hooks can drop."""
+class _Submit(torch.autograd.Function):
+    """Its output has no elements: it orders join after submit, and their backwards the other way round."""
 
     @staticmethod
-    def forward(ctx, x, topk_ids, topk_weights, gate_a, gate_b, up_a, up_b, down_a, down_b, call):
-        lora = (gate_a, gate_b, up_a, up_b, down_a, down_b)
-        inputs = _inputs(x, topk_ids, topk_weights)
-        tape = _tape(topk_ids.numel(), call, lora) if call.retain else _NO_TAPE
-        out = _run_forward(inputs, lora, call, tape=tape, like=x)
-        ctx.save_for_backward(*inputs, *tape, *call.shared)
-        ctx.call = call
-        ctx.x_like = (x.device, x.dtype)
-        ctx.weights_like = (topk_weights.device, topk_weights.dtype)
-        ctx.lora_like = tuple(None if t is None else (t.device, t.dtype, t.shape, _is_expert_minor(t)) for t in lora)
+    def forward(ctx, x, topk_ids, topk_weights, gate_a, gate_b, up_a, up_b, down_a, down_b, passed):
+        factors = (gate_a, gate_b, up_a, up_b, down_a, down_b)
+        passed.will_go_back(ctx.needs_input_grad, topk_weights, factors)
+        passed.start(x, topk_ids, topk_weights, keeps_tape=passed.settings.retain)
+        ctx.passed = passed
+        return x.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        return ctx.passed.finish_gradients()
+
+
+class _Join(torch.autograd.Function):
+    """The tape is (x, topk_ids, topk_weights, g, u, x A^T of gate and of up, shared operands): torch tensors, which
+    checkpointing and offload hooks can drop. It is saved here, when the pass is known to have gone well."""
+
+    @staticmethod
+    def forward(ctx, tie, passed):
+        out = passed.finish()
+        ctx.save_for_backward(*passed.take_tape())
+        ctx.passed = passed
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, ids, weights, g, u, *xa = ctx.saved_tensors[: 3 + len(_NO_TAPE)]
-        call: MoeCall = ctx.call
-        needs_x, _, needs_weights, *needs_lora = ctx.needs_input_grad[:9]
-        like = empty((0,), ctx.x_like[1])
-        dx, dx_dtype = _result(x, like)
-        dweights = empty(weights.shape, torch.float32) if needs_weights else None
-        dlora = tuple(
-            _empty_gradient(*spec[2:]) if needed else None
-            for spec, needed in zip(ctx.lora_like, needs_lora, strict=True)
+        ctx.passed.start_gradients(dout, ctx.saved_tensors)
+        return dout.new_empty(0), None
+
+
+class _Pass:
+    """One pass of the kernels, forward and backward; the tensors of either are gone when its second half has run."""
+
+    __slots__ = (
+        *("layer", "settings", "lora", "bias", "seed", "route", "device", "dtype", "wants"),
+        *("_gradients", "_result", "_tape", "_versions"),
+    )
+
+    def __init__(
+        self,
+        layer: object,
+        settings: MoeSettings,
+        lora: LoraOperands,
+        bias: Biases | None,
+        seed: int,
+        route: Route,
+        x: Tensor,
+    ):
+        self.layer = layer
+        self.settings = settings
+        self.lora = lora
+        self.bias = bias
+        self.seed = seed
+        self.route = route
+        self.device = x.device
+        self.dtype = x.dtype
+        self.wants: _Wants | None = None
+        self._result: Result | None = None
+
+    def will_go_back(self, needed: tuple[bool, ...], topk_weights: Tensor, factors: LoraTensors) -> None:
+        """Before `start`: gradients are wanted, `needed` of x, ids, weights and the factors."""
+        self.wants = _Wants(
+            needed[0],
+            (topk_weights.device, topk_weights.dtype) if needed[2] else None,
+            tuple(_Factor.of(f) if needs else None for f, needs in zip(factors, needed[3:9], strict=True)),
         )
-        lora = call.native_lora(NO_LORA)
-        call.layer.backward(
-            cpu_copy(dout, torch.bfloat16, "dout"), x, ids, weights, lora=lora, g=g, u=u, xa=tuple(xa),
-            dx=dx if needs_x else None, dx_dtype=dx_dtype, dtopk_weights=dweights,
-            lora_grads=_native_grads(dlora, lora, call.layer.inter), **call.options(),
+        self._gradients: dict[int, _Gradients] = {}
+
+    def start(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        keeps_tape: bool = False,
+        is_beside: bool = False,
+        deferral: Deferral | None = None,
+    ) -> None:
+        """Hand the inputs over; see `submit`."""
+        route, to_slots = self.route, self.settings.to_slots
+        rows = route.bring(x, torch.bfloat16, "x")  # [tokens, hidden]
+        ids = route.bring(topk_ids, torch.int64, "topk_ids")  # [tokens, k]
+        weights = route.bring(topk_weights, torch.float32, "topk_weights")  # [tokens, k]
+        out = route.output(rows, self._result_dtype)
+        arrived = route.arrival()
+        tape = self._new_tape(ids.numel()) if keeps_tape else _NO_TAPE
+        if self.wants is not None:
+            self._tape = (rows, ids, weights, *tape, *self.lora.shared)
+            self._versions = _versions((rows, ids, weights, *self.lora.shared))
+
+        def slots() -> Tensor:
+            if arrived is not None:
+                arrived()
+            return ids if to_slots is None else to_slots(ids)
+
+        def compute(chosen: Tensor, into: Tensor) -> None:
+            self._forward(rows, chosen, weights, tape, into)
+
+        def work() -> Tensor:
+            try:
+                compute(slots(), out)
+                return out
+            finally:
+                route.release()
+
+        run = task_queue.submit if is_beside or route.is_beside else task_queue.run_now
+        if deferral is None:
+            self._result = run(work)
+        else:
+            parts = Parts(slots, weights, self.layer.num_experts, compute, route.release)
+            self._result = deferral.start(parts, out, run=run)
+
+    def _forward(self, x: Tensor, ids: Tensor, weights: Tensor, tape: tuple, out: Tensor) -> None:
+        g, u, *xa = tape
+        self.layer.forward(
+            x, ids, weights, lora=self.lora.projections, g=g, u=u, xa=tuple(xa), out=out,
+            out_dtype=_name(out.dtype), dropout_seed=self.seed, bias=self.bias, **self.settings.options,
         )  # fmt: skip
-        if call.after_backward is not None:
-            call.after_backward()
-        grads_lora = tuple(
-            None if grad is None else grad.to(spec[0], spec[1]) for grad, spec in zip(dlora, ctx.lora_like, strict=True)
-        )
+
+    def finish(self) -> Tensor:
+        """Wait for the output; see `join`."""
+        result, self._result = self._result, None
+        if result is None:
+            raise RuntimeError("experts: this pass was joined before; submit once for each join")
+        return self.route.deliver(result.result(), self.device, self.dtype)
+
+    def take_tape(self) -> tuple[Tensor | None, ...]:
+        """What backward needs, for autograd to keep.
+
+        Raises:
+            RuntimeError: a tensor that the kernels read in place was written since.
+        """
+        tape, self._tape = self._tape, ()
+        if self._versions != _versions((*tape[:3], *self.lora.shared)):
+            raise RuntimeError(
+                "experts: hidden states, router weights, ids or LoRA factors were modified by an inplace operation "
+                "between submit and join, which have to see the same values; write to a copy"
+            )
+        return tape
+
+    def start_gradients(self, dout: Tensor, saved: tuple[Tensor | None, ...]) -> None:
+        """Hand the output's gradient over, with what `take_tape` gave."""
+        x, ids, weights, g, u, *xa = saved[: 3 + len(_NO_TAPE)]
+        wants, lora, route = self.wants, self.lora.projections, route_of(dout)
+        dy = route.bring(dout, torch.bfloat16, "gradient")  # [tokens, hidden]
+        dx = route.output(x, self._result_dtype) if wants.x else None
+        dweights = route.output(weights, torch.float32) if wants.weights else None
+        dlora = tuple(None if factor is None else factor.empty_gradient(route) for factor in wants.factors)
+        arrived = route.arrival()
+
+        def work() -> None:
+            if arrived is not None:
+                arrived()
+            self.layer.backward(
+                dy, x, ids, weights, lora=lora, g=g, u=u, xa=tuple(xa), dx=dx, dx_dtype=_name(self._result_dtype),
+                dtopk_weights=dweights, lora_grads=_native_grads(dlora, lora, self.layer.inter),
+                dropout_seed=self.seed, bias=self.bias, **self.settings.options,
+            )  # fmt: skip
+            route.release()
+
+        run = task_queue.submit if route.is_beside else task_queue.run_now
+        self._gradients[_backward_number()] = _Gradients(run(work), route, dx, dweights, dlora)
+
+    def finish_gradients(self) -> tuple[Tensor | None, ...]:
+        """Wait for the gradients of this backward; those of `_Submit.forward`'s arguments."""
+        found, wants = self._gradients.pop(_backward_number()), self.wants
+        found.result.result()
+        if self.lora.after_backward is not None:
+            self.lora.after_backward()
+        deliver = found.route.deliver
         return (
-            dx.to(*ctx.x_like) if needs_x else None,
+            deliver(found.dx, self.device, self.dtype) if wants.x else None,
             None,
-            dweights.to(*ctx.weights_like) if needs_weights else None,
-            *grads_lora,
+            None if wants.weights is None else deliver(found.dweights, *wants.weights),
+            *(
+                None if factor is None else deliver(gradient, factor.device, factor.dtype)
+                for factor, gradient in zip(wants.factors, found.dlora, strict=True)
+            ),
             None,
         )
 
+    @property
+    def _result_dtype(self) -> torch.dtype:
+        """Of the sums as the kernels round them."""
+        return torch.bfloat16 if self.dtype is torch.bfloat16 else torch.float32
 
-def _is_expert_minor(factor: Tensor) -> bool:
-    """Whether experts are the fastest index of `[num_experts, rank, dim]`, as in PEFT's `[dim, rank * num_experts]`."""
-    experts, rank, _ = factor.shape
-    return factor.stride() == (1, experts, experts * rank)
+    def _new_tape(self, rows: int) -> tuple[Tensor | None, ...]:
+        """g and u, f16, and x A^T of gate and of up, f32 `[rows, rank]`, where they have an A of their own."""
+        gate, up, _ = self.lora.projections
+        g, u = (empty((rows, self.layer.inter_stride), torch.float16) for _ in range(2))
+        own = (gate, None if gate is not None and up is not None and up[0] is gate[0] else up)
+        return g, u, *(None if one is None else empty((rows, one[0].shape[1]), torch.float32) for one in own)
 
 
-def _empty_gradient(shape: tuple[int, ...], expert_minor: bool) -> Tensor:
-    """f32 in the memory layout of the factor, so that autograd takes the gradient as it is."""
-    experts, rank, dim = shape
-    if expert_minor:
-        return empty((dim, rank, experts), torch.float32).permute(2, 1, 0)
-    return empty(shape, torch.float32)
+class _Factor(NamedTuple):
+    """A LoRA factor `[num_experts, rank, dim]` that wants a gradient."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+    is_expert_minor: bool  # experts are the fastest index, as in PEFT's `[dim, rank * num_experts]`
+
+    @classmethod
+    def of(cls, factor: Tensor) -> _Factor:
+        """What its gradient has to be like."""
+        experts, rank, _ = factor.shape
+        is_minor = factor.stride() == (1, experts, experts * rank)
+        return cls(factor.device, factor.dtype, factor.shape, is_minor)
+
+    def empty_gradient(self, route: Route) -> Tensor:
+        """f32 in the memory layout of the factor, so that autograd takes the gradient as it is."""
+        experts, rank, dim = self.shape
+        made = empty((dim, rank, experts) if self.is_expert_minor else self.shape, torch.float32)
+        if route.is_beside and self.device.type != "cpu":
+            made = route.output(made, torch.float32)
+        return made.permute(2, 1, 0) if self.is_expert_minor else made
+
+
+class _Wants(NamedTuple):
+    """Of what gradients are wanted, and like what."""
+
+    x: bool
+    weights: tuple[torch.device, torch.dtype] | None
+    factors: tuple[_Factor | None, ...]
+
+
+class _Gradients(NamedTuple):
+    """Gradients on their way from join's backward to submit's."""
+
+    result: Result
+    route: Route
+    dx: Tensor | None
+    dweights: Tensor | None
+    dlora: tuple[Tensor | None, ...]
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def _backward_number() -> int:
+    """Which backward this thread is in: two of them may run through one graph at a time."""
+    return torch._C._current_graph_task_id()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype is torch.bfloat16 else "f32"
 
 
 def _native_grads(dlora: LoraTensors, lora: tuple, inter: int) -> tuple:

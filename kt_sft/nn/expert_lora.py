@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kt_sft.autograd.moe import NO_LORA, LoraTensors, MoeCall, Projections, empty, native_projections
-from kt_sft.cpu_tensors import cpu_copy
+from kt_sft.autograd.settings import NO_FACTORS, LoraOperands, LoraTensors, empty, native_projections
 from kt_sft.native import native
+from kt_sft.transfer.routes import fetch
 
 EXPERT_MAJOR = "expert_major"  # stored [num_experts * rank, dim]
 EXPERT_MINOR = "expert_minor"  # stored [dim, rank * num_experts], expert index fastest
@@ -54,10 +54,10 @@ class LoraFactor:
         if self.is_operand:
             return self._expert_major(self.parameter.detach())
         if self.is_interleaved:
-            return cpu_copy(self.canonical(), torch.float32, "lora", copy=True)
+            return _copied(self.canonical())
         if self.layout == EXPERT_MAJOR:
-            return self._expert_major(cpu_copy(self.parameter, torch.float32, "lora", copy=True))
-        stored = cpu_copy(self.parameter, torch.float32, "lora")
+            return self._expert_major(_copied(self.parameter))
+        stored = fetch(self.parameter, torch.float32, "lora").contiguous()
         shape = (self.num_experts, stored.shape[1] // self.num_experts, stored.shape[0])
         operand = empty(shape, torch.float32)
         native().operand_from_expert_minor(stored, operand)
@@ -65,6 +65,12 @@ class LoraFactor:
 
     def _expert_major(self, stored: Tensor) -> Tensor:
         return stored.view(self.num_experts, -1, stored.shape[-1])
+
+
+def _copied(factor: Tensor) -> Tensor:
+    """f32 on the CPU, contiguous, and never the factor's own memory."""
+    host = fetch(factor, torch.float32, "lora").contiguous()
+    return host.clone() if host.data_ptr() == factor.data_ptr() else host
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class _Operands:
     shared: tuple[Tensor, ...]  # those that are the parameters' own memory
 
 
-_NO_OPERANDS = _Operands((None,) * 6, NO_LORA, NO_LORA, ())
+_NO_OPERANDS = _Operands((None,) * 6, NO_FACTORS, NO_FACTORS, ())
 
 
 @dataclass
@@ -127,7 +133,7 @@ class ExpertLora:
     active: Callable[[], bool] = lambda: True
     # Both are replaced as a whole: another thread may be reading.
     _last: _Operands = field(default=_NO_OPERANDS, repr=False)
-    _projections: tuple[LoraTensors, tuple[float, ...], Projections] | None = field(default=None, repr=False)
+    _bound: tuple[LoraTensors, tuple[float, ...], LoraOperands] | None = field(default=None, repr=False)
 
     def _factors(self) -> tuple[LoraFactor | None, ...]:
         pairs = (self.gate_up, None, self.down)
@@ -162,20 +168,18 @@ class ExpertLora:
         )
         return made
 
-    def bind(self, call: MoeCall) -> None:
-        """Give a call the operands with their scales, and what keeps them right until its backward."""
-        operands, scales = self._operands(), self.scales()
-        last = self._projections
+    def bind(self, inter: int) -> LoraOperands:
+        """The operands with their scales, as calls take them; the same ones until a factor or a scale changes."""
+        operands, scales, last = self._operands(), self.scales(), self._bound
         if last is None or last[0] is not operands.tensors or last[1] != scales:
-            last = (operands.tensors, scales, native_projections(operands.tensors, scales, call.layer.inter))
-            self._projections = last
-        call.projections = last[2]
-        call.shared = operands.shared
-        call.after_backward = self.drop_copies
+            projections = native_projections(operands.tensors, scales, inter)
+            last = (operands.tensors, scales, LoraOperands(projections, operands.shared, self.drop_copies))
+            self._bound = last
+        return last[2]
 
     def drop_copies(self) -> None:
         """The parameters are about to change: a backward has been here."""
-        self._last, self._projections = _NO_OPERANDS, None
+        self._last, self._bound = _NO_OPERANDS, None
 
     def scales(self) -> tuple[float, float, float]:
         """Scale of gate, up and down."""

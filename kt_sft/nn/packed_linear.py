@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kt_sft.autograd.linear import packed_linear
-from kt_sft.cpu_tensors import check_storage, cpu_copy
 from kt_sft.native import native
+from kt_sft.storage import check_storage
+from kt_sft.transfer.routes import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class PackedLinear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(device))
         bias = self.bias
         if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
-            operand = None if bias is None else cpu_copy(bias, torch.float32, "bias")
+            operand = None if bias is None else fetch(bias, torch.float32, "bias").contiguous()
             return packed_linear(input, self.layer, operand, rows=self.rows())
         return packed_linear(input, self.layer, rows=self.rows()) + bias.to(input.dtype)
 
@@ -107,7 +108,7 @@ class PackedLinear(nn.Linear):
         if name in state_dict:
             shape, found = list(self.weight.shape), list(state_dict[name].shape)
             if found == shape:
-                self.layer.load(cpu_copy(state_dict[name], torch.bfloat16, name))
+                self.layer.load(fetch(state_dict[name], torch.bfloat16, name).contiguous())
             else:
                 *_, errors = args
                 errors.append(f"size mismatch for {name}: expected {shape}, found {found}")

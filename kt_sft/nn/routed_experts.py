@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports dynamo (800 modules, 3 s) at once
 
-from kt_sft.autograd.moe import NO_LORA, MoeCall, moe, moe_into
-from kt_sft.cpu_tensors import cpu_copy
+from kt_sft.autograd.moe import Ticket, join, submit
+from kt_sft.autograd.settings import NO_FACTORS, NO_LORA, MoeSettings
 from kt_sft.formats.finite import check_finite
 from kt_sft.models.layout import ExpertsSpec, Formats, Matrices
 from kt_sft.native import native
 from kt_sft.nn.expert_lora import ExpertLora
-from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
+from kt_sft.transfer.routes import copying_route_of, fetch
 
 PLACEHOLDERS = ("gate_up_proj", "down_proj")
 Buffer = memoryview | bytearray  # anything of bytes that the buffer protocol gives
@@ -62,8 +63,8 @@ class RoutedExperts(nn.Module):
         self.formats = (formats,) * 3 if isinstance(formats, str) else formats
         self.group_size = group_size
         self.expert_activations = expert_activations
-        self.chunk_size = chunk_size
-        self.retain = cpu_activation == "retain"
+        self._fixed = MoeSettings(chunk_size=chunk_size, retain=cpu_activation == "retain")
+        self._settings: dict[tuple[str, float], MoeSettings] = {}
         sizes = (spec.num_experts, spec.hidden, spec.inter)
         self.layer = native().MoeLayer(*sizes, formats, spec.activation, group_size, spec.alpha, spec.limit)
         self.lora: ExpertLora | None = None
@@ -191,52 +192,61 @@ class RoutedExperts(nn.Module):
         return self._forward(hidden_states, top_k_index, top_k_weights)
 
     def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        shape = hidden_states.shape
+        out = join(self.submit(hidden_states, top_k_index, top_k_weights))
+        return out if len(shape) == 2 else out.reshape(shape)
+
+    def submit(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Ticket:
+        """Begin a forward pass, whose output `[tokens, hidden]` `kt_sft.autograd.moe.join` gives.
+
+        Raises:
+            RuntimeError: PEFT's own LoRA that nothing bound; deferred experts in training, or with gradients.
+        """
         if "parametrizations" in self._modules:  # PEFT's own wrapper put W + delta over a placeholder: nobody reads it
             raise RuntimeError(
                 "expert LoRA: PEFT wrapped the experts but nothing bound its LoRA to the kernels; "
                 "use kt_sft.get_peft_model or kt_sft.load_adapter instead of PEFT's own"
             )
-        shape = hidden_states.shape
-        x = hidden_states if len(shape) == 2 else hidden_states.reshape(-1, shape[-1])  # [tokens, hidden]
-        call = MoeCall(self.layer, rows=self.rows(), chunk_size=self.chunk_size, retain=self.retain, bias=self._bias())
-        lora = NO_LORA
+        # [tokens, hidden]
+        x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])
+        factors, lora, dropout, seed, route = NO_FACTORS, NO_LORA, 0.0, 0, None
         if self.lora is not None and self.lora.active():
-            lora = self.lora.tensors() if torch.is_grad_enabled() else NO_LORA  # without gradients the copies do
-            self.lora.bind(call)
+            factors = self.lora.tensors() if torch.is_grad_enabled() else NO_FACTORS  # else the copies do
+            lora = self.lora.bind(self.layer.inter)
             if self.training and self.lora.dropout > 0.0:
-                call.dropout = self.lora.dropout
+                dropout = self.lora.dropout
                 # From torch's CPU generator: seeded with the run, and given back by checkpointing for its recompute.
-                call.seed = int(torch.randint(0, 2**62, (), device="cpu").item())
+                seed = int(torch.randint(0, 2**62, (), device="cpu").item())
         if self.deferral is not None:
-            out = self._forward_deferring(x, top_k_index, top_k_weights, call)
-        else:
-            out = moe(x, top_k_index, top_k_weights, lora, call)
-        return out if len(shape) == 2 else out.reshape(shape)
+            self._check_deferring()
+            route = copying_route_of(x)  # the model may write over its tensors while the deferred experts read theirs
+        return submit(
+            x,
+            top_k_index,
+            top_k_weights,
+            self.layer,
+            self._settings_for(self.rows(), dropout),
+            factors=factors,
+            lora=lora,
+            bias=self._bias(),
+            seed=seed,
+            route=route,
+            deferral=self.deferral,
+        )
 
-    def _forward_deferring(self, x: Tensor, ids: Tensor, weights: Tensor, call: MoeCall) -> Tensor:
-        """`moe`, with some experts added one layer later.
+    def _settings_for(self, rows: str, dropout: float) -> MoeSettings:
+        """Those of the layer; made for the first call of a kind."""
+        made = self._settings.get((rows, dropout))
+        if made is None:
+            made = self._settings[rows, dropout] = dataclasses.replace(self._fixed, rows=rows, dropout=dropout)
+        return made
 
-        Raises:
-            RuntimeError: in training, or where gradients are recorded.
-        """
+    def _check_deferring(self) -> None:
         if self.training or torch.is_grad_enabled():
             raise RuntimeError(
                 "max_deferred_experts_per_token: deferred experts are for inference, under torch.no_grad() and in eval "
                 "mode; load the model without them for training"
             )
-        # Copies: the model may write over its tensors while the deferred experts read theirs.
-        x_copy = cpu_copy(x, torch.bfloat16, "x", copy=True)
-        ids = cpu_copy(ids, torch.int64, "topk_ids", copy=True)
-        weights = cpu_copy(weights, torch.float32, "topk_weights", copy=True)
-        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-        future = self.deferral.start(
-            self,
-            lambda: (ids, weights, self.num_experts),
-            lambda part, result: moe_into(result, x_copy, part, weights, call),
-            out,
-            submit=task_queue.run_now,
-        )
-        return future.result().to(x.device)
 
     def _bias(self) -> Matrices | None:
         """Biases of gate, up and down in f32 on the CPU; copies are made again when a parameter changed."""
@@ -245,7 +255,7 @@ class RoutedExperts(nn.Module):
         stored = self.gate_up_proj_bias.detach(), self.down_proj_bias.detach()
         looks = tuple((t.data_ptr(), t._version, t.dtype) for t in stored)
         if self._biases is None or self._biases[0] != looks:
-            gate_up, down = (cpu_copy(t, torch.float32, "bias") for t in stored)
+            gate_up, down = (fetch(t, torch.float32, "bias") for t in stored)
             gate, up = gate_up[:, self.spec.gate_rows], gate_up[:, self.spec.up_rows]
             self._biases = (looks, (gate.contiguous(), up.contiguous(), down.contiguous()))
         return self._biases[1]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kt_sft.autograd.moe import INTEGERS, MoeCall, moe_into
+from kt_sft.autograd.moe import Ticket, join, submit
+from kt_sft.autograd.settings import MoeSettings
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError, under_name
 from kt_sft.nn.routed_experts import RoutedExperts
@@ -19,11 +19,9 @@ from kt_sft.operator.saving import save_layer
 from kt_sft.operator.threads import join_pool
 from kt_sft.operator.weights import LayerSizes, load_from_path, load_from_tensors
 from kt_sft.residency.expert_map import ExpertMap
-from kt_sft.schedule import task_queue
-from kt_sft.schedule.deferred import Deferral
 from kt_sft.sources.tensors import TensorExperts
-from kt_sft.transfer.routes import Route, route_of
-from kt_sft.transfer.staging import Inputs, Key, Staging
+from kt_sft.transfer.routes import IN_PLACE, INTEGERS, copying_route_of
+from kt_sft.transfer.staging import Staging
 
 _staging = Staging()
 # What the kernels take; larger numbers would fill memory before these could refuse them.
@@ -31,11 +29,14 @@ _MOST, _WIDEST = 1 << 20, 32768
 _ARGUMENTS = {"threads": "cpuinfer_threads", "chunk_size": "chunked_prefill_size"}  # of settings with other names
 
 
-@dataclass
-class _Submitted:
-    future: Future[Tensor]
-    route: Route
-    shape: torch.Size
+class _NoExperts:
+    """In the place of the native layer where all experts are on a GPU."""
+
+    num_experts = 0
+
+    def forward(self, *inputs: Tensor, out: Tensor, **settings: Any) -> None:
+        """Nothing is added."""
+        out.zero_()
 
 
 class KTMoEWrapper:
@@ -120,12 +121,10 @@ class KTMoEWrapper:
         self.cpu_save = cpu_save
         self.max_deferred_experts_per_token = max_deferred_experts_per_token or 0
         self._experts: RoutedExperts | None = None
-        self._call: MoeCall | None = None
-        self._is_loaded = False
-        self._submitted: _Submitted | None = None
+        self._settings: MoeSettings | None = None
+        self._submitted: tuple[Ticket, torch.Size] | None = None
         join_pool(self, cpuinfer_threads, threadpool_count)
-        chain = join_chain(self, layer_idx, (weight_path, hidden_size))
-        self._deferral = Deferral(chain, self.max_deferred_experts_per_token)
+        self._deferral = join_chain(layer_idx, (weight_path, hidden_size), self.max_deferred_experts_per_token)
 
     def load_weights(self, physical_to_logical_map: Tensor | None = None) -> None:
         """Load this layer from `weight_path`; experts on a GPU are left out.
@@ -180,11 +179,10 @@ class KTMoEWrapper:
         self._take(experts)
 
     def _take(self, experts: RoutedExperts | None) -> None:
-        self._experts, self._is_loaded = experts, True
-        if experts is not None:
-            with torch.no_grad():
-                rows = experts.rows()
-            self._call = MoeCall(experts.layer, rows=rows, chunk_size=self._config.chunk_size)
+        with torch.no_grad():
+            rows = "bf16" if experts is None else experts.rows()
+        self._experts = experts
+        self._settings = MoeSettings(rows, self._config.chunk_size, to_slots=self._expert_map.slots)
 
     def submit_forward(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: int = 0
@@ -201,7 +199,7 @@ class KTMoEWrapper:
             TypeError: no tensors.
             ValueError: a shape, type or device that does not fit.
         """
-        self._submit(hidden_states, topk_ids, topk_weights, cuda_stream, task_queue.submit)
+        self._submit(hidden_states, topk_ids, topk_weights, cuda_stream, is_beside=True)
 
     def sync_forward(self, hidden_states: Tensor, cuda_stream: int = 0) -> Tensor:
         """The output of the submitted pass.
@@ -220,53 +218,45 @@ class KTMoEWrapper:
         submitted, self._submitted = self._submitted, None
         if submitted is None:
             raise RuntimeError(f"sync_forward: layer {self.layer_idx} has nothing submitted; call submit_forward first")
-        out = submitted.future.result()
-        if hidden_states.shape != submitted.shape:
-            raise ValueError(
-                f"hidden_states: expected {list(submitted.shape)}, as submitted, found {list(hidden_states.shape)}"
-            )
-        return submitted.route.deliver(out).view(submitted.shape)
+        ticket, shape = submitted
+        out = join(ticket)
+        if hidden_states.shape != shape:
+            raise ValueError(f"hidden_states: expected {list(shape)}, as submitted, found {list(hidden_states.shape)}")
+        return out.view(shape)
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: int = 0) -> Tensor:
         """`submit_forward` and `sync_forward` in one; arguments, result and errors as there."""
-        submit = task_queue.submit if getattr(hidden_states, "is_cuda", False) else task_queue.run_now
-        self._submit(hidden_states, topk_ids, topk_weights, cuda_stream, submit)
+        self._submit(hidden_states, topk_ids, topk_weights, cuda_stream, is_beside=False)
         return self.sync_forward(hidden_states, cuda_stream)
 
-    def _submit(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: int, submit) -> None:
+    def _submit(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: int, *, is_beside: bool
+    ) -> None:
         if self._submitted is not None:
             self._submitted = None
             raise RuntimeError(
                 f"submit_forward: layer {self.layer_idx} has a pass that nobody fetched, which is dropped now; call "
                 "sync_forward after each submit_forward"
             )
-        if not self._is_loaded:
+        if self._settings is None:
             raise RuntimeError(f"layer {self.layer_idx} has no weights yet; call load_weights first")
-        tokens = self._check(hidden_states, topk_ids, topk_weights)
-        x, hidden = hidden_states.detach(), self._sizes.hidden
-        route = route_of(x, cuda_stream, _staging)
-        out = route.output(tokens, hidden, x.dtype)
-        inputs: Inputs = _staging.take(Inputs, Key(tokens, hidden, topk_ids.shape[1], is_pinned=route.is_pinned))
-        wait = route.bring(inputs, x, topk_ids, topk_weights)
-        expert_map, call = self._expert_map, self._call
-
-        def prepare() -> tuple[Tensor, Tensor, int]:
-            wait()
-            return expert_map.slots(inputs.topk_ids), inputs.topk_weights, expert_map.skip
-
-        def compute(ids: Tensor, result: Tensor) -> None:
-            if call is None:
-                result.zero_()
-            else:
-                moe_into(result, inputs.x, ids, inputs.topk_weights, call)
-
-        future = self._deferral.start(
-            self, prepare, compute, out, submit=submit, finish=lambda: _staging.release(inputs)
+        self._check(hidden_states, topk_ids, topk_weights)
+        x = hidden_states.detach()
+        reads_later = is_beside or self._deferral.per_token > 0
+        ticket = submit(
+            x,
+            topk_ids,
+            topk_weights.detach(),
+            _NoExperts() if self._experts is None else self._experts.layer,
+            self._settings,
+            route=copying_route_of(x, _staging, cuda_stream) if reads_later or not x.is_cpu else IN_PLACE,
+            is_beside=is_beside,
+            deferral=self._deferral,
         )
-        self._submitted = _Submitted(future, route, hidden_states.shape)
+        self._submitted = ticket, hidden_states.shape
 
-    def _check(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> int:
-        """The number of tokens, once everything has been looked at."""
+    def _check(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        """Look at everything before anything begins."""
         named = {"hidden_states": hidden_states, "topk_ids": topk_ids, "topk_weights": topk_weights}
         for name, tensor in named.items():
             if not isinstance(tensor, Tensor):
@@ -291,7 +281,6 @@ class KTMoEWrapper:
             if tensor.device != hidden_states.device:
                 where = f"hidden_states' device, {hidden_states.device}"
                 raise ValueError(f"{name}: expected a tensor on {where}, found {tensor.device}")
-        return tokens
 
     @staticmethod
     def set_capture_batch_sizes(batch_sizes: list[int]) -> None:

@@ -9,15 +9,31 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kt_sft.schedule import task_queue
+from kt_sft.schedule.task_queue import Result
 
-# Fills f32 [tokens, hidden] with the weighted sum of the experts that the ids [tokens, k] name.
-Compute = Callable[[Tensor, Tensor], None]
+
+@dataclass(frozen=True)
+class Parts:
+    """A layer's work on one input, in parts that the worker runs.
+
+    Args:
+        slots: waits for the inputs and gives the ids int64 `[tokens, k]`; `skip` or larger is not computed here.
+        weights: router weights f32 `[tokens, k]`, there after `slots`.
+        compute: fills bf16 or f32 `[tokens, hidden]` with the weighted sum of the experts that the ids name.
+        finish: called when nothing reads the inputs any more.
+    """
+
+    slots: Callable[[], Tensor]
+    weights: Tensor
+    skip: int
+    compute: Callable[[Tensor, Tensor], None]
+    finish: Callable[[], None]
 
 
 def split_deferred(ids: Tensor, weights: Tensor, count: int, skip: int) -> tuple[Tensor, Tensor]:
@@ -47,22 +63,22 @@ class LayerChain:
         self._layers: list[weakref.ref] = []
         self._on_its_way = threading.local()
 
-    def append(self, layer: object) -> None:
+    def append(self, layer: Deferral) -> None:
         """Add the next layer; the chain does not keep it alive."""
         self._layers.append(weakref.ref(layer))
 
     @property
-    def last(self) -> object | None:
+    def last(self) -> Deferral | None:
         """The last layer that is still alive."""
         return next((layer for ref in reversed(self._layers) if (layer := ref()) is not None), None)
 
-    def after(self, layer: object) -> object | None:
+    def after(self, layer: Deferral) -> Deferral | None:
         """The layer that follows; None for the last one."""
         alive = [known for ref in self._layers if (known := ref()) is not None]
         position = next(index for index, known in enumerate(alive) if known is layer)
         return alive[position + 1] if position + 1 < len(alive) else None
 
-    def take(self, layer: object, tokens: int) -> Future[Tensor] | None:
+    def take(self, layer: Deferral, tokens: int) -> Result | None:
         """Output that the layer before deferred in this pass, f32 `[tokens, hidden]`."""
         found = getattr(self._on_its_way, "found", None)
         self._on_its_way.found = None
@@ -70,66 +86,55 @@ class LayerChain:
             return None
         return found[2]
 
-    def leave(self, layer: object, tokens: int, output: Future[Tensor]) -> None:
+    def leave(self, layer: Deferral, tokens: int, output: Result) -> None:
         """Leave deferred output for `layer`."""
         self._on_its_way.found = (weakref.ref(layer), tokens, output)
 
 
 class Deferral:
-    """How one layer defers: its place in the chain, and how many experts of a token.
+    """How one layer, the next of its chain, defers.
 
     Args:
-        per_token: 0 computes all at once, but still adds what the layer before deferred.
+        per_token: so many experts of a token; 0 computes all at once, but still adds what the layer before deferred.
     """
 
     def __init__(self, chain: LayerChain, per_token: int):
         self.chain = chain
         self.per_token = per_token
+        chain.append(self)
 
-    def start(
-        self,
-        layer: object,
-        prepare: Callable[[], tuple[Tensor, Tensor, int]],
-        compute: Compute,
-        out: Tensor,
-        *,
-        submit: Callable[[Callable[[], Tensor]], Future[Tensor]],
-        finish: Callable[[], None] = lambda: None,
-    ) -> Future[Tensor]:
-        """Begin a layer's work: a future of `out`, filled.
+    def start(self, parts: Parts, out: Tensor, *, run: Callable[[Callable[[], Tensor]], Result]) -> Result:
+        """Begin a layer's work: its result is `out`, filled.
 
         Args:
-            prepare: gives ids, weights and the id that skips; called in the worker.
-            compute: called once, or twice with different ids.
-            out: bf16, f16 or f32 `[tokens, hidden]` on the CPU. Filled by `compute` itself where nothing is added.
-            submit: `task_queue.submit`, or `task_queue.run_now` for what is not deferred.
-            finish: called when nothing reads the inputs any more.
+            parts: its `compute` is called once, or twice with different ids.
+            out: bf16 or f32 `[tokens, hidden]` on the CPU. Filled by `compute` itself where nothing is added.
+            run: `task_queue.submit`, or `task_queue.run_now` for what is not deferred.
         """
         tokens, hidden = out.shape
-        before = self.chain.take(layer, tokens)
-        follower = self.chain.after(layer) if self.per_token > 0 and tokens > 0 else None
+        before = self.chain.take(self, tokens)
+        follower = self.chain.after(self) if self.per_token > 0 and tokens > 0 else None
         kept: list[Tensor] = []
 
         @torch.inference_mode()  # the caller's tensors may be such that only this mode may write
         def work() -> Tensor:
             try:
-                ids, weights, skip = prepare()
+                ids = parts.slots()
                 if follower is not None:
-                    ids, later = split_deferred(ids, weights, self.per_token, skip)
+                    ids, later = split_deferred(ids, parts.weights, self.per_token, parts.skip)
                     kept.append(later)
-                if before is None and out.dtype in (torch.float32, torch.bfloat16):
-                    compute(ids, out)
+                if before is None:
+                    parts.compute(ids, out)
                     return out
                 total = torch.empty((tokens, hidden), dtype=torch.float32, device="cpu")
-                compute(ids, total)
-                if before is not None:
-                    total += before.result()
+                parts.compute(ids, total)
+                total += before.result()
                 return out.copy_(total)
             finally:
                 if follower is None:
-                    finish()
+                    parts.finish()
 
-        now = submit(work)
+        now = run(work)
         if follower is not None:
 
             @torch.inference_mode()
@@ -137,10 +142,10 @@ class Deferral:
                 try:
                     now.result()  # nothing can be added to a pass that failed
                     total = torch.empty((tokens, hidden), dtype=torch.float32, device="cpu")
-                    compute(kept[0], total)
+                    parts.compute(kept[0], total)
                     return total
                 finally:
-                    finish()
+                    parts.finish()
 
             self.chain.leave(follower, tokens, task_queue.submit(rest))
         return now

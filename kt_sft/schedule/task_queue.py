@@ -9,12 +9,36 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
 _executor: ThreadPoolExecutor | None = None
 _lock = threading.Lock()  # of making it
+
+
+class Result(Protocol):
+    """What becomes of work."""
+
+    def result(self) -> Any:
+        """Waits for the work; what it returned, or an exception of it."""
+        ...
+
+
+class Finished:
+    """The result of work that has ended; a future would cost a lock and a condition."""
+
+    __slots__ = ("_error", "_value")
+
+    def __init__(self, value: Any, error: BaseException | None):
+        self._value = value
+        self._error = error
+
+    def result(self) -> Any:
+        """See `Result`."""
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 def submit(work: Callable[[], T]) -> Future[T]:
@@ -26,14 +50,12 @@ def submit(work: Callable[[], T]) -> Future[T]:
         return _executor.submit(work)
 
 
-def run_now(work: Callable[[], T]) -> Future[T]:
+def run_now(work: Callable[[], Any]) -> Finished:
     """The same in the calling thread, which is free to run ahead of the queue."""
-    future: Future[T] = Future()
     try:
-        future.set_result(work())
+        return Finished(work(), None)
     except BaseException as error:
-        future.set_exception(error)
-    return future
+        return Finished(None, error)
 
 
 def _forget() -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kt_sft.cpu_tensors import check_storage
 from kt_sft.errors import ConfigError
+from kt_sft.storage import check_storage
 
 if TYPE_CHECKING:
     from kt_sft.models.layout import Formats, Matrices

@@ -1,1 +1,1 @@
-"""Copies between devices: staging memory, streams, events."""
+"""Copies between devices, and nothing else copies: routes of a call's tensors, staging memory, streams, events."""

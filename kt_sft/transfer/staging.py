@@ -1,55 +1,60 @@
-"""Copies of a call's inputs, in memory that is used again: the caller may overwrite its own once submit returns."""
+"""Host memory of a call's tensors: used again between calls, or made for one."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Key:
-    """Size and kind of staging memory; `dtype` of an output, None of inputs."""
+    """What a piece of memory is; the first of its sides is the number of tokens."""
 
-    tokens: int
-    hidden: int
-    top_k: int = 0
-    dtype: torch.dtype | None = None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
     is_pinned: bool = False
+    is_output: bool = False  # of the kernels: an input has been read when they end, an output is read after that
 
 
-class Inputs:
-    """Hidden states bf16 `[tokens, hidden]`, ids int64 and weights f32 `[tokens, k]`, on the CPU."""
-
-    def __init__(self, key: Key):
-        self.key = key
-        kind = {"device": "cpu", "pin_memory": key.is_pinned}
-        self.x = torch.empty(key.tokens, key.hidden, dtype=torch.bfloat16, **kind)
-        self.topk_ids = torch.empty(key.tokens, key.top_k, dtype=torch.int64, **kind)
-        self.topk_weights = torch.empty(key.tokens, key.top_k, dtype=torch.float32, **kind)
-
-    def fill(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        """Copy; on the current stream, and without waiting for it, where the tensors are on a GPU.
-
-        Args:
-            x: `[..., hidden]`, of any strides.
-        """
-        self.x.view(x.shape).copy_(x, non_blocking=True)
-        self.topk_ids.copy_(topk_ids, non_blocking=True)
-        self.topk_weights.copy_(topk_weights, non_blocking=True)
-
-
-class Output:
-    """What the kernels write for a GPU: `out` `[tokens, hidden]`, and the event after which it may be written again."""
+class Piece:
+    """Memory of a key, and the event after which an output may be written again."""
 
     def __init__(self, key: Key):
         self.key = key
-        self.out = torch.empty(key.tokens, key.hidden, dtype=key.dtype, device="cpu", pin_memory=key.is_pinned)
+        self.tensor = torch.empty(key.shape, dtype=key.dtype, device="cpu", pin_memory=key.is_pinned)
         self.is_read: Any = None
+
+
+class Memory(Protocol):
+    """Where the pieces come from."""
+
+    def take(self, key: Key) -> Piece:
+        """A piece of a key, to be given back by `release`."""
+        ...
+
+    def release(self, piece: Piece) -> None:
+        """Give memory back that nothing reads or writes any more."""
+        ...
+
+
+class OneUse:
+    """Memory that lives as long as its tensor: autograd may keep it. torch's allocator has pinned blocks wait for the
+    copies out of them before it gives them out again.
+    """
+
+    def take(self, key: Key) -> Piece:
+        """See `Memory`."""
+        return Piece(key)
+
+    def release(self, piece: Piece) -> None:
+        """See `Memory`; nothing to do."""
+
+
+ONE_USE = OneUse()
 
 
 class Staging:
@@ -57,7 +62,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._free: dict[Key, list[Any]] = {}
+        self._free: dict[Key, list[Piece]] = {}
         self._last_size = 0
         self.batch_sizes: tuple[int, ...] = ()
 
@@ -75,21 +80,21 @@ class Staging:
             self.batch_sizes = sizes
             self._drop_others()
 
-    def take(self, make: Callable[[Key], Any], key: Key) -> Any:
-        """`Inputs` or `Output` of a key, to be given back by `release`."""
+    def take(self, key: Key) -> Piece:
+        """See `Memory`."""
         with self._lock:
-            self._last_size = key.tokens
+            self._last_size = key.shape[0]
             self._drop_others()
             if free := self._free.get(key):
                 return free.pop()
         with torch.inference_mode(False):  # memory made inside that mode could not be written outside of it
-            return make(key)
+            return Piece(key)
 
-    def release(self, memory: Inputs | Output) -> None:
-        """Give memory back that nothing reads or writes any more."""
+    def release(self, piece: Piece) -> None:
+        """See `Memory`."""
         with self._lock:
-            if self._is_kept(memory.key):
-                self._free.setdefault(memory.key, []).append(memory)
+            if self._is_kept(piece.key):
+                self._free.setdefault(piece.key, []).append(piece)
 
     def clear(self) -> None:
         """Drop the memory that is free; what is in use comes back."""
@@ -102,7 +107,7 @@ class Staging:
         return sum(map(len, self._free.values()))
 
     def _is_kept(self, key: Key) -> bool:
-        return key.tokens == self._last_size or key.tokens in self.batch_sizes
+        return key.shape[0] == self._last_size or key.shape[0] in self.batch_sizes
 
     def _drop_others(self) -> None:
         for key in [key for key in self._free if not self._is_kept(key)]:

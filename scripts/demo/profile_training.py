@@ -99,7 +99,8 @@ class StepClock(TrainerCallback):
         for _, experts in iter_routed_experts(model):
             experts.layer = TimedLayer(experts.layer, self.clocks)
             experts.forward = self.clocks.timed("experts forward", experts.forward)
-        moe._Moe.backward = staticmethod(self.clocks.timed("experts backward", moe._Moe.backward))
+        for half in (moe._Join, moe._Submit):
+            half.backward = staticmethod(self.clocks.timed("experts backward", half.backward))
         optimizer.step = self.clocks.timed("optimizer", optimizer.step)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:

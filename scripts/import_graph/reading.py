@@ -18,7 +18,7 @@ OPENED = ("integrations",)
 LEAVES = {
     "compat",
     "config",
-    "cpu_tensors",
+    "storage",
     "env",
     "errors",
     "formats",

@@ -24,6 +24,10 @@ _BINDING = "kt_sft/integrations/peft/binding.py"
 _EXPERT_LORA = "kt_sft/nn/expert_lora.py"
 _EXPERTS = "kt_sft/nn/routed_experts.py"
 _OPS = "kt_sft/autograd/moe.py"
+_SETTINGS = "kt_sft/autograd/settings.py"
+_ROUTES = "kt_sft/transfer/routes.py"
+_SUBMIT_JOIN = "tests/numerics/test_submit_join.py::"
+_STREAMS = "tests/numerics/test_operator_streams.py::"
 _HOOK_FILE = "kt_sft/integrations/llamafactory/hook.py"
 
 FAULTS = (
@@ -196,7 +200,7 @@ FAULTS = (
     Fault(
         "a hand-written step after backward is not seen",
         _EXPERT_LORA,
-        "self._last, self._projections = _NO_OPERANDS, None",
+        "self._last, self._bound = _NO_OPERANDS, None",
         "pass",
         (f"{_OPERANDS}test_steps_between_the_sampled_values_are_seen_after_backward",),
     ),
@@ -232,20 +236,20 @@ FAULTS = (
     Fault(
         "the router gets no gradient",
         _OPS,
-        "dweights.to(*ctx.weights_like) if needs_weights else None",
+        "None if wants.weights is None else deliver(found.dweights, *wants.weights)",
         "None",
         (f"{_LAYER}test_gradient_of_routing_weights_alone", f"{_PARITY}[qwen3_moe-scalar]"),
     ),
     Fault(
         "nothing flows back to the hidden states",
         _OPS,
-        "dx.to(*ctx.x_like) if needs_x else None",
+        "deliver(found.dx, self.device, self.dtype) if wants.x else None",
         "None",
         (f"{_GRADIENTS}test_any_rank",),
     ),
     Fault(
         "the scale of LoRA is 1",
-        _OPS,
+        _SETTINGS,
         "(a, b, scale) for (a, b), scale in",
         "(a, b, 1.0) for (a, b), scale in",
         (f"{_PEFT}test_scale_and_rank_are_pefts_own",),
@@ -253,29 +257,29 @@ FAULTS = (
     Fault(
         "gradients of the factors are rounded to bf16",
         _OPS,
-        "grad.to(spec[0], spec[1])",
-        "grad.to(spec[0], torch.bfloat16).to(spec[1])",
+        "deliver(gradient, factor.device, factor.dtype)",
+        "deliver(gradient, factor.device, torch.bfloat16).to(factor.dtype)",
         (f"{_OPERANDS}test_gradients_of_f32_parameters_keep_their_bits",),
     ),
     Fault(
         "the last expert gets no gradient",
         _OPS,
-        "        if call.after_backward is not None:\n",
-        "        [grad[-1].zero_() for grad in dlora if grad is not None]\n"
-        "        if call.after_backward is not None:\n",
+        "        if self.lora.after_backward is not None:\n",
+        "        [grad[-1].zero_() for grad in found.dlora if grad is not None]\n"
+        "        if self.lora.after_backward is not None:\n",
         (f"{_GRADIENTS}test_any_rank",),
     ),
     Fault(
         "lora_b's gradient is not scaled",
         _OPS,
-        "        if call.after_backward is not None:\n",
-        "        [grad.div_(lora[2][2]) for grad in dlora[5:] if grad is not None]\n"
-        "        if call.after_backward is not None:\n",
+        "        if self.lora.after_backward is not None:\n",
+        "        [grad.div_(self.lora.projections[2][2]) for grad in found.dlora[5:] if grad is not None]\n"
+        "        if self.lora.after_backward is not None:\n",
         (f"{_GRADIENTS}test_any_rank",),
     ),
     Fault(
         "gate and up exchange halves of the shared factor b",
-        _OPS,
+        _SETTINGS,
         "(gate_a, gate_b[..., :inter]), (gate_a, gate_b[..., inter:])",
         "(gate_a, gate_b[..., inter:]), (gate_a, gate_b[..., :inter])",
         (f"{_PARITY}[qwen3_moe-scalar]",),
@@ -283,23 +287,66 @@ FAULTS = (
     Fault(
         "backward does not know the biases",
         _OPS,
-        '"bias": self.bias,',
-        '"bias": None,',
+        "self.layer.inter),\n                dropout_seed=self.seed, bias=self.bias,",
+        "self.layer.inter),\n                dropout_seed=self.seed, bias=None,",
         (f"{_GRADIENTS}test_biases",),
     ),
     Fault(
         "the setting of activations does not reach the kernels",
-        _OPS,
-        '"rows": self.rows,',
-        '"rows": "bf16",',
+        _SETTINGS,
+        '"rows": self.rows}',
+        '"rows": "bf16"}',
         (f"{_FORMATS}test_int8_activations_reach_the_kernels_and_inference_equals_forward",),
     ),
     Fault(
         "masks of dropout do not depend on the seed",
         _OPS,
-        '"dropout_seed": self.seed,',
-        '"dropout_seed": 1,',
+        "        self.seed = seed\n",
+        "        self.seed = 1\n",
         (f"{_PEFT}test_dropout_equals_a_reference_with_the_same_mask",),
+    ),
+    # --- between submit and join
+    Fault(
+        "forward does not wait for its inputs",
+        _OPS,
+        "                arrived()\n            return ids",
+        "                pass\n            return ids",
+        (f"{_SUBMIT_JOIN}test_results_over_a_device_are_those_in_place_bitwise",),
+    ),
+    Fault(
+        "backward does not wait for the output's gradient",
+        _OPS,
+        "                arrived()\n            self.layer.backward(",
+        "                pass\n            self.layer.backward(",
+        (f"{_SUBMIT_JOIN}test_results_over_a_device_are_those_in_place_bitwise",),
+    ),
+    Fault(
+        "the caller waits for the kernels of backward",
+        _OPS,
+        "task_queue.submit if route.is_beside else",
+        "task_queue.run_now if route.is_beside else",
+        (f"{_SUBMIT_JOIN}test_other_work_runs_beside_the_kernels_in_both_directions",),
+    ),
+    Fault(
+        "an input that was written before join is not seen",
+        _OPS,
+        "        if self._versions != ",
+        "        if False and self._versions != ",
+        (f"{_SUBMIT_JOIN}test_writing_an_input_between_submit_and_join_is_refused",),
+    ),
+    Fault(
+        "two backwards share what is on its way",
+        _OPS,
+        "return torch._C._current_graph_task_id()",
+        "return 0",
+        (f"{_SUBMIT_JOIN}test_two_threads_may_go_back_through_one_graph",),
+    ),
+    Fault(
+        "memory of an output is written before it was read",
+        _ROUTES,
+        "            piece.is_read = self._recorded()\n",
+        "",
+        (f"{_STREAMS}test_memory_of_an_output_is_written_again_after_it_was_read",),
     ),
     # --- LLaMA-Factory
     Fault(

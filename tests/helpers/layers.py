@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kt_sft.autograd.moe import MoeCall, moe
+from kt_sft.autograd.moe import join, submit
+from kt_sft.autograd.settings import LoraOperands, LoraTensors, MoeSettings, native_projections
 from kt_sft.native import native
 from tests.helpers.reference import CLAMP_ALPHA, CLAMP_LIMIT, Problem
 
@@ -171,6 +172,26 @@ def lora_inputs(problem: Problem) -> tuple[tuple, dict[str, Tensor]]:
         del leaf["up_a"]
     order = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
     return tuple(leaf.get(name) for name in order), leaf
+
+
+class MoeCall:
+    """What `submit` takes beside the tensors of a call, with LoRA factors that nobody stores."""
+
+    def __init__(self, layer, *, scales=(1.0, 1.0, 1.0), seed=0, bias=None, **settings):
+        self.layer, self.scales, self.seed, self.bias = layer, scales, seed, bias
+        self.settings = MoeSettings(**settings)
+
+    def submit(self, x: Tensor, ids: Tensor, weights: Tensor, factors: LoraTensors = (None,) * 6, **more):
+        operands = tuple(None if t is None else t.detach().cpu().float().contiguous().clone() for t in factors)
+        return submit(
+            x, ids, weights, self.layer, self.settings, factors=factors, seed=self.seed, bias=self.bias,
+            lora=LoraOperands(native_projections(operands, self.scales, self.layer.inter)), **more,
+        )  # fmt: skip
+
+
+def moe(x: Tensor, ids: Tensor, weights: Tensor, factors: LoraTensors, call: MoeCall) -> Tensor:
+    """Submit and join with nothing between."""
+    return join(call.submit(x, ids, weights, factors))
 
 
 def make_call(problem: Problem, layer, *, retain: bool = True, chunk_size: int = 1024) -> MoeCall:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kt_sft.autograd.linear import packed_linear
-from kt_sft.autograd.moe import MoeCall, moe
 from kt_sft.native import native
+from tests.helpers.layers import MoeCall, moe
 from tests.helpers.native_call_args import Random, Written, plain, write
 from tests.helpers.native_calls import Calls
 

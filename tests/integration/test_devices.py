@@ -7,9 +7,8 @@ import torch
 from peft import LoraConfig
 
 import kt_sft
-from kt_sft.autograd.moe import MoeCall, moe
 from tests.helpers import tiny_models
-from tests.helpers.layers import LayerCase, lora_inputs, make_layer, make_problem, run
+from tests.helpers.layers import LayerCase, MoeCall, lora_inputs, make_layer, make_problem, moe, run
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -335,11 +335,9 @@ def test_dropout_equals_a_reference_with_the_same_mask(checkpoint, tmp_path, mon
     parity.fill_lora(model).save_pretrained(tmp_path)
     ids = parity.decided_ids(directory, tmp_path)
     seeds = []
-    real = kt_sft.nn.routed_experts.moe
+    real = kt_sft.nn.routed_experts.submit
     monkeypatch.setattr(
-        kt_sft.nn.routed_experts,
-        "moe",
-        lambda x, i, w, lora, call: seeds.append(call.seed) or real(x, i, w, lora, call),
+        kt_sft.nn.routed_experts, "submit", lambda *args, **more: seeds.append(more["seed"]) or real(*args, **more)
     )
     found = parity.logits_and_grads(model.train(), ids)
     config = model.config

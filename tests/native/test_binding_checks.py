@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kt_sft.autograd.linear import packed_linear
-from kt_sft.autograd.moe import MoeCall, moe
 from kt_sft.native import native
+from tests.helpers.layers import MoeCall, moe
 
 HIDDEN, INTER, EXPERTS = 40, 37, 3
 NO_LORA = (None, None, None)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kt_sft.autograd.moe import moe
-from tests.helpers.layers import bf16_randn, f32_randn, lora_inputs, make_call, make_layer, run, stored
+from tests.helpers.layers import bf16_randn, f32_randn, lora_inputs, make_call, make_layer, moe, run, stored
 from tests.helpers.reference import EXACT, Problem, round_bf16, solve
 from tests.helpers.tolerance import BF16_HALF_ULP, rel_l2, rounds_scaled_gradients
 

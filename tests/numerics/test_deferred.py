@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kt_sft.operator.chains import join_chain
-from kt_sft.schedule.deferred import LayerChain, split_deferred
+from kt_sft.schedule.deferred import Deferral, LayerChain, split_deferred
 from kt_sft.schedule.task_queue import run_now
 from tests.helpers.operators import bound, inputs_of, loaded, problem_of, truth
 from tests.helpers.reference import Problem
@@ -155,15 +155,11 @@ def gpu_skipped(ids: Tensor) -> Tensor:
     return ids.masked_fill(ids < 2, SKIP)
 
 
-class Layer:
-    """Something that can be referred to weakly."""
-
-
 def test_layers_of_one_model_are_one_chain_until_the_numbers_start_again():
-    layers = [Layer() for _ in range(6)]
     models = ["a", "a", "b", "a", "b", "a"]
     numbers = [0, 2, 0, 3, 1, 0]
-    chains = [join_chain(*args) for args in zip(layers, numbers, models, strict=True)]
+    layers = [join_chain(number, model, 0) for number, model in zip(numbers, models, strict=True)]
+    chains = [layer.chain for layer in layers]
     assert chains[0] is chains[1] is chains[3]
     assert chains[2] is chains[4]
     assert chains[5] is not chains[0]
@@ -171,16 +167,15 @@ def test_layers_of_one_model_are_one_chain_until_the_numbers_start_again():
 
 
 def test_a_layer_that_is_gone_is_left_out():
-    chain, layers = LayerChain(), [Layer() for _ in range(3)]
-    for layer in layers:
-        chain.append(layer)
-    del layer, layers[1]
+    chain = LayerChain()
+    layers = [Deferral(chain, 0) for _ in range(3)]
+    del layers[1]
     assert chain.after(layers[0]) is layers[1]
 
 
 def test_output_is_taken_once():
-    chain, layer = LayerChain(), Layer()
-    chain.append(layer)
+    chain = LayerChain()
+    layer = Deferral(chain, 0)
     chain.leave(layer, 3, run_now(lambda: torch.ones(3, 2)))
     assert chain.take(layer, 3).result().sum() == 6
     assert chain.take(layer, 3) is None

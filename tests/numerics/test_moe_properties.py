@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kt_sft.autograd.moe import NO_LORA, MoeCall, moe
+from kt_sft.autograd.settings import NO_FACTORS
 from kt_sft.native import native
 from tests.helpers.layers import (
     LayerCase,
+    MoeCall,
     lora_inputs,
     make_layer,
     make_problem,
+    moe,
     run,
     stored,
     with_format,
@@ -26,7 +28,7 @@ def test_inference_keeps_no_tape():
     with torch.no_grad():
         out = moe(problem.x.float(), problem.ids, problem.weights.float(), lora_inputs(problem)[0], MoeCall(layer))
     assert out.grad_fn is None
-    frozen = moe(problem.x.float(), problem.ids, problem.weights.float(), NO_LORA, MoeCall(layer))
+    frozen = moe(problem.x.float(), problem.ids, problem.weights.float(), NO_FACTORS, MoeCall(layer))
     assert frozen.grad_fn is None
 
 
@@ -180,7 +182,7 @@ def test_rows_of_extreme_integers():
             for sign_x in (1.0, -1.0):
                 x = torch.full((5, hidden), sign_x, dtype=torch.bfloat16)
                 call = MoeCall(layer, rows="int8")
-                out = moe(x.float(), torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), NO_LORA, call)
+                out = moe(x.float(), torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), NO_FACTORS, call)
                 g = x.double() @ kept[0].double().T
                 want = round_bf16(g * torch.sigmoid(g) * g) @ kept[2].double().T
                 assert rel_l2(out, want) <= 1e-6, (kind, sign_w, sign_x)
@@ -199,7 +201,7 @@ def test_small_integers_are_exact_through_the_down_projection():
     x = torch.zeros(8, hidden)
     x[torch.arange(8), torch.randint(0, hidden, (8,), generator=g)] = 1.0  # one-hot: u is a column of up, g = 64
     ids = torch.randint(0, experts, (8, 1), generator=g)
-    out = moe(x, ids, torch.ones(8, 1), NO_LORA, MoeCall(layer))
+    out = moe(x, ids, torch.ones(8, 1), NO_FACTORS, MoeCall(layer))
     want = torch.stack(
         [64.0 * (downs[e].double() @ (weights[e].double() @ x[t].double())) for t, e in enumerate(ids[:, 0].tolist())]
     )
@@ -229,7 +231,7 @@ class TestErrors:
     def layer(self):
         return make_layer(make_problem(LayerCase(seed=40)))
 
-    def call(self, layer, x=None, ids=None, weights=None, lora=NO_LORA, **kwargs):
+    def call(self, layer, x=None, ids=None, weights=None, lora=NO_FACTORS, **kwargs):
         x = torch.zeros(4, 52) if x is None else x
         ids = torch.zeros(4, 3, dtype=torch.int64) if ids is None else ids
         weights = torch.zeros(4, 3) if weights is None else weights

@@ -15,7 +15,7 @@ from kt_sft import memory
 from kt_sft.errors import ConfigError, NotEnoughMemory
 from kt_sft.native import native
 from kt_sft.schedule import task_queue
-from kt_sft.transfer.staging import Key, Output, Staging
+from kt_sft.transfer.staging import Key, Staging
 from tests.helpers.layers import using_isa
 from tests.helpers.operators import (
     FORMAT_OF_METHOD,
@@ -330,13 +330,13 @@ def test_capture_batch_sizes_are_a_setting_and_the_cache_can_be_cleared():
 def test_staging_keeps_chosen_sizes_and_the_last_one():
     staging = Staging()
     staging.keep([1, 2])
-    keys = [Key(tokens, 8, dtype=torch.float32) for tokens in (1, 2, 7, 9)]
-    pieces = [staging.take(Output, key) for key in keys]
+    keys = [Key((tokens, 8), torch.float32) for tokens in (1, 2, 7, 9)]
+    pieces = [staging.take(key) for key in keys]
     for piece in pieces:
         staging.release(piece)
     assert staging.free_count == 3  # 7 was neither chosen nor the last
-    assert staging.take(Output, keys[0]) is pieces[0]
-    assert staging.take(Output, keys[0]) is not pieces[0]
+    assert staging.take(keys[0]) is pieces[0]
+    assert staging.take(keys[0]) is not pieces[0]
     staging.clear()
     assert staging.free_count == 0
 

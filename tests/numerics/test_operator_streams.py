@@ -6,80 +6,97 @@ import pytest
 import torch
 
 from kt_sft.transfer import routes
-from kt_sft.transfer.staging import Inputs, Key, Staging
+from kt_sft.transfer.staging import Staging
+from tests.helpers.late_copies import LateCopies
 from tests.helpers.operators import inputs_of, loaded, problem_of
 
-
-class FakeCuda:
-    """Writes down in which order a route uses streams and events; its copies happen at once."""
-
-    def __init__(self):
-        self.log: list[str] = []
-
-    def is_current_stream_capturing(self) -> bool:
-        return False
-
-    def stream(self, name: str):
-        cuda = self
-
-        class Current:
-            def __enter__(self):
-                cuda.log.append(f"enter {name}")
-
-            def __exit__(self, *_):
-                cuda.log.append(f"leave {name}")
-
-        return Current()
-
-    def Event(self):
-        cuda = self
-
-        class Event:
-            def record(self, stream):
-                cuda.log.append(f"record on {stream}")
-
-            def synchronize(self):
-                cuda.log.append("wait")
-
-        return Event()
+FETCH = ["enter 7", *["in"] * 3, "leave 7", "record on 7"]
+DELIVER = ["enter 7", "out", "record on 7", "leave 7"]
 
 
-def test_a_stream_route_copies_inside_the_stream_and_waits_in_the_worker_only(monkeypatch):
-    """What a GPU would see: copy in, event, (worker waits), copy out, event; pinned memory is not asked for here."""
+@pytest.fixture
+def device(monkeypatch) -> LateCopies:
+    """Takes the place of the CPU for operators, whose stream handles are its streams' names."""
+    device = LateCopies()
+    monkeypatch.setattr("kt_sft.operator.moe.copying_route_of", lambda x, memory, stream: device.route(str(stream)))
+    return device
+
+
+def told(log: list[str]) -> list[str]:
+    """A log in which copies one after another within one stream are not left and entered between."""
+    left = "\n".join(log).replace("leave 7\nenter 7\n", "")
+    return left.split("\n")
+
+
+@pytest.mark.parametrize("deferred", [0, 1])
+def test_an_operator_copies_inside_the_stream_and_waits_in_the_worker_only(device, deferred, monkeypatch):
+    """Copies in, event, (worker waits), copy out, event; what the caller overwrites in between does not matter."""
     problem = problem_of()
-    wrapper = loaded(problem)
-    want = wrapper.forward(*inputs_of(problem))
-    cuda, staging = FakeCuda(), Staging()
-    monkeypatch.setattr(routes.StreamRoute, "is_pinned", False)
-    monkeypatch.setattr(
-        "kt_sft.transfer.routes.Key", lambda *a, **k: Key(*a, **{**k, "is_pinned": False}), raising=True
-    )
-    monkeypatch.setattr(
-        "kt_sft.operator.moe.route_of",
-        lambda x, handle, _: routes.StreamRoute(staging, torch.device("cpu"), f"stream {handle}", cuda),
-    )
-    copy = ["enter stream 7", "leave stream 7"]  # the look whether the stream is being captured
-    fetch = ["enter stream 7", "record on stream 7", "leave stream 7"]
-    for waits in (1, 2):  # the second pass waits until the first one's output was read, too
-        wrapper.submit_forward(*inputs_of(problem), cuda_stream=7)
-        wrapper._submitted.future.result()
-        assert cuda.log == [*copy, *fetch, *["wait"] * waits]
-        assert torch.equal(wrapper.sync_forward(problem.x, cuda_stream=7), want)
-        assert cuda.log[len(copy) + len(fetch) + waits :] == fetch
-        cuda.log.clear()
+    layers = [loaded(problem, layer_idx=index, max_deferred_experts_per_token=deferred) for index in range(2)]
+    with monkeypatch.context() as stock:
+        stock.setattr("kt_sft.operator.moe.copying_route_of", routes.copying_route_of)
+        wants = [layer.forward(*inputs_of(problem)) for layer in layers]
+    with device:
+        for layer, want in zip(layers, wants, strict=True):
+            x, ids, weights = inputs_of(problem)
+            device.log.clear()
+            layer.submit_forward(x, ids, weights, cuda_stream=7)
+            x.zero_(), ids.fill_(3), weights.zero_()
+            layer._submitted[0].passed._result.result()
+            assert told(device.log) == [*FETCH, "wait"]
+            device.log.clear()
+            assert torch.equal(layer.sync_forward(x, cuda_stream=7), want)
+            assert device.log == DELIVER
 
 
-def test_hidden_states_of_any_strides_are_copied_inside_the_stream(monkeypatch):
+def test_memory_of_an_output_is_written_again_after_it_was_read():
+    """A later call waits for its own inputs, and for the copy out of the memory that it writes."""
+    device, staging = LateCopies(), Staging()
+    for waits in (1, 2):
+        route = routes.StreamRoute(torch.device("cpu"), stream="7", memory=staging, module=device, is_pinned=False)
+        out = route.output(torch.empty(3, 8), torch.float32)
+        device.log.clear()
+        route.arrival()()
+        assert device.log.count("wait") == waits
+        route.deliver(out, torch.device("cpu"), torch.float32)
+    assert staging.free_count == 1
+
+
+def test_inputs_and_outputs_do_not_share_memory():
+    """An input would be written by its stream while another one still reads an output there."""
+    device, staging = LateCopies(), Staging()
+    x = torch.ones(3, 8)
+    first, second = (
+        routes.StreamRoute(x.device, stream=stream, memory=staging, module=device, is_pinned=False) for stream in "78"
+    )
+    out = first.output(x, torch.float32)
+    first.deliver(out, x.device, x.dtype)
+    assert second.bring(x, torch.float32, "x").data_ptr() != out.data_ptr()
+
+
+def test_hidden_states_of_any_strides_are_read_inside_the_stream(device, monkeypatch):
     """Nothing is computed from them before: torch's current stream may be another one."""
-    problem, copied = problem_of(), []
+    problem, read = problem_of(), []
     wrapper = loaded(problem)
     x, ids, weights = inputs_of(problem)
-    want = wrapper.forward(x, ids, weights)
     strided = x.mT.contiguous().mT.unsqueeze(1)  # [tokens, 1, hidden]
-    stock = Inputs.fill
-    monkeypatch.setattr(Inputs, "fill", lambda self, x, *rest: copied.append(x) or stock(self, x, *rest))
-    assert torch.equal(wrapper.forward(strided, ids, weights), want.unsqueeze(1))
-    assert copied[0].data_ptr() == strided.data_ptr() and copied[0].stride() == strided.stride()
+    stock = LateCopies.__torch_dispatch__
+
+    def watch(self, func, types, args=(), kwargs=None):
+        tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
+        result = stock(self, func, types, args, kwargs)
+        is_view = isinstance(result, torch.Tensor) and result.data_ptr() == strided.data_ptr()
+        if not is_view and any(tensor.data_ptr() == strided.data_ptr() for tensor in tensors):
+            read.append(device.log[-1])
+        return result
+
+    monkeypatch.setattr(LateCopies, "__torch_dispatch__", watch)
+    with device:
+        wrapper.submit_forward(strided, ids, weights, cuda_stream=7)
+        got = wrapper.sync_forward(strided, cuda_stream=7)
+    assert read == ["enter 7"]
+    monkeypatch.setattr("kt_sft.operator.moe.copying_route_of", routes.copying_route_of)
+    assert torch.equal(got, wrapper.forward(x, ids, weights).unsqueeze(1))
 
 
 @pytest.mark.gpu

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from kt_sft.autograd.linear import packed_linear
-from kt_sft.autograd.moe import NO_LORA, MoeCall, moe
+from kt_sft.autograd.settings import NO_FACTORS
 from kt_sft.native import native
 from kt_sft.nn.packed_linear import PackedLinear, pack_linear
 from kt_sft.sources.tensors import TensorExperts
+from tests.helpers.layers import MoeCall, moe
 
 EXPERTS, HIDDEN, INTER, RANK = 3, 64, 32, 2
 
@@ -51,7 +52,7 @@ def test_inputs_of_the_experts(layer, name, how, wants_grad):
     given[name] = release(given[name], how)
     weights = given["topk_weights"].requires_grad_() if wants_grad and name != "topk_weights" else given["topk_weights"]
     with pytest.raises(ValueError, match=rf"^{name}: expected \d+ bytes of memory for .*, found \d+; it was released"):
-        moe(given["x"], given["topk_ids"], weights, NO_LORA, MoeCall(layer, retain=True, chunk_size=4))
+        moe(given["x"], given["topk_ids"], weights, NO_FACTORS, MoeCall(layer, retain=True, chunk_size=4))
 
 
 def test_a_lora_factor(layer):
@@ -80,9 +81,9 @@ def test_a_weight_that_is_to_be_packed():
 def test_views_of_few_bytes_are_none_of_them(layer):
     given = inputs()
     given["x"] = torch.randn(1, HIDDEN).expand(5, HIDDEN)
-    out = moe(*given.values(), NO_LORA, MoeCall(layer, retain=False, chunk_size=4))
+    out = moe(*given.values(), NO_FACTORS, MoeCall(layer, retain=False, chunk_size=4))
     given["x"] = given["x"].contiguous()
-    assert torch.equal(out, moe(*given.values(), NO_LORA, MoeCall(layer, retain=False, chunk_size=4)))
+    assert torch.equal(out, moe(*given.values(), NO_FACTORS, MoeCall(layer, retain=False, chunk_size=4)))
 
 
 def test_experts_in_tensors_of_a_caller():

@@ -22,14 +22,16 @@ from kt_sft.nn.routed_experts import RoutedExperts
 EXPERTS, HIDDEN, INTER, RANK = 5, 52, 37, 4
 
 
-def make_experts(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> tuple[RoutedExperts, list[nn.Parameter]]:
+def make_experts(
+    dtype: torch.dtype = torch.float32, dropout: float = 0.0, **settings
+) -> tuple[RoutedExperts, list[nn.Parameter]]:
     """Random experts, and their LoRA parameters as PEFT stores them: a and b of gate_up, a and b of down."""
     g = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g) * 0.2
 
-    experts = RoutedExperts(ExpertsSpec(EXPERTS, HIDDEN, INTER, "silu"))
+    experts = RoutedExperts(ExpertsSpec(EXPERTS, HIDDEN, INTER, "silu"), **settings)
     for e in range(EXPERTS):
         gate, up, down = randn(INTER, HIDDEN), randn(INTER, HIDDEN), randn(HIDDEN, INTER)
         experts.load_expert(e, gate.bfloat16(), up.bfloat16(), down.bfloat16())
@@ -181,7 +183,7 @@ def test_two_forwards_before_two_backwards(inputs):
         assert torch.equal(p.grad, first + second) and p.grad.dtype == torch.float32
 
 
-def canonical_copy(experts: RoutedExperts) -> tuple[RoutedExperts, list[nn.Parameter]]:
+def canonical_copy(experts: RoutedExperts, **settings) -> tuple[RoutedExperts, list[nn.Parameter]]:
     """The same experts and LoRA, every factor stored as the kernels take it."""
     twin = copy.copy(experts.lora)
     factors = [
@@ -191,7 +193,7 @@ def canonical_copy(experts: RoutedExperts) -> tuple[RoutedExperts, list[nn.Param
     ]
     twin.gate_up, twin.down = (LoraPair(*factors[i : i + 2], lambda: 2.0) for i in (0, 2))
     twin.drop_copies()
-    result = RoutedExperts(experts.spec, chunk_size=experts.chunk_size)
+    result = RoutedExperts(experts.spec, **settings)
     result.layer, result.lora = experts.layer, twin
     return result, [f.parameter for f in factors]
 
@@ -199,9 +201,8 @@ def canonical_copy(experts: RoutedExperts) -> tuple[RoutedExperts, list[nn.Param
 @pytest.mark.parametrize("chunk", [2, 1024])
 @pytest.mark.parametrize("used", [EXPERTS, 2, 0], ids=["all experts", "two experts", "no expert"])
 def test_gradients_do_not_depend_on_how_factors_are_stored(chunk, used, inputs):
-    experts, parameters = make_experts()
-    experts.chunk_size = chunk
-    other, other_parameters = canonical_copy(experts)
+    experts, parameters = make_experts(chunk_size=chunk)
+    other, other_parameters = canonical_copy(experts, chunk_size=chunk)
     ids = inputs[1].sort(dim=0)[0]  # later chunks meet experts that earlier ones do not
     ids = torch.where(ids < used, ids, EXPERTS)
     batch = (inputs[0], ids, inputs[2])

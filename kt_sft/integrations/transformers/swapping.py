@@ -36,7 +36,6 @@ def swap_experts(
                 dtype=dtype,
             )
         if config.max_deferred_experts_per_token:
-            chain.append(experts)
             experts.deferral = Deferral(chain, config.max_deferred_experts_per_token)
         for placeholder in PLACEHOLDERS:
             mark_initialized(getattr(experts, placeholder))

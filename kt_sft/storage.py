@@ -1,21 +1,9 @@
-"""A caller's tensor as the extension reads it."""
+"""Whether the memory of a tensor is there."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def cpu_copy(tensor: Tensor, dtype: torch.dtype, name: str, *, copy: bool = False) -> Tensor:
-    """A tensor in `dtype` on the CPU, detached and contiguous: its own memory where nothing has to change.
-
-    Args:
-        copy: in memory of its own even so.
-    Raises:
-        ValueError: see `check_storage`.
-    """
-    check_storage(tensor, name)
-    return tensor.detach().to("cpu", dtype, copy=copy).contiguous()
 
 
 def check_storage(tensor: Tensor, name: str) -> None:
