@@ -67,8 +67,9 @@ CPP_MAY_INCLUDE = {
     "runtime": {"kts", "runtime"},
     "quant": {"kts", "quant", "gemm"},
     "linear": {"kts", "linear", "gemm"},
-    "moe": {"kts", "moe", "quant", "gemm", "runtime"},
-    "bindings": {"kts", "bindings", "moe", "quant", "runtime"},
+    "store": {"kts", "store", "gemm", "runtime"},
+    "moe": {"kts", "moe", "store", "quant", "gemm", "runtime"},
+    "bindings": {"kts", "bindings", "moe", "store", "quant", "runtime"},
 }
 
 
