@@ -16,8 +16,8 @@ bool is_finite_f16(uint16_t bits) { return (bits & 0x7c00u) != 0x7c00u; }
 
 // The tile of 16 n x 64 k that holds W[n, k].
 const uint8_t* tile_of(const PackedMatrix& w, int64_t n, int64_t k) {
-  const int64_t tile = (n / kPanel * ceil_div(w.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
-  return w.bytes() + tile * block_tile_bytes(block_bits(w.format.kind));
+  const int64_t tile = k / kTileKQ * 2 + n % kPanel / kTileN;
+  return w.panel(n / kPanel) + tile * block_tile_bytes(block_bits(w.format.kind));
 }
 
 void or_dword(uint8_t* to, uint32_t bits) {
@@ -82,23 +82,16 @@ void pack_f16_panel(const uint8_t* w, int64_t row_bytes, const PackedMatrix& pac
       uint16_t bits;
       std::memcpy(&bits, w + n * row_bytes + k * 2, 2);
       KTS_CHECK(is_finite_f16(bits), "weights: expected finite numbers, found NaN or infinity");
-      const int64_t tile = (n / kPanel * packed.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
-      writable<f16_t>(packed.data)[tile * kTileElements + k % kTileK * kTileN + n % kTileN] = bits;
+      const int64_t tile = k / kTileK * 2 + n % kPanel / kTileN;
+      writable<f16_t>(packed.panel(panel))[tile * kTileElements + k % kTileK * kTileN + n % kTileN] = bits;
     }
 }
 
 // Zeros beyond n and k: scales of zero make them weights of zero.
 void clear_panel(const PackedMatrix& w, int64_t panel) {
-  if (w.format.kind == Format::kF16) {
-    const int64_t bytes = w.k_panels() * 2 * kTileBytes;
-    std::memset(writable<uint8_t>(w.data) + panel * bytes, 0, static_cast<size_t>(bytes));
-    return;
-  }
-  const BlockTypeInfo& type = block_type_info(w.format.type);
-  const int64_t bytes = ceil_div(w.k, kTileKQ) * 2 * block_tile_bytes(type.bits);
-  std::memset(writable<uint8_t>(w.data) + panel * bytes, 0, static_cast<size_t>(bytes));
-  const int64_t scales = ceil_div(w.k, type.block) * ScaleRecord(type).bytes;
-  std::memset(writable<uint8_t>(w.scales) + panel * scales, 0, static_cast<size_t>(scales));
+  std::memset(writable<uint8_t>(w.panel(panel)), 0, static_cast<size_t>(panel_value_bytes(w.format, w.k)));
+  const int64_t scales = panel_scale_bytes(w.format, w.k);
+  if (scales > 0) std::memset(writable<uint8_t>(w.panel_scales(panel)), 0, static_cast<size_t>(scales));
 }
 
 }  // namespace
@@ -164,8 +157,8 @@ float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k) {
   }
   if (w.format.kind == Format::kInt8) return static_cast<float>(packed_integer(w, n, k));
   if (w.format.kind == Format::kInt4) return static_cast<float>(packed_integer(w, n, k)) * packed_scale(w, n, k);
-  const int64_t tile = (n / kPanel * w.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
-  const uint16_t* elements = static_cast<const uint16_t*>(w.data) + tile * kTileElements;
+  const int64_t tile = k / kTileK * 2 + n % kPanel / kTileN;
+  const uint16_t* elements = reinterpret_cast<const uint16_t*>(w.panel(n / kPanel)) + tile * kTileElements;
   if (w.format.kind == Format::kF16) return f16_to_f32(elements[k % kTileK * kTileN + n % kTileN]);
   return bf16_to_f32(elements[k % kTileK / 2 * 32 + n % kTileN * 2 + k % 2]);
 }

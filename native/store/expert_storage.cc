@@ -11,96 +11,39 @@ namespace kts {
 
 namespace {
 
-// Of a panel, both the packed values and the scales are streams of equal steps along k; int8 has no such scales.
-struct Streams {
-  int64_t value_k;
-  int64_t value_bytes;  // two tiles
-  int64_t scale_k = 0;
-  int64_t scale_bytes = 0;  // of 32 rows
-};
-
-Streams streams_of(WeightFormat format) {
-  switch (format.kind) {
-    case Format::kBf16:
-    case Format::kF16:
-      return {kTileK, 2 * kTileBytes};
-    case Format::kInt8:
-      return {kTileKQ, 2 * kTileBytes};
-    case Format::kInt4:
-      return {kTileKQ, 2 * kTileBytesInt4, format.group, kPanel * static_cast<int64_t>(sizeof(bf16_t))};
-    default: {
-      const BlockTypeInfo& type = block_type_info(format.type);
-      return {kTileKQ, 2 * block_tile_bytes(block_bits(format.kind)), type.block, ScaleRecord(type).bytes};
-    }
-  }
-}
-
-// The matrix of a shard inside the whole one: rows [0, n) and columns [k_begin, k_begin + k) of it from panel_begin on.
-struct Part {
-  PackedMatrix whole;
-  PackedMatrix shard;
-  int64_t panel_begin = 0;
-  int64_t k_begin = 0;  // a multiple of the streams' steps
-};
-
 enum class Transfer { kSplit, kJoin };
 
-char* bytes_of(const void* memory) { return static_cast<char*>(const_cast<void*>(memory)); }
-
-void move_bytes(Transfer transfer, const void* whole, const void* shard, int64_t bytes) {
-  if (transfer == Transfer::kSplit)
-    std::memcpy(bytes_of(shard), whole, static_cast<size_t>(bytes));
-  else
-    std::memcpy(bytes_of(whole), shard, static_cast<size_t>(bytes));
+int32_t* writable_sums(const PackedMatrix& w, int64_t panel) {
+  return const_cast<int32_t*>(w.column_sums) + panel * kPanel;
 }
 
-// Sums over k of the shard's integers, for the 32 rows of a panel.
-void sum_columns(const PackedMatrix& w, int64_t panel, int32_t* sums) {
-  std::memset(sums, 0, kPanel * sizeof(int32_t));
-  const int64_t steps = ceil_div(w.k, kTileKQ);
-  for (int64_t step = 0; step < steps; ++step)
-    for (int64_t half = 0; half < 2; ++half) {
-      const auto* tile = reinterpret_cast<const int8_t*>(w.bytes()) + ((panel * steps + step) * 2 + half) * kTileBytes;
-      for (int64_t byte = 0; byte < kTileBytes; ++byte) sums[half * kTileN + byte % 64 / 4] += tile[byte];
-    }
-}
+// A shard's own matrix and the part of a whole one that it is. whole_sums: of the rows of that part, in the whole (int8).
+struct Pair {
+  PackedMatrix part, own;
+  const int32_t* whole_sums;
+  bool is_first;  // of the parts of its rows
+};
 
-void move_int8_extras(Transfer transfer, const Part& part, int64_t panel) {
-  const int64_t at = (part.panel_begin + panel) * kPanel, here = panel * kPanel;
-  move_bytes(transfer, part.whole.int8_scales() + at, part.shard.int8_scales() + here, kPanel * 4);
-  if (part.shard.k == part.whole.k)
-    return move_bytes(transfer, part.whole.column_sums + at, part.shard.column_sums + here, kPanel * 4);
-  if (transfer == Transfer::kSplit) {
-    sum_columns(part.shard, panel, const_cast<int32_t*>(part.shard.column_sums) + here);
+// One panel, either way. Joining needs the parts of a panel in the order of k.
+void move_panel(Transfer transfer, const Pair& pair, int64_t panel) {
+  const PackedMatrix &part = pair.part, &own = pair.own;
+  transfer == Transfer::kSplit ? copy_panel(part, own, panel) : copy_panel(own, part, panel);
+  if (own.column_sums == nullptr) return;
+  if (transfer == Transfer::kJoin) {
+    int32_t* sums = const_cast<int32_t*>(pair.whole_sums) + panel * kPanel;
+    for (int64_t n = 0; n < kPanel; ++n) sums[n] = (pair.is_first ? 0 : sums[n]) + own.column_sums[panel * kPanel + n];
+  } else if (part.column_sums == nullptr) {
+    sum_columns(own, panel, writable_sums(own, panel));
   } else {
-    auto* sums = const_cast<int32_t*>(part.whole.column_sums) + at;
-    for (int64_t n = 0; n < kPanel; ++n) sums[n] = (part.k_begin == 0 ? 0 : sums[n]) + part.shard.column_sums[here + n];
+    std::memcpy(writable_sums(own, panel), part.column_sums + panel * kPanel, kPanel * sizeof(int32_t));
   }
 }
 
-// `steps` of a stream that begins at panel and step 0 of both matrices.
-void move_steps(Transfer transfer, const Part& part, int64_t panel, const void* whole, const void* shard,
-                int64_t step_k, int64_t step_bytes) {
-  const int64_t whole_steps = ceil_div(part.whole.k, step_k), steps = ceil_div(part.shard.k, step_k);
-  const int64_t at = (part.panel_begin + panel) * whole_steps + part.k_begin / step_k;
-  move_bytes(transfer, static_cast<const char*>(whole) + at * step_bytes,
-             static_cast<const char*>(shard) + panel * steps * step_bytes, steps * step_bytes);
-}
-
-// One panel of the shard, either way. Joining needs the parts of a panel in the order of k.
-void move_panel(Transfer transfer, const Part& part, int64_t panel) {
-  const Streams streams = streams_of(part.whole.format);
-  move_steps(transfer, part, panel, part.whole.data, part.shard.data, streams.value_k, streams.value_bytes);
-  if (part.whole.format.kind == Format::kInt8) move_int8_extras(transfer, part, panel);
-  if (streams.scale_bytes > 0)
-    move_steps(transfer, part, panel, part.whole.scales, part.shard.scales, streams.scale_k, streams.scale_bytes);
-}
-
-void move_expert(Transfer transfer, const Part (&parts)[3]) {
-  const int64_t first = parts[0].shard.n_panels(), second = first + parts[1].shard.n_panels();
-  runtime().pool->parallel_for(second + parts[2].shard.n_panels(), [&](int64_t task, int) {
+void move_expert(Transfer transfer, const Pair (&pairs)[3]) {
+  const int64_t first = pairs[0].own.n_panels(), second = first + pairs[1].own.n_panels();
+  runtime().pool->parallel_for(second + pairs[2].own.n_panels(), [&](int64_t task, int) {
     const int which = task < first ? 0 : task < second ? 1 : 2;
-    move_panel(transfer, parts[which], task - (which == 0 ? 0 : which == 1 ? first : second));
+    move_panel(transfer, pairs[which], task - (which == 0 ? 0 : which == 1 ? first : second));
   });
 }
 
@@ -149,14 +92,18 @@ ExpertBlobs<char> MoeLayer::own_place(int64_t expert, int shard) {
 template <class Byte>
 void MoeLayer::move_shard(bool is_split, const ExpertBlobs<Byte>& whole, const ExpertBlobs<const char>& part,
                           int shard) const {
-  const int64_t begin = shards_[shard].begin;
-  const ExpertFormats& formats = shape_.format;
+  const int64_t begin = shards_[shard].begin, size = shards_[shard].size;
+  const auto rows_of = [&](WeightFormat format, const void* blob, const PackedMatrix& own) {
+    const PackedMatrix rows =
+        packed_part(packed_view(format, shape_.inter, shape_.hidden, blob), begin, size, 0, shape_.hidden);
+    return Pair{rows, own, rows.column_sums, true};
+  };
+  const PackedMatrix down = packed_view(shape_.format.down, shape_.hidden, shape_.inter, whole.down);
   move_expert(
       is_split ? Transfer::kSplit : Transfer::kJoin,
-      {{packed_view(formats.gate, shape_.inter, shape_.hidden, whole.gate), gate_view(shard, part.gate), begin / kPanel,
-        0},
-       {packed_view(formats.up, shape_.inter, shape_.hidden, whole.up), up_view(shard, part.up), begin / kPanel, 0},
-       {packed_view(formats.down, shape_.hidden, shape_.inter, whole.down), down_view(shard, part.down), 0, begin}});
+      {rows_of(shape_.format.gate, whole.gate, gate_view(shard, part.gate)),
+       rows_of(shape_.format.up, whole.up, up_view(shard, part.up)),
+       {packed_part(down, 0, shape_.hidden, begin, size), down_view(shard, part.down), down.column_sums, shard == 0}});
 }
 
 std::shared_ptr<const void> MoeLayer::forget_expert(int64_t expert) {

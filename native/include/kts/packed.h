@@ -25,6 +25,10 @@
 // Scales, in records of 32 n and one block of the type, record n / 32 * ceil(k / block) + k / block:
 //   d [32] (f16; e8m0: one byte each), then m or dmin [32] f16 if the type has offsets, then with two levels
 //   scale [block / group][32] int8 and, with offsets, min [block / group][32] int8
+//
+// So values and scales of a panel are streams of equal steps along k. The formulas above are of a matrix that lies alone;
+// the columns of a larger one, from a whole unit of k on (WeightFormat::k_unit), have the same streams further apart.
+// Whoever reads a panel asks PackedMatrix where it begins.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -90,7 +94,7 @@ struct ScaleRecord {
   static constexpr int64_t kPanelBytes = 32;
 };
 
-// A view of packed weights; the memory belongs to the layer.
+// A view of packed weights; the memory belongs to others.
 struct PackedMatrix {
   WeightFormat format;
   int64_t n = 0;
@@ -98,26 +102,54 @@ struct PackedMatrix {
   const void* data = nullptr;
   const void* scales = nullptr;          // int8: f32, int4: bf16; as above
   const int32_t* column_sums = nullptr;  // int8: sum over k of q [align_up(n, 32)]
+  int64_t panel_stride_bytes = 0;        // from the values of a panel to those of the next
+  int64_t scale_stride_bytes = 0;        // the same of the scales
 
   int64_t n_panels() const { return ceil_div(n, kPanel); }
   int64_t k_panels() const { return ceil_div(k, kPanel); }
   int64_t k_groups() const { return ceil_div(k, format.group); }
-  const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
   const float* int8_scales() const { return static_cast<const float*>(scales); }
-  const bf16_t* int4_scales() const { return static_cast<const bf16_t*>(scales); }
+
+  // The values of a panel.
+  __attribute__((always_inline)) const uint8_t* panel(int64_t index) const {
+    return static_cast<const uint8_t*>(data) + index * panel_stride_bytes;
+  }
+  // Its scales.
+  __attribute__((always_inline)) const uint8_t* panel_scales(int64_t index) const {
+    return static_cast<const uint8_t*>(scales) + index * scale_stride_bytes;
+  }
+  // int4: [k_groups()][32].
+  __attribute__((always_inline)) const bf16_t* int4_scales(int64_t panel) const {
+    return reinterpret_cast<const bf16_t*>(panel_scales(panel));
+  }
   // Block formats: the record of scales of a panel's block that holds column k.
   __attribute__((always_inline)) const uint8_t* scale_record(int64_t panel, int64_t column) const {
     const BlockTypeInfo& type = block_type_info(format.type);
-    return static_cast<const uint8_t*>(scales) +
-           (panel * ceil_div(k, type.block) + column / type.block) * ScaleRecord(type).bytes;
+    return panel_scales(panel) + column / type.block * ScaleRecord(type).bytes;
   }
 };
+
+// Bytes of the values of a panel of k columns, and of its scales (int8: of its rows).
+int64_t panel_value_bytes(WeightFormat format, int64_t k);
+int64_t panel_scale_bytes(WeightFormat format, int64_t k);
 
 // Bytes of values, scales and sums, a multiple of 64; all zero bytes of it are read as zero weights but for int4.
 int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k);
 
 // The view of packed_bytes() bytes at `memory`, 64-byte aligned.
 PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* memory);
+
+// Rows [n_begin, n_begin + n) and columns [k_begin, k_begin + k) of a matrix where they lie: whole panels from n_begin on,
+// whole units of k (WeightFormat::k_unit) from k_begin on, but for what ends with the matrix. Of int8 with fewer columns
+// than the matrix, column_sums is null: the caller has them (sum_columns).
+PackedMatrix packed_part(const PackedMatrix& whole, int64_t n_begin, int64_t n, int64_t k_begin, int64_t k);
+
+// Copies values and scales of one panel between matrices of one format and size, which may differ in strides. column_sums
+// stay as they are.
+void copy_panel(const PackedMatrix& from, const PackedMatrix& to, int64_t panel);
+
+// int8: sums over k of the integers of a panel [32].
+void sum_columns(const PackedMatrix& w, int64_t panel, int32_t* sums);
 
 // Elements of each row of w before and after the k that are packed: int8 scales are those of the whole row, so that
 // weights do not depend on how a matrix is cut into shards.
@@ -156,17 +188,18 @@ void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t pane
 
 // Integer of one int8 or int4 weight, by the formulas above: for tests and scalar kernels.
 KTS_INLINE int packed_integer(const PackedMatrix& w, int64_t n, int64_t k) {
-  const int64_t tile = (n / kPanel * ceil_div(w.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
+  const int64_t tile = k / kTileKQ * 2 + n % kPanel / kTileN;  // of the panel
+  const uint8_t* panel = w.panel(n / kPanel);
   if (w.format.kind == Format::kInt8)
-    return static_cast<int8_t>(w.bytes()[tile * kTileBytes + k % kTileKQ / 4 * 64 + n % kTileN * 4 + k % 4]);
-  const uint8_t pair = w.bytes()[tile * kTileBytesInt4 + k % kPanel / 4 * 64 + n % kTileN * 4 + k % 4];
+    return static_cast<int8_t>(panel[tile * kTileBytes + k % kTileKQ / 4 * 64 + n % kTileN * 4 + k % 4]);
+  const uint8_t pair = panel[tile * kTileBytesInt4 + k % kPanel / 4 * 64 + n % kTileN * 4 + k % 4];
   return (k % kTileKQ < kPanel ? pair & 15 : pair >> 4) - 8;
 }
 
 // Scale of one int8 or int4 weight.
 KTS_INLINE float packed_scale(const PackedMatrix& w, int64_t n, int64_t k) {
   if (w.format.kind == Format::kInt8) return w.int8_scales()[n];
-  return bf16_to_f32(w.int4_scales()[(n / kPanel * w.k_groups() + k / w.format.group) * kPanel + n % kPanel]);
+  return bf16_to_f32(w.int4_scales(n / kPanel)[k / w.format.group * kPanel + n % kPanel]);
 }
 
 // Scale and code (code_value) of a weight of a block format.
