@@ -49,7 +49,7 @@ def memory_needed(
 ) -> memory.MemoryEstimate:
     """What a model needs; arguments as those of `check_memory`."""
     is_mapped = (uses_cache(config) or _is_packed(config)) and not copies(config)
-    packed_bytes = native().MoeLayer.packed_bytes_for
+    packed_bytes = native().ExpertStore.packed_bytes_for
     sizes = [
         packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], config.int4_group_size)
         for name, spec in specs.items()
