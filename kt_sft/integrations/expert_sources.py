@@ -95,8 +95,7 @@ def open_experts(
         config: `weight_path` says where the experts are instead, if not there; see `open_weight_path`.
         methods: of modules whose method is not `config.method`.
     Raises:
-        ConfigError: a packed container of another weight format, or `weight_load` that this process cannot follow;
-            RAWINT4 or GGUF without such files.
+        ConfigError: a packed container of another weight format; RAWINT4 or GGUF without such files.
         FormatError: files missing or damaged; experts missing, twice, of a wrong shape or type.
         UnsupportedModel: the family stores experts in a way that needs more than slicing.
     """

@@ -35,7 +35,7 @@ class PackedExperts:
         own_files: of the model where they hold the experts in another way (a GGUF file); compared only.
     Raises:
         FormatError: the container is damaged or belongs to another model.
-        ConfigError: its weight format is not the one asked for, or `weight_load: mmap` with several groups of threads.
+        ConfigError: its weight format is not the one asked for.
     """
 
     def __init__(
@@ -60,6 +60,12 @@ class PackedExperts:
         self._is_compared = False
         self._is_warned = False
         self._copies = copies(config)
+        if self._copies and config.weight_load == "auto":
+            text = (
+                "weight_load: auto copies the experts of %s to the memory of %d groups of threads; weight_load: mmap "
+            )
+            text += "uses the files in place, one copy for all processes"
+            logger.info(text, self.path, native().num_pools())
         self.formats = {name: (f"packed {manifest.weight_format}",) * 3 for name in specs}
 
     def load(self, experts: RoutedExperts, name: str, expert: int, *, slot: int | None = None) -> None:
@@ -162,18 +168,8 @@ def first_difference(manifest: Manifest, files: Sequence[Path]) -> str | None:
 
 
 def copies(config: KTConfig) -> bool:
-    """Whether containers are copied into memory.
-
-    Raises:
-        ConfigError: `weight_load: mmap` where each pool of threads needs a part of its own.
-    """
-    pools = native().num_pools()
-    if config.weight_load == "mmap" and pools > 1:
-        raise ConfigError(
-            f"weight_load: mmap needs one group of threads, found {pools}, whose shares of the experts are copied to "
-            "their NUMA nodes; set weight_load: copy or auto, or threadpool_count: 1"
-        )
-    return config.weight_load == "copy" or pools > 1
+    """Whether containers are copied into memory: as asked for, and by `auto` for several groups of threads."""
+    return config.weight_load == "copy" or (config.weight_load == "auto" and native().num_pools() > 1)
 
 
 def check_format(container: PackedContainer, config: KTConfig) -> None:
