@@ -8,17 +8,21 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kt_sft import env, memory
-from kt_sft.errors import GIB, KTError
+from kt_sft.errors import GIB, ConfigError, KTError
 
 # Shown in this order; ranges come from the metadata of the installed kt_sft, so that they are stated once.
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "llamafactory", "deepspeed")
 REQUIRED = frozenset({"torch", "transformers", "peft", "accelerate"})
 FORMATS = ("bf16", "int8", "int4")
+# Direction and kind of rows of every product; block floating point and int8 rows exist in the forward only.
+PRODUCTS = (("forward", "bf16"), ("forward", "bfp16"), ("forward", "int8"), ("input_grad", "bf16"))
+MAX_SIZE = 1 << 24  # of m, n and k
 NO_AMX = "the CPU has no AMX"
 BUILD_REMEDY = "in a clone: make setup; otherwise: pip install --force-reinstall --no-deps kt_sft"
 
@@ -71,6 +75,76 @@ def collect() -> Report:
     order = {"error": 0, "warning": 1, "note": 2}
     report.findings.sort(key=lambda finding: order[finding.level])
     return report
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernels for weights of one format and rows of one kind in one direction.
+
+    Args:
+        weights: name of the weight format.
+        rows: what the activations (or gradients) are in the product: bf16, bfp16 or int8.
+        op: forward or input_grad.
+        verdicts: number of rows -> what became of each row of the kernel table.
+    """
+
+    weights: str
+    rows: str
+    op: str
+    verdicts: dict[int, list[dict[str, Any]]]
+
+    def chosen(self, m: int) -> dict[str, Any]:
+        """The row of the table that m rows take."""
+        return next(row for row in self.verdicts[m] if row["chosen"])
+
+    def runners_up(self, m: int) -> list[dict[str, Any]]:
+        """The rows of the table that could make the product, too, the cheapest first."""
+        able = [row for row in self.verdicts[m] if not row["refusal"] and not row["chosen"]]
+        return sorted(able, key=lambda row: row["cycles"])
+
+
+def kernel_choices(formats: Sequence[str] | None, ms: Sequence[int], *, n: int, k: int) -> list[KernelChoice]:
+    """Which kernel would be chosen and why not another, for weights `[n, k]` in both directions with all their rows.
+
+    Args:
+        formats: names of weight formats, those of GGUF files among them; None: one for each kind of kernels.
+        ms: numbers of rows that meet in one product.
+        n: outputs of the weights.
+        k: inputs of the weights.
+
+    Raises:
+        ConfigError: a format or a level of KT_SFT_ISA that is not there, or a size out of range.
+    """
+    from kt_sft.native import native
+
+    library = native()
+    for name, sizes in (("m", ms), ("n", [n]), ("k", [k])):
+        for size in sizes:
+            if not 1 <= size <= MAX_SIZE:
+                raise ConfigError(f"{name}: expected whole numbers from 1 to {MAX_SIZE}, found {size}")
+    if formats is None:
+        of_kind = {name: name for name in (*FORMATS, "f16")}
+        for kind in library.block_types():
+            of_kind.setdefault(kind["format"], kind["name"])
+        formats = list(of_kind.values())
+    choices = []
+    try:
+        if (wanted := env.isa()) is not None:
+            library.set_isa(wanted)
+        for weights in formats:
+            for op, rows in PRODUCTS:
+                verdicts = {m: library.judge_kernels(weights, rows, op, m, n, k) for m in ms}
+                # Block floating point where there is none is bf16.
+                own = (row for rest in verdicts.values() for row in rest if row["rows"] == rows)
+                if any(row["refusal"] in ("", "max_m") for row in own) and all(map(_has_choice, verdicts.values())):
+                    choices.append(KernelChoice(weights, rows, op, verdicts))
+    except ValueError as error:  # a name that the library does not know, a level that the CPU lacks
+        raise ConfigError(_first_line(error)) from None
+    return choices
+
+
+def _has_choice(verdicts: list[dict[str, Any]]) -> bool:
+    return any(row["chosen"] for row in verdicts)
 
 
 def _native(report: Report) -> None:

@@ -7,6 +7,7 @@ planted violation.
 from __future__ import annotations
 
 import ast
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,18 +60,33 @@ MAY_WRITE = (
     "kt_sft/formats/renaming.py",
     "kt_sft/integrations/llamafactory/disk.py",
 )
-# Lower may not include upper: a file below native/<key>/ includes only these rooms' headers ("kts" is the contracts).
-CPP_MAY_INCLUDE = {
-    "include": {"kts"},
-    "arch": {"kts", "arch"},
-    "gemm": {"kts", "gemm", "arch"},
-    "runtime": {"kts", "runtime"},
-    "quant": {"kts", "quant", "gemm"},
-    "linear": {"kts", "linear", "gemm"},
-    "store": {"kts", "store", "gemm", "runtime"},
-    "moe": {"kts", "moe", "store", "quant", "gemm", "runtime"},
-    "bindings": {"kts", "bindings", "moe", "store", "quant", "runtime"},
+# Header of native/include/kts/ -> its room. `base`: types that every room may know; `kernel`: the contracts of arch/.
+CPP_HEADERS = {
+    "base": {"base.h", "types.h", "isa.h", "block_types.h"},
+    "kernel": {"kernel.h", "packed.h", "elementwise.h", "quant.h"},
+    "gemm": {"gemm.h", "tables.h", "pack.h", "cpu_isa.h"},
+    "quant": {"gguf_blocks.h", "scaled_blocks.h"},
+    "runtime": {"topology.h", "thread_pool.h", "workspace.h", "openmp.h"},
+    "store": {"expert_store.h"},
+    "linear": {"linear.h"},
+    "moe": {"moe.h", "lora.h", "lora_layout.h", "routing.h"},
 }
+# Room (a folder of native/, or of headers) -> rooms whose headers it may include beside its own: lower ones.
+CPP_MAY_INCLUDE = {
+    "base": set(),
+    "kernel": {"base"},
+    "arch": {"base", "kernel"},
+    "gemm": {"base", "kernel"},
+    "quant": {"base"},
+    "runtime": {"base"},
+    "store": {"base", "kernel", "gemm", "runtime"},
+    "linear": {"base", "kernel", "store", "gemm", "runtime"},
+    "moe": {"base", "kernel", "store", "gemm", "runtime"},
+    "bindings": {"base", "gemm", "quant", "store", "linear", "moe", "runtime"},
+}
+# Where the levels of instruction sets may be named: the code of each, and the one place that chooses.
+MAY_NAME_ISA = ("native/arch/", "native/gemm/", "native/include/kts/isa.h", "native/tests/")
+MAY_NAME_TABLES = (*MAY_NAME_ISA, "native/include/kts/elementwise.h", "native/include/kts/quant.h")
 
 
 def files(root: Path, folders: tuple[str, ...], *suffixes: str) -> Iterator[tuple[str, str]]:
@@ -231,21 +247,53 @@ def stray_intrinsics(root: Path) -> Iterator[str]:
             yield f"{path}: {match.group()}; only native/arch may see intrinsics"
 
 
+def cpp_room(path: str) -> str | None:
+    """Room of a file below native/, None for a header of include/kts/ that no room has."""
+    folder, _, name = path.removeprefix("native/").partition("/")
+    if folder != "include":
+        return folder
+    return next((room for room, headers in CPP_HEADERS.items() if name.removeprefix("kts/") in headers), None)
+
+
+def included_path(path: str, header: str, *, is_quoted: bool) -> str | None:
+    """Path that an #include of the file at `path` means, relative to the root; None: none of ours."""
+    if header.startswith("kts/"):
+        return f"native/include/{header}"
+    if header.split("/")[0] in CPP_MAY_INCLUDE and "/" in header:
+        return f"native/{header}"
+    return posixpath.normpath(posixpath.join(posixpath.dirname(path), header)) if is_quoted else None
+
+
 def wrong_includes(root: Path) -> Iterator[str]:
-    for path, text in files(root, ("native",), ".cc", ".h"):
-        room = Path(path).parts[1]
-        for match in re.finditer(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE):
-            header = match.group(1)
+    for path, text in files(root, ("native",), ".cc", ".h", ".inc"):
+        room = cpp_room(path)
+        if room is None:
+            yield f"{path}: a header without a room; CPP_HEADERS names the room of each"
+            continue
+        for match in re.finditer(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', text, re.MULTILINE):
+            quote, header = match.groups()
             if header.startswith(("torch/", "ATen/", "c10/", "omp.h")):
                 yield f"{path}: includes {header}; native/ uses neither torch nor OpenMP"
             if header.startswith(("Python.h", "pybind11/")) and room != "bindings":
                 yield f"{path}: includes {header}; Python belongs in native/bindings"
-            target = header.split("/")[0] if "/" in header else None
-            if target == "..":
-                target = header.removeprefix("../").split("/")[0] if not header.startswith("../..") else None
-            known = target in CPP_MAY_INCLUDE or target == "kts"
-            if known and room in CPP_MAY_INCLUDE and target not in CPP_MAY_INCLUDE[room]:
-                yield f"{path}: includes {header}; {room} may include {sorted(CPP_MAY_INCLUDE[room])}"
+            target = included_path(path, header, is_quoted=quote == '"')
+            if room == "tests" or target is None or not target.startswith("native/"):
+                continue
+            allowed = CPP_MAY_INCLUDE.get(room, set()) | {room}
+            if cpp_room(target) not in allowed:
+                yield f"{path}: includes {header} of {cpp_room(target)}; {room} may include {sorted(allowed)}"
+
+
+def stray_kernel_choices(root: Path) -> Iterator[str]:
+    """Code that asks for a level of instruction sets, or takes the table of one, is choosing; gemm/tables.cc does."""
+    levels = re.compile(r"\bk(Scalar|Avx2|Avx512\w*|Amx(Bf16|Int8))\b")
+    tables = re.compile(r"\bk(Row|Quant)Ops\b")
+    for path, text in files(root, ("native",), ".cc", ".h"):
+        code = without_comments(text)
+        for pattern, places in ((levels, MAY_NAME_ISA), (tables, MAY_NAME_TABLES)):
+            for match in pattern.finditer(code) if not path.startswith(places) else ():
+                line = code.count("\n", 0, match.start()) + 1
+                yield f"{path}:{line}: {match.group()}; native/gemm/tables.cc alone chooses by instruction set"
 
 
 def machine_paths(root: Path) -> Iterator[str]:
@@ -279,6 +327,7 @@ RULES: dict[Callable[[Path], Iterator[str]], tuple[str, str]] = {
     stray_cpp_calls: ("native/moe/talk.cc", '#include <cstdio>\nvoid f() { printf("x"); }\n'),
     stray_intrinsics: ("native/moe/fast.cc", "#include <immintrin.h>\n"),
     wrong_includes: ("native/arch/up.cc", '#include "gemm/schedule.h"\n'),
+    stray_kernel_choices: ("native/moe/pick.cc", "bool f(unsigned isa) { return isa & kAvx2; }\n"),
     machine_paths: ("docs/where.md", "see /" + "home/me/x\n"),
 }
 
@@ -313,6 +362,55 @@ def test_external_rule_sees_every_way_to_import(path, text, tmp_path):
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_text(text)
     assert list(wrong_external_imports(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "header"),
+    [
+        ("native/arch/x.h", '"kts/moe.h"'),
+        ("native/arch/avx2/x.cc", '"kts/thread_pool.h"'),
+        ("native/arch/avx2/x.cc", '"kts/tables.h"'),
+        ("native/arch/avx2/x.cc", '"../../gemm/schedule.h"'),
+        ("native/arch/avx2/x.cc", '"../../include/kts/gemm.h"'),
+        ("native/runtime/x.cc", '"kts/elementwise.h"'),
+        ("native/runtime/x.cc", "<kts/gemm.h>"),
+        ("native/runtime/x.cc", '"../quant/gguf_grids.h"'),
+        ("native/gemm/x.cc", '"kts/thread_pool.h"'),
+        ("native/gemm/x.inc", '"kts/linear.h"'),
+        ("native/gemm/x.cc", '"../arch/vec_avx2.h"'),
+        ("native/quant/x.cc", '"kts/gemm.h"'),
+        ("native/store/x.cc", '"kts/moe.h"'),
+        ("native/store/x.cc", '"kts/gguf_blocks.h"'),
+        ("native/linear/x.cc", '"kts/moe.h"'),
+        ("native/linear/x.cc", '"../arch/prefetch_inl.h"'),
+        ("native/moe/x.cc", '"kts/linear.h"'),
+        ("native/moe/x.cc", '"../bindings/gil.h"'),
+        ("native/moe/x.cc", '"pybind11/pybind11.h"'),
+        ("native/bindings/x.cc", '"../arch/vec_avx2.h"'),
+        ("native/include/kts/base.h", '"kts/isa.h"\n#include "kts/packed.h"'),
+        ("native/include/kts/packed.h", '"kts/tables.h"'),
+        ("native/include/kts/tables.h", '"kts/moe.h"'),
+        ("native/include/kts/thread_pool.h", '"kts/gemm.h"'),
+        ("native/include/kts/expert_store.h", '"kts/moe.h"'),
+        ("native/include/kts/nobodys.h", "<cstdint>"),
+        ("native/attic/x.cc", '"kts/packed.h"'),
+    ],
+)
+def test_native_direction_is_seen_in_every_room(path, header, tmp_path):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(f"#include {header}\n")
+    assert list(wrong_includes(tmp_path))
+
+
+def test_every_native_folder_and_header_has_a_room():
+    native = ROOT / "native"
+    folders = {path.relative_to(native).parts[0] for suffix in ("h", "cc") for path in native.rglob(f"*.{suffix}")}
+    assert folders - {"include", "tests"} <= set(CPP_MAY_INCLUDE)
+    headers = [path.name for path in (native / "include" / "kts").rglob("*.h")]
+    listed = [name for names in CPP_HEADERS.values() for name in names]
+    assert set(headers) <= set(listed) and len(listed) == len(set(listed))
+    assert set(CPP_HEADERS) <= set(CPP_MAY_INCLUDE)
+    assert set().union(*CPP_MAY_INCLUDE.values()) <= set(CPP_MAY_INCLUDE)
 
 
 def test_every_room_of_the_package_has_an_import_rule():

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from kt_sft.cli import kernel_choice
 from kt_sft.cli.console import errors_in_one_line
 
 if TYPE_CHECKING:
@@ -26,8 +27,21 @@ LEVELS = {"error": "[bold red]error[/bold red]", "warning": "[yellow]warning[/ye
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every kernel, not only those in use.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Say instead which kernel each product takes, and why not another.")
+    ] = False,
+    formats: Annotated[
+        str | None, typer.Option(help="With --kernels: weight formats, as in int8,q4_k. Default: one of each kind.")
+    ] = None,
+    m: Annotated[str, typer.Option(help="With --kernels: numbers of rows that meet in a product.")] = "1,4,16,64,512",
+    n: Annotated[int, typer.Option(help="With --kernels: outputs of the weights.")] = 1408,
+    k: Annotated[int, typer.Option(help="With --kernels: inputs of the weights.")] = 2048,
 ) -> None:
     """Say what this machine offers, which kernels will run, what to do about each problem; exit code 1 on errors."""
+    if kernels:
+        with errors_in_one_line("doctor"):
+            kernel_choice.show(formats, m, n=n, k=k, as_json=as_json)
+        return
     with errors_in_one_line("doctor"):
         from kt_sft.doctor import collect
 

@@ -228,6 +228,7 @@ void dgemv_one_block(const GemmTask& task) {
 // Rows i0 ... i0 + m of the task, at most kDgemvRows, in blocks of MR that share the dwords of kReduceBlock n.
 template <class V, class Weights, int MR>
 void dgemv_blocks(const GemmTask& task, int64_t i0, int64_t m) {
+  KTS_DCHECK(m >= 1 && m <= kDgemvRows);
   const Weights weights(*task.w);
   const Units<V, Weights> units(task);
   const DgemvScratch<V, Weights> scratch(task.scratch);
@@ -253,6 +254,7 @@ void dgemv_blocks(const GemmTask& task, int64_t i0, int64_t m) {
 
 template <class V, class Weights, int MR>
 void dgemv_float(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {Weights::kFormat, Rows::kBf16, Direction::kInputGrad}));
   if (task.m <= MR) {
     dgemv_one_block<V, Weights, MR>(task);
     return;

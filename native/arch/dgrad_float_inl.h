@@ -50,6 +50,7 @@ KTS_INLINE RegionAhead next_weights(const Weights& weights, const GemmTask& task
 
 template <class V, class Weights, int MR>
 void dgrad_widened(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {Weights::kFormat, Rows::kBf16, Direction::kInputGrad}));
   const Weights weights(*task.w);
   const int64_t panels = task.panel_end - task.panel_begin;
   float* a = static_cast<float*>(task.scratch);

@@ -10,6 +10,8 @@ namespace kts {
 template <class V, template <class> class Gate>
 void glu_forward(const GateParams& params, const float* g_sum, const float* u_sum, int64_t cols, f16_t* g_out,
                  f16_t* u_out, bf16_t* h_out) {
+  KTS_DCHECK(is_array(g_sum, cols) && is_array(u_sum, cols) && is_array(h_out, cols));
+  KTS_DCHECK((g_out == nullptr) == (u_out == nullptr) && is_aligned(g_out, 2) && is_aligned(u_out, 2));
   const GateParams p = params;
   for (int64_t j = 0; j < cols; j += V::W) {
     const int64_t n = cols - j;
@@ -37,6 +39,8 @@ void glu_forward(const GateParams& params, const float* g_sum, const float* u_su
 template <class V, template <class> class Gate>
 float glu_backward(const GateParams& params, const f16_t* g_in, const f16_t* u_in, const float* dh_in, float weight,
                    int64_t cols, bf16_t* dg_out, bf16_t* du_out, bf16_t* h_out) {
+  KTS_DCHECK(is_array(g_in, cols) && is_array(u_in, cols) && is_array(dh_in, cols));
+  KTS_DCHECK(is_array(dg_out, cols) && is_array(du_out, cols) && is_array(h_out, cols));
   const GateParams p = params;
   auto dot = V::zero();
   const auto scale = V::set1(weight);
@@ -64,6 +68,7 @@ float glu_backward(const GateParams& params, const f16_t* g_in, const f16_t* u_i
 
 template <class V>
 void scale_add(float scale, const float* src, int64_t cols, float* dst) {
+  KTS_DCHECK(is_array(src, cols) && is_array(dst, cols));
   const auto s = V::set1(scale);
   int64_t j = 0;
   for (; j + V::W <= cols; j += V::W) V::store(dst + j, V::fma(s, V::load(src + j), V::load(dst + j)));
@@ -72,10 +77,13 @@ void scale_add(float scale, const float* src, int64_t cols, float* dst) {
 
 template <class V>
 void to_bf16(const float* src, int64_t cols, bf16_t* dst) {
+  KTS_DCHECK(is_array(src, cols) && is_array(dst, cols));
   int64_t j = 0;
   for (; j + V::W <= cols; j += V::W) V::store_bf16(dst + j, V::load(src + j));
   if (j < cols) V::store_bf16_n(dst + j, cols - j, V::load_n(src + j, cols - j));
 }
+
+KTS_INLINE bool is_mask(RowMask mask) { return mask.threshold >= 0 && mask.threshold <= 1 << 24; }
 
 // Hash of (row key, column). The first three lines are a bijective 32-bit mixer (constants: C. Wellons,
 // "hash-prospector"), the last one brings in the second half of the row's key. moe/dropout.h and kt_sft/ops/dropout.py
@@ -91,6 +99,7 @@ KTS_INLINE typename V::I dropout_hash(RowMask mask, int64_t col) {
 
 template <class V>
 void mask_bf16(RowMask mask, int64_t col_begin, const bf16_t* src, int64_t cols, bf16_t* dst) {
+  KTS_DCHECK(is_mask(mask) && col_begin >= 0 && is_array(src, cols) && is_array(dst, cols));
   int64_t j = 0;
   for (; j + V::W <= cols; j += V::W)
     V::store_bf16(dst + j, V::keep(dropout_hash<V>(mask, col_begin + j), mask.threshold, V::load_bf16(src + j)));
@@ -101,6 +110,7 @@ void mask_bf16(RowMask mask, int64_t col_begin, const bf16_t* src, int64_t cols,
 
 template <class V>
 void masked_add(RowMask mask, int64_t col_begin, const float* src, int64_t cols, float* dst) {
+  KTS_DCHECK(is_mask(mask) && col_begin >= 0 && is_array(src, cols) && is_array(dst, cols));
   int64_t j = 0;
   for (; j + V::W <= cols; j += V::W)
     V::store(dst + j,

@@ -8,7 +8,7 @@
 //   micro_widened  weights widened once per task and kReduceBlock into a scratch in L2: many row blocks
 // Both do the same operations in the same order, so a row's result does not depend on how many rows there are.
 #pragma once
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 #include "weights_inl.h"
 #include "with_rows_inl.h"
 
@@ -34,6 +34,7 @@ KTS_INLINE void widen_rows(const bf16_t* const* a_rows, int64_t rows, int64_t be
     return scales == nullptr ? v : V::mul(V::mul(v, V::load(scales + t)), V::set1(unit));
   };
   const int64_t padded = align_up(count, kTileK);
+  KTS_DCHECK(rows >= 1 && count >= 1 && padded <= kStride);
   for (int64_t i = 0; i < rows; ++i) {
     const bf16_t* from = a_rows[i] + begin;
     float* to = a + i * kStride;
@@ -49,7 +50,10 @@ KTS_INLINE void widen_rows(const bf16_t* const* a_rows, int64_t rows, int64_t be
 
 // Rows of the next block of at most `most` when `left` are left: blocks of nearly equal height, since small ones cannot
 // hide the latency of their multiply-adds.
-KTS_INLINE int64_t block_rows(int64_t left, int64_t most) { return ceil_div(left, ceil_div(left, most)); }
+KTS_INLINE int64_t block_rows(int64_t left, int64_t most) {
+  KTS_DCHECK(left >= 1 && most >= 1);
+  return ceil_div(left, ceil_div(left, most));
+}
 
 // Two vectors of a panel of 32 columns.
 template <class V>
@@ -225,6 +229,7 @@ constexpr int64_t widen_blocks() {
 
 template <class V, class Weights, int MR>
 void gemm_float_forward(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {Weights::kFormat, Rows::kBf16, Direction::kForward}));
   const Weights weights(*task.w);
   const int64_t panels = task.panel_end - task.panel_begin, row_blocks = ceil_div(task.m, MR);
   const bool widens = row_blocks >= widen_blocks<V, Weights>();
@@ -309,6 +314,7 @@ void gemv_rows(const GemmTask& task) {
 // Up to kFewRows rows.
 template <class V, class Weights>
 void gemv_float_forward(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {Weights::kFormat, Rows::kBf16, Direction::kForward, kFewRows}));
   with_rows<kFewRows>(task.m, [&]<int R>() { gemv_rows<V, Weights, R>(task); });
 }
 

@@ -24,6 +24,7 @@ constexpr int64_t kMaxSumK = 131072;  // 131072 * 127 * 127 < 2^31
 // Packed tiles of one panel and k block -> the form of the micro-kernel.
 template <class P>
 KTS_INLINE void unpack_weights(const uint8_t* packed, int64_t tiles, uint8_t* to) {
+  KTS_DCHECK(tiles >= 1 && tiles * kTileKQ <= P::kBlockK);
   for (int64_t t = 0; t < 2 * tiles; ++t)
     for (int64_t row = 0; row < P::kPackedTile / kRowOfTile; ++row) {
       const uint8_t* from = packed + t * P::kPackedTile + row * kRowOfTile;
@@ -52,6 +53,7 @@ KTS_INLINE int32_t sum_of_chunk(const int8_t* q) {
 // Row i of the task to place `row` of scratch, k block at k0: whole tiles, which the zeros behind k fill.
 template <class P>
 KTS_INLINE void copy_row(const GemmTask& task, int64_t i, int64_t row, int64_t k0, int64_t tiles) {
+  KTS_DCHECK(i >= 0 && i < task.m && row >= 0 && row < P::kRows && tiles >= 1 && tiles * kTileKQ <= P::kBlockK);
   uint8_t* scratch = static_cast<uint8_t*>(task.scratch);
   const int8_t* q = task.q_rows[i] + task.a_offset + k0;
   uint8_t* to = scratch + row * P::kAStride;
@@ -132,6 +134,7 @@ struct Int8RowsPanel {
 
 template <class P>
 void gemm_int8_rows(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {P::kFormat, Rows::kInt8, Direction::kForward}));
   const PackedMatrix& w = *task.w;
   KTS_CHECK(w.k <= kMaxSumK, "int8 rows: expected at most 131072 inputs, so that sums fit int32");
   const auto packed = [&](int64_t panel, int64_t k0) { return w.panel(panel) + k0 / kTileKQ * 2 * P::kPackedTile; };

@@ -130,6 +130,7 @@ template <class V, class Weights, int MR, bool kTable>
 // Up to kFewRows rows; does not accumulate.
 template <class V, class Weights>
 void gemv_bfp_blocks(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {Weights::kFormat, Rows::kBfp16, Direction::kForward, kFewRows}));
   with_rows<kFewRows>(task.m, [&]<int R>() {
     gemv_bfp_rows<V, Weights>(
         task, [&](const Weights& weights, const BfpRows& rows, int64_t panel, int64_t kb, int64_t blocks, float* c) {

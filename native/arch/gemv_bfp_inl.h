@@ -163,6 +163,7 @@ KTS_INLINE void gemv_bfp_rows(const GemmTask& task, AddPanel&& add_panel) {
 // Up to kFewRows rows; does not accumulate.
 template <class V, class Weights>
 void gemv_bfp_forward(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {Weights::kFormat, Rows::kBfp16, Direction::kForward, kFewRows}));
   with_rows<kFewRows>(task.m, [&]<int R>() {
     gemv_bfp_rows<V, Weights>(
         task, [&](const Weights& weights, const BfpRows& rows, int64_t panel, int64_t kb, int64_t blocks, float* c) {

@@ -2,6 +2,7 @@
 // Every sum has lanes and an order of terms of its own: results do not depend on the blocks, only on W.
 #pragma once
 #include "kts/elementwise.h"
+#include "kts/kernel.h"
 #include "with_rows_inl.h"
 
 namespace kts {
@@ -81,6 +82,8 @@ void dot_columns(const bf16_t* const* a_rows, int64_t m, const float* b, int64_t
 template <class V>
 void dot_rows(const bf16_t* const* a_rows, int64_t m, const float* b, int64_t b_stride, int64_t n, int64_t k, float* c,
               int64_t ldc, bool accumulate) {
+  KTS_DCHECKED(check_rows(a_rows, m));
+  KTS_DCHECK(k >= 0 && is_array(b, n) && (n <= 1 || b_stride >= k) && is_array(c, m * n) && (m <= 1 || ldc >= n));
   const int64_t blocks = ceil_div(n, kDotCols);
   for (int64_t i = 0; i < m; i += kDotRowsMax)
     for (int64_t block = 0; block < blocks; ++block) {
@@ -215,6 +218,9 @@ template <class V, class Q>
 void axpy_rows(const float* l_values, int64_t l_row, int64_t l_term, int64_t rows, const Q* const* q_rows,
                int64_t q_offset, int64_t terms, float* c, int64_t ldc, int64_t cols, bool accumulate) {
   constexpr int kWide = 8;
+  KTS_DCHECKED(check_rows(q_rows, terms));
+  KTS_DCHECK(is_array(l_values, rows * terms) && l_row >= 0 && l_term >= 0 && q_offset >= 0);
+  KTS_DCHECK(is_array(c, rows * cols) && (rows <= 1 || ldc >= cols));
   const Coefficients l{l_values, l_row, l_term};
   const RowsInPlace<V, Q> q{q_rows, q_offset};
   int64_t j = 0;
@@ -242,6 +248,8 @@ KTS_INLINE void transpose_tile(const float* from, int64_t from_stride, float* to
 // Whole cache lines of `to` are written at once: where its rows lie a power of two apart, lines do not stay for long.
 template <class V>
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to, int64_t to_stride) {
+  KTS_DCHECK(rows >= 0 && cols >= 0 && is_array(from, rows * cols) && is_array(to, rows * cols));
+  KTS_DCHECK((rows <= 1 || from_stride >= cols) && (cols <= 1 || to_stride >= rows));
   for (int64_t line = 0; line < rows; line += kLineFloats) {
     const int64_t end = min_i64(line + kLineFloats, rows);
     int64_t tiled_rows = line, tiled_cols = 0;

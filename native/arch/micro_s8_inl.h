@@ -1,7 +1,7 @@
 // Micro-kernels of int8 rows, written once on D, the dot products of an ISA; the kernels around them are in
 // gemm_s8_inl.h, which says what they compute.
 #pragma once
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 #include "prefetch_inl.h"
 
 namespace kts {

@@ -3,9 +3,6 @@
 #pragma once
 #include "kts/packed.h"
 
-// Member functions of vectors: no out-of-line copies.
-#define KTS_MEMBER inline __attribute__((always_inline))
-
 namespace kts {
 
 // Weights that stream by are asked for this far ahead along a panel: the hardware's streams stop at page ends.

@@ -14,6 +14,7 @@ constexpr float kLeastScale = 0x1p-126f;  // the least normal f32: no scale is d
 // Bits of the largest magnitude; infinity and NaN come out above all numbers.
 template <class V>
 uint32_t largest_bf16(const bf16_t* x, int64_t count) {
+  KTS_DCHECK(is_array(x, count));
   auto lanes = V::set1_i(0);
   int64_t j = 0;
   for (; j + 2 * V::W <= count; j += 2 * V::W) lanes = V::max_magnitude(lanes, x + j);
@@ -25,6 +26,7 @@ uint32_t largest_bf16(const bf16_t* x, int64_t count) {
 // q = round(x * inverse), |x * inverse| <= 127
 template <class V>
 void round_int8(const bf16_t* x, int64_t count, float inverse, int8_t* q) {
+  KTS_DCHECK(is_array(x, count) && is_array(q, count) && inverse >= 0.0f && inverse <= 0x1p126f);
   constexpr int64_t kBlock = 4 * V::W;
   const auto factor = V::set1(inverse);
   const auto block = [&](const bf16_t* from, int8_t* to) {
@@ -43,6 +45,7 @@ void round_int8(const bf16_t* x, int64_t count, float inverse, int8_t* q) {
 
 template <class V>
 float quantize_row(const bf16_t* x, int64_t cols, int8_t* q) {
+  KTS_DCHECK(is_array(x, cols) && is_array(q, cols));
   const uint32_t largest = largest_bf16<V>(x, cols);
   const bool rounds = largest > 0 && largest < 0x7f80u;
   const Int8Scale scale = int8_scale(largest);
@@ -71,7 +74,7 @@ KTS_INLINE Int4Errors<V> int4_errors(const float* w, int64_t count, float s) {
   return {V::sum(plus), V::sum(minus)};
 }
 
-// The search of quant/int4.cc. w [count] times 2^-shift, zeros up to a multiple of 8; `largest` is in [2, 4).
+// The search of gemm/quantize.cc. w [count] times 2^-shift, zeros up to a multiple of 8; `largest` is in [2, 4).
 template <class V>
 KTS_INLINE float int4_search(const float* w, int64_t count, float largest, float least, float most) {
   constexpr uint32_t kStep = 1u << 19;  // numbers of 5 significant bits are this far apart as bits
@@ -102,6 +105,8 @@ KTS_INLINE void round_int4(const float* w, int64_t count, float inverse, int8_t*
 
 template <class V>
 float quantize_int4(const bf16_t* w, int64_t count, uint32_t largest, int8_t* q) {
+  KTS_DCHECK(count >= 1 && count <= 128 && is_array(w, count) && is_array(q, count));
+  KTS_DCHECK(largest >= 1 && largest < 0x7f80u);
   static_assert(V::W == 8, "sums of squared errors have eight lanes on every ISA");
   alignas(64) float values[128];
   const float magnitude = std::bit_cast<float>(largest << 16);

@@ -88,18 +88,9 @@ void backward(const HeldLayer& held, const py::object& dout_, const py::object& 
   held->layer.backward(args.input, dout.bf16(), args.lora, {dropout_p, dropout_seed}, chunk, tape.view, grads);
 }
 
-const char* default_rows(const Text<"format">& format) {
-  const Format kind = weight_format(format.c_str(), 32).kind;
-  // int8 rows are the faster ones where the CPU multiplies bytes, block floating point elsewhere.
-  if (!takes_rows(kind, Rows::kBfp16)) return "bf16";
-  const bool has_dot = takes_rows(kind, Rows::kInt8) && (active_isa() & (kAvx512Vnni | kAmxInt8)) != 0;
-  return has_dot ? "int8" : (active_isa() & (kAvx2 | kAvx512)) != 0 ? "bfp16" : "bf16";
-}
-
 }  // namespace
 
 void bind_moe(py::module_& m) {
-  m.def("default_rows", &default_rows);
   py::class_<HeldLayer>(m, "MoeLayer")
       .def(py::init([](const py::object& store, const Text<"activation">& activation, Number<"alpha", float> alpha,
                        Number<"limit", float> limit) {

@@ -1,15 +1,12 @@
-// Threads, instruction sets, kernel table, machine facts.
+// Threads, memory, machine facts.
 #include <pybind11/stl.h>
 
 #include "bindings.h"
 #include "gil.h"
-#include "kts/gemm.h"
-#include "kts/isa.h"
 #include "kts/openmp.h"
 #include "kts/thread_pool.h"
 #include "kts/topology.h"
 #include "kts/workspace.h"
-#include "name_arg.h"
 #include "plain_arg.h"
 #include "tensor_arg.h"
 
@@ -18,38 +15,6 @@ namespace py = pybind11;
 namespace kts {
 
 namespace {
-
-py::list kernel_rows() {
-  py::list rows;
-  for (const KernelRow& row : kernel_table()) {
-    py::dict item;
-    item["name"] = row.name;
-    item["op"] = row.direction == Direction::kForward ? "forward" : "input_grad";
-    item["format"] = kernel_format_name(row.format);
-    item["rows"] = rows_name(row.rows);
-    item["isa"] = isa_name(row.isa);
-    item["block_m"] = row.block_m;
-    item["max_m"] = row.max_m;
-    item["available"] = (row.isa & detect_isa()) != 0;
-    item["selected"] = &select_gemm(row.format, row.rows, row.direction, row.block_m, active_isa()) == &row;
-    rows.append(item);
-  }
-  return rows;
-}
-
-// Block types of GGUF files that the kernels take as they are.
-py::list block_types() {
-  py::list types;
-  for (const BlockTypeInfo& type : kBlockTypes) {
-    py::dict item;
-    item["name"] = type.name;
-    item["format"] = kernel_format_name(weight_format(type.name, 0).kind);
-    item["block"] = type.block;
-    item["block_bytes"] = type.block_bytes;
-    types.append(item);
-  }
-  return types;
-}
 
 void huge_pages(const py::object& tensor_) {
   CallMemory call;
@@ -85,12 +50,6 @@ void bind_runtime(py::module_& m) {
   m.def("num_pools", &num_pools, py::call_guard<GilRelease>());
   m.def("max_threads", [] { return max_threads(read_cpu_info()); });
   m.def("default_threads", [] { return default_threads(read_cpu_info()); });
-  m.def("isa_detected", [] { return isa_names(detect_isa()); });
-  m.def("isa_active", &active_isa_name);
-  m.def("set_isa", [](const Text<"name">& name) { set_isa(name); }, py::arg("name"));
-  m.def("amx_refusal", [] { return std::string(amx_refusal()); });
-  m.def("block_types", &block_types);
-  m.def("kernel_rows", &kernel_rows);
   m.def("cpu_info", &cpu_info);
   m.def("advise_huge_pages", &huge_pages, py::arg("tensor"), "For memory that nobody has written yet; contiguous.");
   m.def("leave_openmp_threads", &leave_openmp_threads,

@@ -9,6 +9,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("version", [] { return KTS_VERSION; });
   kts::set_phase_end(&kts::gemm_end_phase);
   kts::bind_runtime(m);
+  kts::bind_kernels(m);
   kts::bind_store(m);
   kts::bind_moe(m);
   kts::bind_lora(m);

@@ -10,14 +10,20 @@
 
 namespace kts {
 
-inline const char* rows_name(Rows rows) {
-  return rows == Rows::kBf16 ? "bf16" : rows == Rows::kInt8 ? "int8" : "bfp16";
-}
-
 inline Rows rows_from_name(const std::string& name) {
   for (const Rows rows : {Rows::kBf16, Rows::kInt8, Rows::kBfp16})
     if (name == rows_name(rows)) return rows;
   throw pybind11::value_error("rows: expected bf16, bfp16 or int8, got " + name);
+}
+
+inline const char* direction_name(Direction direction) {
+  return direction == Direction::kForward ? "forward" : "input_grad";
+}
+
+inline Direction direction_from_name(const std::string& name) {
+  for (const Direction direction : {Direction::kForward, Direction::kInputGrad})
+    if (name == direction_name(direction)) return direction;
+  throw pybind11::value_error("op: expected forward or input_grad, got " + name);
 }
 
 // Of a result, by the name that the argument gives.

@@ -8,11 +8,10 @@ void release_tiles();
 }
 
 void gemm(Direction direction, const GemmTask& task) {
-  KTS_DCHECK(task.panel_end - task.panel_begin <= kMaxTaskPanels);
-  KTS_DCHECK(task.ldc >= (task.panel_end - task.panel_begin) * kPanel);
-  KTS_DCHECK(!task.accumulate || direction == Direction::kInputGrad || task.w->format.kind == Format::kBf16);
+  KTS_DCHECK(task.m >= 0 && task.w != nullptr);  // the kernel looks at the rest
   if (task.m == 0) return;
-  select_gemm(task.w->format.kind, task.rows(), direction, task.m, active_isa()).run(task);
+  const PackedMatrix& w = *task.w;
+  select_gemm({w.format.kind, task.rows(), direction, task.m, w.n, w.k}, active_isa()).run(task);
 }
 
 // The ISA check keeps code compiled for AMX from running elsewhere.

@@ -1,25 +1,13 @@
 // Row-major bf16 -> tile order (formulas in kts/packed.h) and back.
 #include <cstring>
-#include <string>
 
-#include "kts/packed.h"
-#include "kts/quant.h"
+#include "kts/kernel.h"
+#include "kts/pack.h"
+#include "kts/tables.h"
 
 namespace kts {
 
 namespace {
-
-int64_t value_bytes(WeightFormat format, int64_t n, int64_t k) {
-  return ceil_div(n, kPanel) * panel_value_bytes(format, k);
-}
-
-int64_t scale_bytes(WeightFormat format, int64_t n, int64_t k) {
-  return ceil_div(n, kPanel) * panel_scale_bytes(format, k);
-}
-
-int64_t sum_bytes(WeightFormat format, int64_t n) {
-  return format.kind == Format::kInt8 ? align_up(n, kPanel) * static_cast<int64_t>(sizeof(int32_t)) : 0;
-}
 
 template <class T>
 T* writable(const void* memory) {
@@ -191,6 +179,8 @@ void unpack_integer_row(const PackedMatrix& packed, int64_t n, T* w) {
 
 template <class T>
 void unpack(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, T* w, int64_t stride) {
+  KTS_DCHECKED(check_panels(packed, panel_begin, panel_end));
+  KTS_DCHECK(is_array(w, packed.n) && stride >= packed.k);
   for (int64_t n = panel_begin * kPanel; n < min_i64(panel_end * kPanel, packed.n); ++n) {
     if (packed.format.kind == Format::kBf16)
       unpack_bf16_row(packed, n, w + n * stride);
@@ -203,36 +193,10 @@ void unpack(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, 
 
 }  // namespace
 
-int64_t panel_value_bytes(WeightFormat format, int64_t k) {
-  if (format.kind == Format::kBf16 || format.kind == Format::kF16) return kPanel * align_up(k, kTileK) * 2;
-  if (is_block_format(format.kind)) return 2 * ceil_div(k, kTileKQ) * block_tile_bytes(block_bits(format.kind));
-  return kPanel * align_up(k, kTileKQ) / (format.kind == Format::kInt8 ? 1 : 2);
-}
-
-int64_t panel_scale_bytes(WeightFormat format, int64_t k) {
-  if (format.kind == Format::kInt8) return kPanel * static_cast<int64_t>(sizeof(float));
-  if (format.kind == Format::kInt4) return kPanel * ceil_div(k, format.group) * static_cast<int64_t>(sizeof(bf16_t));
-  if (!is_block_format(format.kind)) return 0;
-  const BlockTypeInfo& type = block_type_info(format.type);
-  return ceil_div(k, type.block) * ScaleRecord(type).bytes;
-}
-
-int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k) {
-  return value_bytes(format, n, k) + align_up(scale_bytes(format, n, k), 64) + align_up(sum_bytes(format, n), 64);
-}
-
-PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* memory) {
-  const char* base = static_cast<const char*>(memory);
-  PackedMatrix view{format, n, k, base, nullptr, nullptr, panel_value_bytes(format, k), panel_scale_bytes(format, k)};
-  const char* scales = base + value_bytes(format, n, k);
-  if (scale_bytes(format, n, k) > 0) view.scales = scales;
-  if (format.kind == Format::kInt8)
-    view.column_sums = reinterpret_cast<const int32_t*>(scales + align_up(scale_bytes(format, n, k), 64));
-  return view;
-}
-
 void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end,
                  const RowPart& part) {
+  KTS_DCHECKED(check_panels(packed, panel_begin, panel_end));
+  KTS_DCHECK(is_array(w, packed.n) && stride >= packed.k && part.before >= 0 && part.after >= 0);
   KTS_CHECK(packed.format.kind <= Format::kInt4, "weights: block types are loaded from blocks, not from bf16");
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     if (packed.format.kind == Format::kBf16) pack_bf16_panel(w, stride, packed, panel);
@@ -242,7 +206,10 @@ void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, in
 }
 
 void pack_stored_int4(const StoredInt4& w, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end) {
-  KTS_DCHECK(packed.format.any_scale);
+  KTS_DCHECKED(check_panels(packed, panel_begin, panel_end));
+  KTS_DCHECK(packed.format.any_scale && packed.k % 2 == 0);
+  KTS_DCHECK(is_array(w.q, packed.n) && w.stride >= packed.k / 2);
+  KTS_DCHECK(is_array(w.scales, packed.n) && w.scale_stride >= packed.k_groups());
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     clear_int4_panel(packed, panel);
     for (int64_t n = panel * kPanel; n < min_i64((panel + 1) * kPanel, packed.n); ++n)
@@ -256,43 +223,6 @@ void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t pane
 
 void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, float* w, int64_t stride) {
   unpack(packed, panel_begin, panel_end, w, stride);
-}
-
-const char* kernel_format_name(Format format) {
-  static constexpr const char* kNames[] = {"bf16", "int8", "int4", "f16", "block4", "block5", "block6", "block8"};
-  return kNames[static_cast<int>(format)];
-}
-
-const char* format_name(WeightFormat format) {
-  if (format.any_scale) return "rawint4";
-  return is_block_format(format.kind) ? block_type_info(format.type).name : kernel_format_name(format.kind);
-}
-
-void check_format(WeightFormat format, int64_t k) {
-  if (!is_block_format(format.kind) || k % block_type_info(format.type).block == 0) return;
-  const BlockTypeInfo& type = block_type_info(format.type);
-  fail(("weights in " + std::string(type.name) + ": expected rows of whole blocks of " + std::to_string(type.block) +
-        ", got " + std::to_string(k) + " columns")
-           .c_str());
-}
-
-WeightFormat weight_format(const char* name, int group) {
-  const BlockType type = block_type_from_name(name);
-  if (type != BlockType::kNone) {
-    const int bits = block_type_info(type).bits;
-    const int kind = static_cast<int>(Format::kBlock4) + (bits == 8 ? 3 : bits - 4);
-    return {static_cast<Format>(kind), 0, type};
-  }
-  for (const Format kind : {Format::kBf16, Format::kInt8, Format::kInt4, Format::kF16}) {
-    const bool any_scale = kind == Format::kInt4 && std::string(name) == "rawint4";
-    if (std::string(name) != kernel_format_name(kind) && !any_scale) continue;
-    if (kind != Format::kInt4) return {kind, 0};
-    KTS_CHECK(group == 32 || group == 64 || group == 128, "int4 group_size: expected 32, 64 or 128");
-    return {kind, group, BlockType::kNone, any_scale};
-  }
-  std::string gguf = "f16";
-  for (const BlockTypeInfo& info : kBlockTypes) gguf += std::string(", ") + info.name;
-  fail(("format: expected bf16, int8, int4 or rawint4, or a type of GGUF files (" + gguf + "), got " + name).c_str());
 }
 
 }  // namespace kts

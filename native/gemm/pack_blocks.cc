@@ -1,7 +1,7 @@
-// Rows of a GGUF file -> tiles and records of scales (formulas in kts/packed.h), and single weights back.
+// Rows of a GGUF file -> tiles and records of scales (formulas in kts/packed.h).
 #include <cstring>
 
-#include "kts/packed.h"
+#include "kts/pack.h"
 
 namespace kts {
 
@@ -14,12 +14,6 @@ T* writable(const void* memory) {
 
 bool is_finite_f16(uint16_t bits) { return (bits & 0x7c00u) != 0x7c00u; }
 
-// The tile of 16 n x 64 k that holds W[n, k].
-const uint8_t* tile_of(const PackedMatrix& w, int64_t n, int64_t k) {
-  const int64_t tile = k / kTileKQ * 2 + n % kPanel / kTileN;
-  return w.panel(n / kPanel) + tile * block_tile_bytes(block_bits(w.format.kind));
-}
-
 void or_dword(uint8_t* to, uint32_t bits) {
   uint32_t dword;
   std::memcpy(&dword, to, 4);
@@ -31,7 +25,7 @@ void or_dword(uint8_t* to, uint32_t bits) {
 void scatter_codes(const PackedMatrix& w, int64_t n, int64_t k, const uint8_t* stored) {
   const int bits = block_bits(w.format.kind), wide = bits - 4;
   const int half = static_cast<int>(k % kTileKQ / kTileK);
-  uint8_t* lane = const_cast<uint8_t*>(tile_of(w, n, k)) + n % kTileN * 4;
+  uint8_t* lane = const_cast<uint8_t*>(packed_block_tile(w, n, k)) + n % kTileN * 4;
   for (int row = 0; row < kTileK / 4; ++row) {
     uint32_t codes;
     std::memcpy(&codes, stored + 4 * row, 4);
@@ -96,20 +90,10 @@ void clear_panel(const PackedMatrix& w, int64_t panel) {
 
 }  // namespace
 
-int64_t WeightFormat::k_unit() const {
-  if (is_block_format(kind)) return block_type_info(type).block > kTileKQ ? block_type_info(type).block : kTileKQ;
-  return group > kTileKQ ? group : kTileKQ;
-}
-
-int64_t block_row_bytes(WeightFormat format, int64_t k) {
-  KTS_CHECK(format.kind >= Format::kF16, "weights: only f16 and block types are loaded from blocks");
-  if (format.kind == Format::kF16) return k * 2;
-  const BlockTypeInfo& type = block_type_info(format.type);
-  return k / type.block * type.block_bytes;
-}
-
 void pack_block_panels(const uint8_t* w, int64_t row_bytes, const PackedMatrix& packed, int64_t panel_begin,
                        int64_t panel_end) {
+  KTS_DCHECKED(check_panels(packed, panel_begin, panel_end));
+  KTS_DCHECK(w != nullptr && row_bytes >= block_row_bytes(packed.format, packed.k));
   KTS_CHECK(packed.format.kind >= Format::kF16, "weights: only f16 and block types are loaded from blocks");
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     clear_panel(packed, panel);
@@ -120,47 +104,6 @@ void pack_block_panels(const uint8_t* w, int64_t row_bytes, const PackedMatrix& 
     for (int64_t n = panel * kPanel; n < min_i64((panel + 1) * kPanel, packed.n); ++n)
       pack_block_row(w + n * row_bytes, packed, n);
   }
-}
-
-int packed_code(const PackedMatrix& w, int64_t n, int64_t k) {
-  const BlockTypeInfo& type = block_type_info(w.format.type);
-  const uint8_t* tile = tile_of(w, n, k) + n % kTileN * 4 + k % 4;
-  if (type.bits == 8) return code_value(type, tile[k % kTileKQ / 4 * 64]);
-  int stored = tile[k % 32 / 4 * 64] >> (k % kTileKQ < 32 ? 0 : 4) & 15;
-  if (const int wide = type.bits - 4; wide > 0) {
-    const int64_t line = type.bits == 5 ? k % kTileKQ / 32 : k % kTileKQ / 16;
-    const int64_t shift = type.bits == 5 ? k % 32 / 4 : 2 * (k % 16 / 4);
-    stored |= (tile[512 + line * 64] >> shift & ((1 << wide) - 1)) << 4;
-  }
-  return code_value(type, static_cast<uint8_t>(stored));
-}
-
-BlockScale packed_block_scale(const PackedMatrix& w, int64_t n, int64_t k) {
-  const BlockTypeInfo& type = block_type_info(w.format.type);
-  const ScaleRecord at(type);
-  const uint8_t* record = w.scale_record(n / kPanel, k);
-  const int64_t lane = n % kPanel, group = k % type.block / type.group * kPanel + lane;
-  uint16_t d = record[lane], dmin = 0;
-  if (!type.is_e8m0) std::memcpy(&d, record + lane * 2, 2);
-  if (type.has_offset) std::memcpy(&dmin, record + at.dmin + lane * 2, 2);
-  const auto level = [&](bool has, int64_t offset) {
-    return has ? static_cast<int8_t>(record[offset + group]) : int8_t{0};
-  };
-  return block_scale(type, d, dmin, level(type.two_levels, at.scale),
-                     level(type.two_levels && type.has_offset, at.min));
-}
-
-float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k) {
-  if (is_block_format(w.format.kind)) {
-    const BlockScale scale = packed_block_scale(w, n, k);
-    return __builtin_fmaf(static_cast<float>(packed_code(w, n, k)), scale.factor, scale.offset);
-  }
-  if (w.format.kind == Format::kInt8) return static_cast<float>(packed_integer(w, n, k));
-  if (w.format.kind == Format::kInt4) return static_cast<float>(packed_integer(w, n, k)) * packed_scale(w, n, k);
-  const int64_t tile = k / kTileK * 2 + n % kPanel / kTileN;
-  const uint16_t* elements = reinterpret_cast<const uint16_t*>(w.panel(n / kPanel)) + tile * kTileElements;
-  if (w.format.kind == Format::kF16) return f16_to_f32(elements[k % kTileK * kTileN + n % kTileN]);
-  return bf16_to_f32(elements[k % kTileK / 2 * 32 + n % kTileN * 2 + k % 2]);
 }
 
 }  // namespace kts

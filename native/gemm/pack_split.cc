@@ -2,7 +2,7 @@
 // fewer columns of int8 are made anew.
 #include <cstring>
 
-#include "kts/packed.h"
+#include "kts/pack.h"
 
 namespace kts {
 

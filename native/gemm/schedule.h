@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 
 namespace kts {
 

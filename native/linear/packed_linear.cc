@@ -6,7 +6,6 @@
 #include <string>
 
 #include "../gemm/schedule.h"
-#include "kts/elementwise.h"
 #include "kts/linear.h"
 #include "kts/openmp.h"
 #include "kts/thread_pool.h"
@@ -114,26 +113,17 @@ void run_task(const Product& p, int64_t block, int64_t group, int thread) {
   } else {
     gemm.a_rows = p.a_rows + begin;
   }
+  KTS_DCHECK(p.kernel->max_m == 0 || rows <= p.kernel->max_m);
   p.kernel->run(gemm);
   for (int64_t i = 0; i < rows; ++i) store_row(p, sums + i * range.padded_cols, begin + i, range);
 }
 
 // The row of the table by name, or the selected one. Chosen for the whole call, not for a task: a result must not
 // depend on how the work is cut.
-const KernelRow& choose_kernel(const char* name, Format format, Rows rows, Direction direction, int64_t m) {
-  if (name == nullptr || *name == '\0')
-    return select_gemm(format, rows, direction, min_i64(m, kRowBlock), active_isa());
-  for (const KernelRow& row : kernel_table()) {
-    if (std::strcmp(row.name, name) != 0) continue;
-    const bool fits = row.format == format && row.rows == rows && row.direction == direction;
-    if (!fits) fail((std::string("kernel ") + name + ": not for this weight format, rows and direction").c_str());
-    if ((row.isa & detect_isa()) == 0)
-      fail((std::string("kernel ") + name + ": this CPU lacks " + isa_name(row.isa)).c_str());
-    if (row.max_m > 0 && m > row.max_m)
-      fail((std::string("kernel ") + name + ": takes at most " + std::to_string(row.max_m) + " rows").c_str());
-    return row;
-  }
-  fail((std::string("kernel ") + name + ": no such row; kernel_rows() lists them").c_str());
+const KernelRow& choose_kernel(const char* name, GemmProduct product) {
+  if (name != nullptr && *name != '\0') return named_gemm(name, product);
+  product.m = min_i64(product.m, kRowBlock);
+  return select_gemm(product, active_isa());
 }
 
 // Whether the calling thread computes m rows alone.
@@ -256,7 +246,7 @@ void PackedLinear::forward(const bf16_t* a, int64_t a_stride, int64_t m, Rows ro
   check_output(out, m);
   KTS_CHECK(rows != Rows::kInt8 || k_ <= kMaxInt8RowLength, "PackedLinear: int8 rows take at most 32768 inputs");
   Product p;
-  p.kernel = &choose_kernel(kernel, format_.kind, rows, Direction::kForward, m);
+  p.kernel = &choose_kernel(kernel, {format_.kind, rows, Direction::kForward, m, n_, k_});
   p.w = weight();
   p.a = a;
   p.a_stride = a_stride;
@@ -271,7 +261,7 @@ void PackedLinear::input_grad(const bf16_t* dy, int64_t dy_stride, int64_t m, co
   check_loaded();
   check_output(out, m);
   Product p;
-  p.kernel = &choose_kernel(kernel, format_.kind, Rows::kBf16, Direction::kInputGrad, m);
+  p.kernel = &choose_kernel(kernel, {format_.kind, Rows::kBf16, Direction::kInputGrad, m, n_, k_});
   p.w = weight();
   p.a = dy;
   p.a_stride = dy_stride;

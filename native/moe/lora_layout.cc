@@ -1,7 +1,7 @@
 #include "kts/lora_layout.h"
 
 #include "kts/base.h"
-#include "kts/elementwise.h"
+#include "kts/tables.h"
 #include "kts/thread_pool.h"
 
 namespace kts {

@@ -7,7 +7,7 @@
 
 #include "check.h"
 #include "emulated.h"
-#include "kts/elementwise.h"
+#include "kts/tables.h"
 
 namespace kts::test {
 namespace {

@@ -8,7 +8,7 @@
 #include "../arch/gates_inl.h"
 #include "../arch/vec_scalar.h"
 #include "check.h"
-#include "kts/elementwise.h"
+#include "kts/tables.h"
 
 namespace kts::test {
 namespace {

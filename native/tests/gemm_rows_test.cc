@@ -84,7 +84,7 @@ KTS_TEST(rows_of_int8_equal_the_scalar_bits) {
     Random random(static_cast<uint64_t>(shape.m * 31 + shape.n * 7 + shape.k));
     Problem problem(format, shape, random, Values::kReals);
     int64_t ldc = 0;
-    const KernelRow& reference = select_gemm(row.format, row.rows, row.direction, shape.m, kScalar);
+    const KernelRow& reference = select_gemm({row.format, row.rows, row.direction, shape.m, shape.n, shape.k}, kScalar);
     const std::vector<float> want = problem.run(reference, false, &ldc), got = problem.run(row, false, &ldc);
     KTS_EXPECT(std::memcmp(want.data(), got.data(), want.size() * sizeof(float)) == 0)
         << row.name << " group=" << format.group << " m=" << shape.m << " n=" << shape.n << " k=" << shape.k;
@@ -144,7 +144,8 @@ KTS_TEST(kernels_of_bf16_rows_and_f32_sums_agree_bit_by_bit_within_an_isa) {
       Random random(11);
       Problem problem(format, fitting({row.max_m, 70, 600}, format), random, Values::kReals);
       int64_t ldc = 0;
-      const KernelRow& wide = select_gemm(row.format, row.rows, row.direction, 512, row.isa);
+      const KernelRow& wide =
+          select_gemm({row.format, row.rows, row.direction, 512, problem.w.n, problem.w.k}, row.isa);
       const std::vector<float> want = problem.run(wide, false, &ldc), got = problem.run(row, false, &ldc);
       KTS_EXPECT(std::memcmp(want.data(), got.data(), want.size() * sizeof(float)) == 0)
           << row.name << " " << wide.name;

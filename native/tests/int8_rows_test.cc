@@ -73,12 +73,22 @@ KTS_TEST(int8_sums_are_exact_at_the_ends_of_the_range) {
 KTS_TEST(int8_rows_refuse_sums_beyond_int32) {
   for_int8_rows([](const KernelRow& row) {
     if (row.isa == kScalar || row.isa == kAmxInt8) return;
-    PackedMatrix w;
-    w.format = {row.format, row.format == Format::kInt4 ? 32 : 0};
-    w.n = 1;
-    w.k = 131073;
+    const int64_t k = 131073;
+    const WeightFormat format{row.format, row.format == Format::kInt4 ? 32 : 0};
+    Bytes memory(packed_bytes(format, 1, k), row.format == Format::kInt4 ? 0x88 : 0);
+    const PackedMatrix w = packed_view(format, 1, k, memory.data());
+    Rows8 a(1, k, 1, 1);
+    std::vector<float> c(kPanel);
+    Bytes scratch(kGemmScratchBytes, 0);
     GemmTask task;
+    task.m = 1;
     task.w = &w;
+    task.panel_end = 1;
+    task.c = c.data();
+    task.ldc = kPanel;
+    task.scratch = scratch.data();
+    task.q_rows = a.pointers.data();
+    task.q_scales = a.scales.data();
     std::string message;
     try {
       row.run(task);

@@ -17,7 +17,7 @@ class Surrounded {
       : n_(panels_before * kPanel + align_up(matrix.n, kPanel) + kPanel),
         k_((units_before + units_after) * matrix.format.k_unit() + align_up(matrix.k, matrix.format.k_unit())),
         memory_(packed_bytes(matrix.format, n_, k_), 0xff),
-        sums_(static_cast<size_t>(align_up(matrix.n, kPanel))) {
+        sums_(align_up(matrix.n, kPanel) * static_cast<int64_t>(sizeof(int32_t)), 0) {
     const PackedMatrix whole = packed_view(matrix.format, n_, k_, memory_.data());
     const int64_t k_begin = units_before * matrix.format.k_unit();
     const int64_t k = align_up(matrix.k, matrix.format.k_unit());
@@ -25,16 +25,17 @@ class Surrounded {
     part_.n = matrix.n, part_.k = matrix.k;
     for (int64_t panel = 0; panel < matrix.n_panels(); ++panel) {
       copy_panel(matrix, part_, panel);
-      if (matrix.format.kind == Format::kInt8) sum_columns(part_, panel, sums_.data() + panel * kPanel);
+      if (matrix.format.kind == Format::kInt8)
+        sum_columns(part_, panel, reinterpret_cast<int32_t*>(sums_.data()) + panel * kPanel);
     }
-    if (matrix.format.kind == Format::kInt8) part_.column_sums = sums_.data();
+    if (matrix.format.kind == Format::kInt8) part_.column_sums = reinterpret_cast<const int32_t*>(sums_.data());
   }
   const PackedMatrix& part() const { return part_; }
 
  private:
   int64_t n_, k_;
   Bytes memory_;
-  std::vector<int32_t> sums_;
+  Bytes sums_;
   PackedMatrix part_;
 };
 

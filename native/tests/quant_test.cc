@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "check.h"
-#include "kts/packed.h"
-#include "kts/quant.h"
+#include "kts/pack.h"
+#include "kts/tables.h"
 #include "packed_problem.h"
 
 namespace kts::test {

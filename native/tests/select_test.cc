@@ -10,6 +10,7 @@ namespace kts::test {
 namespace {
 
 constexpr int64_t kAny = INT64_MAX;
+constexpr int64_t kWide = 2048;  // of n and k
 constexpr IsaSet kScalarOnly = kScalar;
 constexpr IsaSet kAvx2Cpu = kScalarOnly | kAvx2;
 constexpr IsaSet kAvx512Cpu = kAvx2Cpu | kAvx512;
@@ -115,7 +116,8 @@ KTS_TEST(selection_takes_the_named_row) {
   for (const Product& product : kProducts)
     for (const Want& want : product.wants)
       for (const int64_t m : {1, 2, 3, 4, 5, 8, 14, 16, 32, 64, 512, 4096}) {
-        const KernelRow& row = select_gemm(product.weights, product.rows, product.direction, m, want.isa);
+        const KernelRow& row =
+            select_gemm({product.weights, product.rows, product.direction, m, kWide, kWide}, want.isa);
         KTS_EXPECT(std::strcmp(row.name, wanted(want, m)) == 0)
             << "m=" << m << " on " << isa_names(want.isa).back() << ": " << row.name << " instead of "
             << wanted(want, m);
@@ -126,7 +128,7 @@ KTS_TEST(selection_never_takes_the_scalar_row_where_there_is_another) {
   for (const Product& product : kProducts)
     for (const IsaSet isa : {kAvx2Cpu, kAvx512Cpu, kCascadeLake, kCooperLake, kSapphireRapids})
       for (int64_t m = 1; m <= 300; ++m) {
-        const KernelRow& row = select_gemm(product.weights, product.rows, product.direction, m, isa);
+        const KernelRow& row = select_gemm({product.weights, product.rows, product.direction, m, kWide, kWide}, isa);
         KTS_EXPECT(row.isa != kScalar && (row.max_m == 0 || m <= row.max_m)) << row.name << " for m=" << m;
       }
 }
@@ -137,9 +139,51 @@ KTS_TEST(every_row_is_taken_somewhere) {
     bool taken = false;
     for (const IsaSet isa : {kScalarOnly, kAvx2Cpu, kAvx512Cpu, kCascadeLake, kCooperLake, kSapphireRapids})
       for (int64_t m = 1; m <= 64 && !taken; ++m)
-        taken = &select_gemm(row.format, row.rows, row.direction, m, isa) == &row;
+        taken = &select_gemm({row.format, row.rows, row.direction, m, kWide, kWide}, isa) == &row;
     KTS_EXPECT(taken) << row.name;
   }
+}
+
+// n and k scale the estimate and leave the choice alone, but for int8 rows that are too long.
+KTS_TEST(judgement_names_the_chosen_row_and_why_others_are_out) {
+  const auto find = [](const std::vector<KernelVerdict>& all, const char* name) {
+    for (const KernelVerdict& verdict : all)
+      if (std::strcmp(verdict.row->name, name) == 0) return verdict;
+    return KernelVerdict{nullptr, Refusal::kOtherProduct, 0.0};
+  };
+  for (const Product& product : kProducts)
+    for (const IsaSet isa : {kScalarOnly, kAvx2Cpu, kCascadeLake, kSapphireRapids})
+      for (const int64_t m : {1, 4, 5, 64}) {
+        const GemmProduct wanted{product.weights, product.rows, product.direction, m, 96, 1408};
+        const KernelVerdict* least = nullptr;
+        const std::vector<KernelVerdict> verdicts = judge_gemm(wanted, isa);
+        for (const KernelVerdict& verdict : verdicts) {
+          KTS_EXPECT(verdict.row->format == product.weights && verdict.row->direction == product.direction);
+          if (verdict.refusal == Refusal::kNone && (least == nullptr || verdict.cycles < least->cycles))
+            least = &verdict;
+        }
+        KTS_EXPECT(least != nullptr && least->row == &select_gemm(wanted, isa)) << "m=" << m;
+      }
+  const GemmProduct few{Format::kInt8, Rows::kInt8, Direction::kForward, 1, 64, 64};
+  const GemmProduct many{Format::kInt8, Rows::kInt8, Direction::kForward, 5, 64, 64};
+  const GemmProduct long_rows{Format::kInt8, Rows::kInt8, Direction::kForward, 5, 64, kMaxInt8RowLength + 1};
+  KTS_EXPECT(find(judge_gemm(few, kScalar), "gemm_s8_s8_f32_1x1_scalar").refusal == Refusal::kNone);
+  const Refusal absent = find(judge_gemm(few, kScalar), "gemm_s8_s8_f32_32x32_amx").refusal;
+  KTS_EXPECT(absent == ((detect_isa() & kAmxInt8) != 0 ? Refusal::kNarrowed : Refusal::kCpu));
+  KTS_EXPECT(find(judge_gemm(many, kAvx2Cpu), "gemv_s8_s8_f32_4x16_avx2").refusal == Refusal::kManyRows);
+  KTS_EXPECT(find(judge_gemm(few, kAvx2Cpu), "gemm_bf16_s8_f32_6x16_avx2").refusal == Refusal::kOtherRows);
+  KTS_EXPECT(find(judge_gemm(long_rows, kAvx2Cpu), "gemm_s8_s8_f32_6x16_avx2").refusal == Refusal::kLongRows);
+}
+
+KTS_TEST(inference_takes_int8_rows_where_bytes_are_multiplied_and_block_floating_point_where_there_are_vectors) {
+  for (const Format weights : {Format::kBf16, Format::kF16})
+    KTS_EXPECT(default_rows(weights, kSapphireRapids) == Rows::kBf16);
+  for (const Format weights : {Format::kInt8, Format::kInt4}) {
+    KTS_EXPECT(default_rows(weights, kScalarOnly) == Rows::kBf16);
+    KTS_EXPECT(default_rows(weights, kAvx512Cpu) == Rows::kBfp16);
+    KTS_EXPECT(default_rows(weights, kCascadeLake) == Rows::kInt8);
+  }
+  KTS_EXPECT(default_rows(Format::kBlock4, kSapphireRapids) == Rows::kBfp16);
 }
 
 KTS_TEST(narrowing_is_scoped_and_refuses_unknown_names) {

@@ -2,6 +2,7 @@
 // nest with the instructions is a row of the table, which gemm_rows_test runs where AMX (or its emulation) exists.
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "../../tests/emulator/amx_sigill.h"
@@ -20,6 +21,7 @@ using amx::TileOpModel;
 using amx::TileShape;
 
 void model_s8_s4(const GemmTask& task) {
+  KTS_DCHECK(task.w != nullptr);
   if (task.w->format.group < kTileKQ)
     amx::forward_s8_rows<TileOpModel, OperandsPlain, Format::kInt4, TileShape::kHalf>(task);
   else
@@ -137,7 +139,8 @@ KTS_TEST(tile_model_of_int8_rows_equals_the_scalar_bits) {
     Random random(4);
     Problem problem(format, shape, random, Values::kReals);
     int64_t ldc = 0;
-    const KernelRow& reference = select_gemm(format.kind, Rows::kInt8, Direction::kForward, shape.m, kScalar);
+    const KernelRow& reference =
+        select_gemm({format.kind, Rows::kInt8, Direction::kForward, shape.m, shape.n, shape.k}, kScalar);
     const std::vector<float> want = problem.run(reference, false, &ldc);
     const std::vector<float> got = problem.run(model_row(product), false, &ldc);
     KTS_EXPECT(std::memcmp(want.data(), got.data(), want.size() * sizeof(float)) == 0)
@@ -178,6 +181,18 @@ KTS_TEST(tiles_must_be_configured_after_a_release) {
   TileOpModel::state().counts = {};
   TileOpModel::zero<0>();
   KTS_EXPECT(TileOpModel::state().counts.faults == 1);
+}
+
+KTS_TEST(tile_nest_refuses_a_broken_task) {
+  for (const Product& product : kProducts) {
+    bool refused = false;
+    try {
+      product.model(GemmTask{});
+    } catch (const std::logic_error& error) {
+      refused = std::strstr(error.what(), "broken contract: task.w") != nullptr;
+    }
+    KTS_EXPECT(refused) << product.amx_row;
+  }
 }
 
 // Small shapes only: the model is slow where this runs in an emulated PC.

@@ -281,6 +281,20 @@ FAULTS = (
         (f"{_LINEAR}test_int8_rows_equal_float64_on_the_quantised_rows",),
     ),
     Fault(
+        "kernels of few rows are taken for many",
+        "native/gemm/tables.cc",
+        "if (row.max_m > 0 && product.m > row.max_m) return",
+        "if (false) return",
+        ("tests/unit/test_kernel_choice.py::test_table_fits_a_terminal_of_80_columns",),
+    ),
+    Fault(
+        "kernels that the user has narrowed away count as missing in the CPU",
+        "native/gemm/tables.cc",
+        "return (row.isa & detect_isa()) == 0 ? Refusal::kCpu : Refusal::kNarrowed;",
+        "return Refusal::kCpu;",
+        ("tests/unit/test_kernel_choice.py::test_every_row_of_the_table_is_chosen_dearer_or_out_for_a_reason",),
+    ),
+    Fault(
         "a linear layer forgets its bias",
         "native/linear/packed_linear.cc",
         "if (p.bias != nullptr) p.ops->scale_add(",

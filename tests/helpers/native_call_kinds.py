@@ -92,10 +92,13 @@ class Scene(LayerScene):
         isa = self.name("auto", "scalar", "avx2", module.isa_active())
         tensor = read(rng, torch.empty(rng.choice((0, 8, 3 << 20))))
         pools = rng.choice((1, 1, 2, 0, *SMALL, *HUGE))
+        rows, op = self.name("bf16", "bfp16", "int8"), self.name("forward", "input_grad")
+        sizes = [rng.choice((1, 5, 512, *SMALL, *HUGE)) for _ in range(3)]
         calls = {
             "set_threads": lambda _: module.set_threads(count, pools, fake_nodes=True),
             "set_isa": lambda _: module.set_isa(isa),
             "default_rows": lambda _: module.default_rows(name),
+            "judge_kernels": lambda _: module.judge_kernels(name, rows, op, *sizes),
             "can_dequantize_gguf": lambda _: module.can_dequantize_gguf(name),
             "advise_huge_pages": lambda _: module.advise_huge_pages(tensor),
             "facts": lambda _: (module.kernel_rows(), module.block_types(), module.cpu_info(), module.num_pools()),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -159,3 +161,11 @@ def test_every_page_is_linked_from_another():
         for target in re.findall(r"\]\(([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
     }
     assert [page.name for page in PAGES if page.parent.name == "docs" and page not in linked] == []
+
+
+def test_the_worked_diff_of_a_kernel_applies():
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", text_of("docs/adding_a_kernel.md"), re.MULTILINE | re.DOTALL)
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    done = subprocess.run(["git", "apply", "--check", "-"], input=diff, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"renew the diff of docs/adding_a_kernel.md: {done.stderr}"

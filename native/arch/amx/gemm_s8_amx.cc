@@ -12,6 +12,7 @@ void gemm_s8_s8_f32_32x32_amx(const GemmTask& task) {
 }
 
 void gemm_s8_s4_f32_32x32_amx(const GemmTask& task) {
+  KTS_DCHECK(task.w != nullptr);
   if (task.w->format.group < kTileKQ)
     forward_s8_rows<TileOpHw, OperandsAvx512, Format::kInt4, TileShape::kHalf>(task);
   else

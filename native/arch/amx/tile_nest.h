@@ -11,7 +11,7 @@
 #pragma once
 #include <cstring>
 
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 #include "tile_config.h"
 
 namespace kts::amx {
@@ -88,6 +88,8 @@ void multiply_tiles(const uint8_t* a, const uint8_t* b, int64_t steps, uint8_t* 
 template <class TileOp, Dot kDot, TileShape kShape, bool kCold = false>
 void multiply(int64_t row_tiles, int64_t col_tiles, const uint8_t* a, const uint8_t* b, int64_t steps, void* c,
               int64_t c_stride_bytes, bool from_c) {
+  KTS_DCHECK(row_tiles >= 1 && row_tiles <= 2 && col_tiles >= 1 && col_tiles <= 2 && steps >= 1);
+  KTS_DCHECK(is_aligned(a, 64) && is_aligned(b, 64) && c_stride_bytes % static_cast<int64_t>(sizeof(float)) == 0);
   using Fn = void (*)(const uint8_t*, const uint8_t*, int64_t, uint8_t*, int64_t, bool);
   static constexpr Fn kFns[2][2] = {
       {multiply_tiles<TileOp, kDot, kShape, 1, 1, kCold>, multiply_tiles<TileOp, kDot, kShape, 1, 2, kCold>},
@@ -109,6 +111,7 @@ void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_str
 template <class TileOp, Dot kDot, TileShape kShape>
 void multiply_block(int64_t rows, int64_t col_tiles, const uint8_t* a, const uint8_t* b, int64_t steps, float* c,
                     int64_t ldc, bool from_c, bool cold, float* edge) {
+  KTS_DCHECK(rows >= 1 && rows <= kBlock && (rows % kTileRows == 0 || edge != nullptr));
   if (col_tiles == 1 && !from_c)
     for (int64_t i = 0; i < rows; ++i) std::memset(c + i * ldc + kTileRows, 0, kTileRows * sizeof(float));
   const bool whole = rows % kTileRows == 0;
@@ -123,6 +126,7 @@ void multiply_block(int64_t rows, int64_t col_tiles, const uint8_t* a, const uin
 // bf16 rows, forward. Scratch: a pass of A; a pass of unpacked B for every panel; an edge block.
 template <class TileOp, class Operands, Format kFormat>
 void forward_bf16_rows(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {kFormat, Rows::kBf16, Direction::kForward}));
   constexpr bool kUnpacks = kFormat != Format::kBf16;
   static_assert((1 + kMaxTaskPanels) * kPassBytes + kBlockBytes <= kGemmScratchBytes);
   const PackedMatrix& w = *task.w;
@@ -161,6 +165,7 @@ void forward_bf16_rows(const GemmTask& task) {
 // Scratch: a pass of A for every panel; a pass of B = dy; c^T; one unpacked step.
 template <class TileOp, class Operands, Format kFormat>
 void input_grad_bf16_rows(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {kFormat, Rows::kBf16, Direction::kInputGrad}));
   constexpr int64_t kSumBytes = kMaxTaskPanels * kPanel * kGradStride * 4;
   static_assert((1 + kMaxTaskPanels) * kPassBytes + kSumBytes + kStepBytes <= kGemmScratchBytes);
   const PackedMatrix& w = *task.w;
@@ -209,6 +214,8 @@ void input_grad_bf16_rows(const GemmTask& task) {
 // Scratch: a pass of A; a pass of unpacked B for every panel; sums of a block.
 template <class TileOp, class Operands, Format kFormat, TileShape kShape>
 void forward_s8_rows(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {kFormat, Rows::kInt8, Direction::kForward}));
+  KTS_DCHECK(task.w->k <= kMaxInt8RowLength);
   constexpr int64_t kStepK = kShape == TileShape::kHalf ? kTileKQ / 2 : kTileKQ;
   constexpr int64_t kBytes = kStepK * kPanel;  // of a step of either operand
   const PackedMatrix& w = *task.w;

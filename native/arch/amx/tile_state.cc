@@ -1,4 +1,4 @@
-// The tile configuration of a thread. Permission for the tile state is the process's: runtime/isa.cc asks for it.
+// The tile configuration of a thread. Permission for the tile state is the process's: gemm/isa.cc asks for it.
 #include "tile_config.h"
 
 namespace kts::amx {

@@ -11,7 +11,7 @@
 #include "../prefetch_inl.h"
 #include "../vec_avx512.h"
 #include "../with_rows_inl.h"
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 #include "unpack_avx512.h"
 
 namespace kts::avx512bf16 {
@@ -60,6 +60,7 @@ KTS_INLINE void gather(const bf16_t* const* rows, int64_t count, int64_t begin, 
 // variables.
 template <int R, bool kCold>
 [[gnu::noinline]] void micro(const bf16_t* a, const uint8_t* b, int64_t steps, float* c, int64_t ldc, bool from_c) {
+  KTS_DCHECK(steps >= 1 && steps <= kPassSteps);
   __m512 left[R], right[R];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
@@ -95,6 +96,7 @@ KTS_INLINE void scale_columns(const float* scales, int64_t rows, float* c, int64
 
 template <Format kFormat>
 void forward(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {kFormat, Rows::kBf16, Direction::kForward}));
   constexpr bool kUnpacks = kFormat != Format::kBf16;
   const PackedMatrix& w = *task.w;
   const int64_t k_tiles = w.k_panels(), panels = task.panel_end - task.panel_begin;
@@ -153,6 +155,7 @@ KTS_INLINE void transpose_tile(const uint8_t* tile, uint8_t* to) {
 
 template <Format kFormat>
 void input_grad(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {kFormat, Rows::kBf16, Direction::kInputGrad}));
   const PackedMatrix& w = *task.w;
   const int64_t panels = task.panel_end - task.panel_begin;
   bf16_t* a = static_cast<bf16_t*>(task.scratch);
@@ -277,6 +280,7 @@ void gemv_rows(const GemmTask& task) {
 
 template <Format kFormat, bool kRounds = false>
 void gemv(const GemmTask& task) {
+  KTS_DCHECKED(check_task(task, {kFormat, Rows::kBf16, Direction::kForward, kGemvRows}));
   with_rows<kGemvRows>(task.m, [&]<int R>() { gemv_rows<kFormat, kRounds, R>(task); });
 }
 
@@ -288,6 +292,7 @@ void gemm_bf16_s4_f32_12x32_avx512bf16(const GemmTask& task) { forward<Format::k
 void gemv_bf16_bf16_f32_4x32_avx512bf16(const GemmTask& task) { gemv<Format::kBf16>(task); }
 void gemv_bf16_s8_f32_4x32_avx512bf16(const GemmTask& task) { gemv<Format::kInt8>(task); }
 void gemv_bf16_s4_f32_4x32_avx512bf16(const GemmTask& task) {
+  KTS_DCHECK(task.w != nullptr);
   task.w->format.any_scale ? gemv<Format::kInt4, true>(task) : gemv<Format::kInt4>(task);
 }
 void dgrad_bf16_bf16_f32_12x32_avx512bf16(const GemmTask& task) { input_grad<Format::kBf16>(task); }

@@ -68,11 +68,13 @@ KTS_INLINE void with_int4_half(const PackedMatrix& w, int64_t k_tile, Fn&& fn) {
 // First byte of the 32 k of k_tile in the panel's left tile; the right tile is packed_tile_bytes further.
 template <Format kFormat>
 KTS_INLINE const uint8_t* quantised_rows(const PackedMatrix& w, int64_t n_panel, int64_t k_tile) {
+  KTS_DCHECK(w.format.kind == kFormat && w.holds(n_panel * kPanel, k_tile * kTileK));
   constexpr int64_t kBytes = kFormat == Format::kInt8 ? kTileBytes : kTileBytesInt4;
   return w.panel(n_panel) + k_tile / 2 * 2 * kBytes + (kFormat == Format::kInt8 ? k_tile % 2 * kTileBytes / 2 : 0);
 }
 
 KTS_INLINE const bf16_t* group_scales(const PackedMatrix& w, int64_t n_panel, int64_t k_tile) {
+  KTS_DCHECK(w.holds(n_panel * kPanel, k_tile * kTileK));
   return w.int4_scales(n_panel) + k_tile * kTileK / w.format.group * kPanel;
 }
 

@@ -2,13 +2,14 @@
 // sums in f32 in ascending order with fused multiply-adds. int8 rows: exact int32 sums, per group for int4, whose
 // products with the scales are summed in f32 in ascending order. For tests: two orders of magnitude slower than the
 // vector rows.
-#include "kts/gemm.h"
+#include "kts/kernel.h"
 
 namespace kts::scalar {
 
 namespace {
 
-void forward(const GemmTask& task) {
+void forward(const GemmTask& task, [[maybe_unused]] Format weights) {
+  KTS_DCHECKED(check_task(task, {weights, Rows::kBf16, Direction::kForward}));
   const PackedMatrix& w = *task.w;
   const int64_t cols = (task.panel_end - task.panel_begin) * kPanel;
   for (int64_t i = 0; i < task.m; ++i)
@@ -23,7 +24,8 @@ void forward(const GemmTask& task) {
     }
 }
 
-void input_grad(const GemmTask& task) {
+void input_grad(const GemmTask& task, [[maybe_unused]] Format weights) {
+  KTS_DCHECKED(check_task(task, {weights, Rows::kBf16, Direction::kInputGrad}));
   const PackedMatrix& w = *task.w;
   const int64_t cols = (task.panel_end - task.panel_begin) * kPanel;
   for (int64_t i = 0; i < task.m; ++i)
@@ -40,7 +42,8 @@ void input_grad(const GemmTask& task) {
     }
 }
 
-void forward_int8_rows(const GemmTask& task) {
+void forward_int8_rows(const GemmTask& task, [[maybe_unused]] Format weights) {
+  KTS_DCHECKED(check_task(task, {weights, Rows::kInt8, Direction::kForward}));
   const PackedMatrix& w = *task.w;
   const int64_t cols = (task.panel_end - task.panel_begin) * kPanel;
   const int64_t group = w.format.kind == Format::kInt4 ? w.format.group : w.k;
@@ -60,23 +63,23 @@ void forward_int8_rows(const GemmTask& task) {
 
 }  // namespace
 
-void gemm_bf16_bf16_f32_1x1_scalar(const GemmTask& task) { forward(task); }
-void gemm_bf16_s8_f32_1x1_scalar(const GemmTask& task) { forward(task); }
-void gemm_bf16_s4_f32_1x1_scalar(const GemmTask& task) { forward(task); }
-void dgrad_bf16_bf16_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
-void dgrad_bf16_s8_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
-void dgrad_bf16_s4_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
-void gemm_bf16_f16_f32_1x1_scalar(const GemmTask& task) { forward(task); }
-void dgrad_bf16_f16_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
-void gemm_bf16_b4_f32_1x1_scalar(const GemmTask& task) { forward(task); }
-void dgrad_bf16_b4_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
-void gemm_bf16_b5_f32_1x1_scalar(const GemmTask& task) { forward(task); }
-void dgrad_bf16_b5_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
-void gemm_bf16_b6_f32_1x1_scalar(const GemmTask& task) { forward(task); }
-void dgrad_bf16_b6_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
-void gemm_bf16_b8_f32_1x1_scalar(const GemmTask& task) { forward(task); }
-void dgrad_bf16_b8_f32_1x1_scalar(const GemmTask& task) { input_grad(task); }
-void gemm_s8_s8_f32_1x1_scalar(const GemmTask& task) { forward_int8_rows(task); }
-void gemm_s8_s4_f32_1x1_scalar(const GemmTask& task) { forward_int8_rows(task); }
+void gemm_bf16_bf16_f32_1x1_scalar(const GemmTask& task) { forward(task, Format::kBf16); }
+void gemm_bf16_s8_f32_1x1_scalar(const GemmTask& task) { forward(task, Format::kInt8); }
+void gemm_bf16_s4_f32_1x1_scalar(const GemmTask& task) { forward(task, Format::kInt4); }
+void dgrad_bf16_bf16_f32_1x1_scalar(const GemmTask& task) { input_grad(task, Format::kBf16); }
+void dgrad_bf16_s8_f32_1x1_scalar(const GemmTask& task) { input_grad(task, Format::kInt8); }
+void dgrad_bf16_s4_f32_1x1_scalar(const GemmTask& task) { input_grad(task, Format::kInt4); }
+void gemm_bf16_f16_f32_1x1_scalar(const GemmTask& task) { forward(task, Format::kF16); }
+void dgrad_bf16_f16_f32_1x1_scalar(const GemmTask& task) { input_grad(task, Format::kF16); }
+void gemm_bf16_b4_f32_1x1_scalar(const GemmTask& task) { forward(task, Format::kBlock4); }
+void dgrad_bf16_b4_f32_1x1_scalar(const GemmTask& task) { input_grad(task, Format::kBlock4); }
+void gemm_bf16_b5_f32_1x1_scalar(const GemmTask& task) { forward(task, Format::kBlock5); }
+void dgrad_bf16_b5_f32_1x1_scalar(const GemmTask& task) { input_grad(task, Format::kBlock5); }
+void gemm_bf16_b6_f32_1x1_scalar(const GemmTask& task) { forward(task, Format::kBlock6); }
+void dgrad_bf16_b6_f32_1x1_scalar(const GemmTask& task) { input_grad(task, Format::kBlock6); }
+void gemm_bf16_b8_f32_1x1_scalar(const GemmTask& task) { forward(task, Format::kBlock8); }
+void dgrad_bf16_b8_f32_1x1_scalar(const GemmTask& task) { input_grad(task, Format::kBlock8); }
+void gemm_s8_s8_f32_1x1_scalar(const GemmTask& task) { forward_int8_rows(task, Format::kInt8); }
+void gemm_s8_s4_f32_1x1_scalar(const GemmTask& task) { forward_int8_rows(task, Format::kInt4); }
 
 }  // namespace kts::scalar

@@ -14,10 +14,9 @@ namespace kts {
 enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kClampedSwiglu };
 inline constexpr int kNumActivations = 5;
 
-// "silu", "gelu" (by erf), "gelu_tanh", "relu", "clamped_swiglu": in the order of Activation.
-extern const char* const kActivationNames[kNumActivations];
-// Returns false for a name that the table lacks.
-bool activation_from_name(const char* name, Activation* out);
+// In the order of Activation; "gelu" is by erf.
+inline constexpr const char* kActivationNames[kNumActivations] = {"silu", "gelu", "gelu_tanh", "relu",
+                                                                  "clamped_swiglu"};
 
 // Of kClampedSwiglu: (up + 1) gate sigmoid(alpha gate), gate at most limit, up within -limit .. limit.
 // limit is an f16 number.
@@ -71,9 +70,6 @@ struct RowOps {
   // dst[j] += kept(col_begin + j) ? src[j] : 0
   void (*masked_add)(RowMask mask, int64_t col_begin, const float* src, int64_t cols, float* dst);
 };
-
-// The table of the best level in `isa`.
-const RowOps& row_ops(IsaSet isa);
 
 namespace scalar {
 extern const RowOps kRowOps;

@@ -10,8 +10,8 @@
 #include <memory>
 #include <vector>
 
-#include "kts/gemm.h"
-#include "kts/packed.h"
+#include "kts/pack.h"
+#include "kts/tables.h"
 #include "kts/thread_pool.h"
 #include "kts/workspace.h"
 

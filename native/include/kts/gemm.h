@@ -1,88 +1,10 @@
-// The two products made from one packed copy (kts/packed.h), and the table of kernels that make them.
+// The two products made from one packed copy.
 #pragma once
-#include <cstddef>
-#include <cstdint>
-#include <vector>
-
-#include "kts/base.h"
-#include "kts/isa.h"
-#include "kts/packed.h"
-#include "kts/types.h"
+#include "kts/kernel.h"
+#include "kts/pack.h"
+#include "kts/tables.h"
 
 namespace kts {
-
-// The longest rows whose int8 products int32 sums hold exactly in every kernel.
-inline constexpr int64_t kMaxInt8RowLength = 32768;
-
-enum class Direction : int { kForward = 0, kInputGrad = 1 };
-
-// What the rows of `a` are when a product with int8 or int4 weights is computed.
-enum class Rows : int {
-  kBf16 = 0,   // weight-only: sums in f32
-  kInt8 = 1,   // quantised by row (RowOps::quantize_row): exact int32 sums, then scales; forward only
-  kBfp16 = 2,  // as kBf16, but few rows may be taken in block floating point (arch/gemv_bfp_inl.h); forward only
-};
-
-// One task of a product, for a range of column panels.
-//   kForward:    c[m, cols] (+)= a[m, k] W^T  columns are n, the sum runs over k
-//   kInputGrad:  c[m, cols] (+)= a[m, n] W    columns are k, the sum runs over n
-// c: f32, cols = 32 * (panel_end - panel_begin) columns, row stride ldc >= cols; columns beyond the matrix get zeros.
-// Where the scale of an int8 weight goes: forward multiplies the finished sum; the input gradient multiplies the element
-// of `a`, which kernels whose operands are bf16 (AVX512-BF16, AMX) then round to bf16.
-// Every row of c depends on its own row of `a` only. The vector and scalar kernels of bf16 rows sum in ascending order
-// in f32 with fused multiply-adds, so their results do not depend on m and on how the work is split.
-struct GemmTask {
-  const bf16_t* const* a_rows = nullptr;  // one pointer per row, of which exactly k (n) elements are read
-  int64_t m = 0;
-  const PackedMatrix* w = nullptr;
-  int64_t panel_begin = 0;
-  int64_t panel_end = 0;
-  float* c = nullptr;
-  int64_t ldc = 0;
-  bool accumulate = false;  // kInputGrad, or kForward of bf16 weights
-  void* scratch = nullptr;  // kGemmScratchBytes, 64-byte aligned, one per thread
-  int64_t a_offset = 0;     // the rows begin at a_rows[i] + a_offset, q_rows[i] + a_offset
-
-  // int8 rows instead of a_rows: zeros up to a multiple of 64 elements; value = q * q_scales[i]
-  const int8_t* const* q_rows = nullptr;
-  const float* q_scales = nullptr;
-  bool block_floating_point = false;  // Rows::kBfp16
-
-  Rows rows() const { return q_rows != nullptr ? Rows::kInt8 : block_floating_point ? Rows::kBfp16 : Rows::kBf16; }
-};
-
-// Whether there are kernels for these rows and weights. Block floating point falls back to bf16 rows where it has none.
-KTS_INLINE bool takes_rows(Format weights, Rows rows) {
-  if (rows == Rows::kBf16 || weights == Format::kInt8 || weights == Format::kInt4) return true;
-  return rows == Rows::kBfp16 && is_block_format(weights);
-}
-
-using GemmFn = void (*)(const GemmTask&);
-
-// One row of gemm/kernels.inc.
-struct KernelRow {
-  const char* name;
-  Isa isa;
-  Format format;
-  Rows rows;
-  Direction direction;
-  int block_m;
-  int block_n;
-  int64_t max_m;  // rows that it takes; 0: any number
-  // The cost estimate, for one core with operands in its caches: cycles = weights * (weight_cycles + rows / macs_per_cycle).
-  double macs_per_cycle;  // multiply-adds per cycle of a whole block
-  double weight_cycles;   // per weight: unpacking, transposing or loading it, whatever the number of rows
-  GemmFn run;
-};
-
-const std::vector<KernelRow>& kernel_table();
-
-// The row with the least estimated cost for m rows among those that `isa` can run.
-const KernelRow& select_gemm(Format format, Rows rows, Direction direction, int64_t m, IsaSet isa);
-
-// The widest column range that one task may have, in panels, and the scratch of a task: it fits the second-level cache.
-inline constexpr int64_t kMaxTaskPanels = 4;
-inline constexpr int64_t kGemmScratchBytes = 512 << 10;
 
 // Selects a kernel and runs it.
 void gemm(Direction direction, const GemmTask& task);

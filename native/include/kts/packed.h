@@ -61,7 +61,7 @@ struct WeightFormat {
   Format kind = Format::kBf16;
   int group = 0;                      // int4: consecutive k that share a scale: 32, 64 or 128
   BlockType type = BlockType::kNone;  // block formats
-  // int4: scales are any finite bf16 numbers, as checkpoints store them (pack_stored_int4), and q * scale has up to 11
+  // int4: scales are any finite bf16 numbers, as checkpoints store them (pack_stored_int4 in kts/pack.h), and q * scale has up to 11
   // significant bits. Kernels that sum in f32 compute with it as it is, those with bf16 operands round it to bf16.
   bool any_scale = false;
 
@@ -107,87 +107,41 @@ struct PackedMatrix {
 
   int64_t n_panels() const { return ceil_div(n, kPanel); }
   int64_t k_panels() const { return ceil_div(k, kPanel); }
-  int64_t k_groups() const { return ceil_div(k, format.group); }
-  const float* int8_scales() const { return static_cast<const float*>(scales); }
+  KTS_CHECKED_MEMBER int64_t k_groups() const {
+    KTS_DCHECK(format.kind == Format::kInt4 && format.group > 0);
+    return ceil_div(k, format.group);
+  }
+  KTS_CHECKED_MEMBER const float* int8_scales() const {
+    KTS_DCHECK(format.kind == Format::kInt8);
+    return static_cast<const float*>(scales);
+  }
+  // Whether W[row, column] is a weight of the matrix.
+  KTS_MEMBER bool holds(int64_t row, int64_t column) const { return row >= 0 && row < n && column >= 0 && column < k; }
 
   // The values of a panel.
-  __attribute__((always_inline)) const uint8_t* panel(int64_t index) const {
+  KTS_MEMBER const uint8_t* panel(int64_t index) const {
     return static_cast<const uint8_t*>(data) + index * panel_stride_bytes;
   }
   // Its scales.
-  __attribute__((always_inline)) const uint8_t* panel_scales(int64_t index) const {
+  KTS_MEMBER const uint8_t* panel_scales(int64_t index) const {
     return static_cast<const uint8_t*>(scales) + index * scale_stride_bytes;
   }
   // int4: [k_groups()][32].
-  __attribute__((always_inline)) const bf16_t* int4_scales(int64_t panel) const {
+  KTS_MEMBER const bf16_t* int4_scales(int64_t panel) const {
+    KTS_DCHECK(format.kind == Format::kInt4);
     return reinterpret_cast<const bf16_t*>(panel_scales(panel));
   }
   // Block formats: the record of scales of a panel's block that holds column k.
-  __attribute__((always_inline)) const uint8_t* scale_record(int64_t panel, int64_t column) const {
+  KTS_MEMBER const uint8_t* scale_record(int64_t panel, int64_t column) const {
+    KTS_DCHECK(is_block_format(format.kind) && format.type != BlockType::kNone && panel >= 0 && column >= 0);
     const BlockTypeInfo& type = block_type_info(format.type);
     return panel_scales(panel) + column / type.block * ScaleRecord(type).bytes;
   }
 };
 
-// Bytes of the values of a panel of k columns, and of its scales (int8: of its rows).
-int64_t panel_value_bytes(WeightFormat format, int64_t k);
-int64_t panel_scale_bytes(WeightFormat format, int64_t k);
-
-// Bytes of values, scales and sums, a multiple of 64; all zero bytes of it are read as zero weights but for int4.
-int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k);
-
-// The view of packed_bytes() bytes at `memory`, 64-byte aligned.
-PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* memory);
-
-// Rows [n_begin, n_begin + n) and columns [k_begin, k_begin + k) of a matrix where they lie: whole panels from n_begin on,
-// whole units of k (WeightFormat::k_unit) from k_begin on, but for what ends with the matrix. Of int8 with fewer columns
-// than the matrix, column_sums is null: the caller has them (sum_columns).
-PackedMatrix packed_part(const PackedMatrix& whole, int64_t n_begin, int64_t n, int64_t k_begin, int64_t k);
-
-// Copies values and scales of one panel between matrices of one format and size, which may differ in strides. column_sums
-// stay as they are.
-void copy_panel(const PackedMatrix& from, const PackedMatrix& to, int64_t panel);
-
-// int8: sums over k of the integers of a panel [32].
-void sum_columns(const PackedMatrix& w, int64_t panel, int32_t* sums);
-
-// Elements of each row of w before and after the k that are packed: int8 scales are those of the whole row, so that
-// weights do not depend on how a matrix is cut into shards.
-struct RowPart {
-  int64_t before = 0;
-  int64_t after = 0;
-};
-
-// Quantises (kts/quant.h) and packs panels [panel_begin, panel_end) of w [n, k], row stride in elements. Panels are
-// independent.
-void pack_panels(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end,
-                 const RowPart& part = {});
-
-// int4 weights as a checkpoint holds them: q + 8 in half bytes, the lower one first, q in -8 .. 7.
-struct StoredInt4 {
-  const uint8_t* q = nullptr;      // [n, k / 2], k even
-  int64_t stride = 0;              // bytes
-  const bf16_t* scales = nullptr;  // [n, ceil(k / group)]
-  int64_t scale_stride = 0;
-};
-
-// Packs panels of a matrix of format any_scale without changing a number. A scale that is NaN or infinite throws
-// std::invalid_argument.
-void pack_stored_int4(const StoredInt4& w, const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end);
-
-// Packs panels of w as a GGUF file holds it: rows of blocks (f16: of elements), row_bytes apart. w begins with the first
-// block that is packed. Non-finite scales throw std::invalid_argument.
-void pack_block_panels(const uint8_t* w, int64_t row_bytes, const PackedMatrix& packed, int64_t panel_begin,
-                       int64_t panel_end);
-// Bytes of k elements of a row in the file.
-int64_t block_row_bytes(WeightFormat format, int64_t k);
-
-// The stored weights: writes rows of w [n, k] that belong to the given panels. bf16 is rounded from q * scale.
-void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, bf16_t* w, int64_t stride);
-void unpack_panels(const PackedMatrix& packed, int64_t panel_begin, int64_t panel_end, float* w, int64_t stride);
-
 // Integer of one int8 or int4 weight, by the formulas above: for tests and scalar kernels.
 KTS_INLINE int packed_integer(const PackedMatrix& w, int64_t n, int64_t k) {
+  KTS_DCHECK((w.format.kind == Format::kInt8 || w.format.kind == Format::kInt4) && w.holds(n, k));
   const int64_t tile = k / kTileKQ * 2 + n % kPanel / kTileN;  // of the panel
   const uint8_t* panel = w.panel(n / kPanel);
   if (w.format.kind == Format::kInt8)
@@ -198,8 +152,16 @@ KTS_INLINE int packed_integer(const PackedMatrix& w, int64_t n, int64_t k) {
 
 // Scale of one int8 or int4 weight.
 KTS_INLINE float packed_scale(const PackedMatrix& w, int64_t n, int64_t k) {
+  KTS_DCHECK((w.format.kind == Format::kInt8 || w.format.kind == Format::kInt4) && w.holds(n, k));
   if (w.format.kind == Format::kInt8) return w.int8_scales()[n];
   return bf16_to_f32(w.int4_scales(n / kPanel)[k / w.format.group * kPanel + n % kPanel]);
+}
+
+// The tile of 16 n x 64 k of a block format that holds W[n, k].
+KTS_INLINE const uint8_t* packed_block_tile(const PackedMatrix& w, int64_t n, int64_t k) {
+  KTS_DCHECK(is_block_format(w.format.kind) && w.holds(n, k));
+  const int64_t tile = k / kTileKQ * 2 + n % kPanel / kTileN;  // of the panel
+  return w.panel(n / kPanel) + tile * block_tile_bytes(block_bits(w.format.kind));
 }
 
 // Scale and code (code_value) of a weight of a block format.
@@ -208,14 +170,5 @@ int packed_code(const PackedMatrix& w, int64_t n, int64_t k);
 
 // One weight, without the scale of int8.
 float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k);
-
-const char* format_name(WeightFormat format);
-// Of what the kernels see: bf16, int8, int4, f16, block4, ...
-const char* kernel_format_name(Format format);
-// Throws std::invalid_argument unless W [n, k] can have the format: whole blocks along k.
-void check_format(WeightFormat format, int64_t k);
-// bf16, int8, int4, rawint4 (int4 with any_scale) or a type of GGUF files. Throws std::invalid_argument for an unknown
-// name or group.
-WeightFormat weight_format(const char* name, int group);
 
 }  // namespace kts

@@ -23,16 +23,6 @@ KTS_INLINE Int8Scale int8_scale(uint32_t largest) {
   return {max_abs / 127.0f, 127.0f / max_abs};
 }
 
-// Weights, one output channel: int8_scale of the row. Returns the scale. A NaN or infinity in the row throws
-// std::invalid_argument.
-float quantize_row_int8(const bf16_t* w, int64_t count, int8_t* q);
-
-// int4, symmetric per group of at most 128: q = clamp(round(w / scale), -8, 7). The scale, of either sign, is the
-// candidate of least squared error (quant/int4.cc says which are tried), a normal bf16 number of at most 5 significant
-// bits, so that q * scale is exact in bf16 and finite. Returns the scale; 0 for a group of zeros. A NaN or infinity
-// throws std::invalid_argument. Relative RMS error of Gaussian weights: 0.082, 0.090, 0.097 for groups of 32, 64, 128.
-float quantize_group_int4(const bf16_t* w, int64_t count, int8_t* q);
-
 // The loops of the quantisers, one table per ISA.
 struct QuantOps {
   Isa isa;
@@ -42,9 +32,6 @@ struct QuantOps {
   // The group of quantize_group_int4, whose largest magnitude is neither zero nor infinite.
   float (*int4)(const bf16_t* w, int64_t count, uint32_t largest, int8_t* q);
 };
-
-// The table of the best level in `isa`. AVX-512 takes AVX2's: loading is bound by memory before.
-const QuantOps& quant_ops(IsaSet isa);
 
 namespace scalar {
 extern const QuantOps kQuantOps;

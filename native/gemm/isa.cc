@@ -1,13 +1,10 @@
-#include "kts/isa.h"
+#include "kts/cpu_isa.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <stdexcept>
-
-#include "kts/base.h"
-#include "kts/elementwise.h"
 
 // Defined only by tests that execute missing instructions in software (tests/emulator).
 extern "C" unsigned kts_emulated_isa() __attribute__((weak));
@@ -133,22 +130,5 @@ void set_isa(const std::string& name) {
 
 ScopedIsa::ScopedIsa(const std::string& name) : before_(allowed_isa) { set_isa(name); }
 ScopedIsa::~ScopedIsa() { allowed_isa = before_; }
-
-const RowOps& row_ops(IsaSet isa) {
-  if (isa & kAvx512) return avx512::kRowOps;
-  if (isa & kAvx2) return avx2::kRowOps;
-  return scalar::kRowOps;
-}
-
-const char* const kActivationNames[] = {"silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"};
-
-bool activation_from_name(const char* name, Activation* out) {
-  for (int i = 0; i < kNumActivations; ++i)
-    if (std::string(name) == kActivationNames[i]) {
-      *out = static_cast<Activation>(i);
-      return true;
-    }
-  return false;
-}
 
 }  // namespace kts
