@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.moe_layer import Layer
-from kt_sft.integrations.gguf_experts import dequantize
 from kt_sft.nn.routed_experts import Matrices
+from kt_sft.sources.gguf import dequantize
 from tests.helpers.blocks import block_of, random_rows
 
 GATE_UP = "q4_k"

@@ -59,7 +59,7 @@ def _no_bar(what: str, total: int) -> Iterator:
 
 def convert(folder: Path, source: Path, output: Path, method: str) -> dict[str, object]:
     from kt_sft import KTConfig
-    from kt_sft.integrations.converting import convert_checkpoint
+    from kt_sft.integrations.transformers.converting import convert_checkpoint
 
     start = time.perf_counter()
     with Peak(folder) as peak:
@@ -88,7 +88,7 @@ def load(source: Path, packed: Path, method: str, cpu_linear: str) -> tuple[obje
     import torch
 
     from kt_sft import KTConfig, load_model
-    from kt_sft.integrations import transformers as loading
+    from kt_sft.integrations.transformers import loading as loading
     from kt_sft.nn.packed_linear import PackedLinear
 
     import_end = time.perf_counter()

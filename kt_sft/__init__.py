@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Canary": "kt_sft.integrations.canary",
+    "Canary": "kt_sft.integrations.canary.callback",
     "KTConfig": "kt_sft.config",
     "KTMoEWrapper": "kt_sft.operator.moe",
-    "load_model": "kt_sft.integrations.transformers",
+    "load_model": "kt_sft.integrations.transformers.loading",
     "get_peft_model": "kt_sft.integrations.peft",
     "load_adapter": "kt_sft.integrations.peft",
 }
 
 if TYPE_CHECKING:
     from kt_sft.config import KTConfig
-    from kt_sft.integrations.canary import Canary
+    from kt_sft.integrations.canary.callback import Canary
     from kt_sft.integrations.peft import get_peft_model, load_adapter
-    from kt_sft.integrations.transformers import load_model
+    from kt_sft.integrations.transformers.loading import load_model
     from kt_sft.operator.moe import KTMoEWrapper
 
 __all__ = ["Canary", "KTConfig", "KTMoEWrapper", "__version__", "get_peft_model", "load_adapter", "load_model"]

@@ -38,7 +38,7 @@ def convert_adapter(
     """
     with errors_in_one_line("adapter convert"):
         from kt_sft.adapters.forms import convert
-        from kt_sft.integrations.adapters import open_with_base
+        from kt_sft.integrations.merge.inspecting import open_with_base
 
         adapter = open_with_base(source, base_model, trust_remote_code=trust_remote_code)
         written = convert(adapter, to, output)
@@ -60,7 +60,7 @@ def inspect_adapter(
     Exit code 1 if something is wrong with it, 2 if it cannot be read at all.
     """
     with errors_in_one_line("adapter inspect"):
-        from kt_sft.integrations.adapters import inspect
+        from kt_sft.integrations.merge.inspecting import inspect
 
         report = inspect(source, base_model, trust_remote_code=trust_remote_code)
     if as_json:
@@ -86,7 +86,7 @@ def merge(
     Written aside and renamed; exit code 2 on errors, and then nothing is left.
     """
     with errors_in_one_line("merge"):
-        from kt_sft.integrations.merging import merge as merge_into
+        from kt_sft.integrations.merge.command import merge as merge_into
 
         console = Console()
         bar = partial(progress_bar, console)

@@ -40,7 +40,7 @@ def convert(
     console = Console()
     with errors_in_one_line("convert"):
         from kt_sft.config import KTConfig
-        from kt_sft.integrations.converting import convert_checkpoint
+        from kt_sft.integrations.transformers.converting import convert_checkpoint
 
         config = KTConfig(method=quant_method, int4_group_size=int4_group_size, threads=threads)
         options = {"input_type": input_type, "overwrite": overwrite, "check": verify}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kt_sft.native import native
+from kt_sft.ops.cpu_copy import cpu_copy
 from kt_sft.ops.moe import NO_LORA, LoraTensors, MoeCall, Projections, empty, native_projections
 
 EXPERT_MAJOR = "expert_major"  # stored [num_experts * rank, dim]
@@ -53,10 +54,10 @@ class LoraFactor:
         if self.is_operand:
             return self._expert_major(self.parameter.detach())
         if self.is_interleaved:
-            return self.canonical().detach().to("cpu", torch.float32, copy=True).contiguous()
+            return cpu_copy(self.canonical(), torch.float32, "lora", copy=True)
         if self.layout == EXPERT_MAJOR:
-            return self._expert_major(self.parameter.detach().to("cpu", torch.float32, copy=True).contiguous())
-        stored = self.parameter.detach().to("cpu", torch.float32).contiguous()
+            return self._expert_major(cpu_copy(self.parameter, torch.float32, "lora", copy=True))
+        stored = cpu_copy(self.parameter, torch.float32, "lora")
         shape = (self.num_experts, stored.shape[1] // self.num_experts, stored.shape[0])
         operand = empty(shape, torch.float32)
         native().operand_from_expert_minor(stored, operand)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kt_sft.native import native
+from kt_sft.ops.cpu_copy import check_storage, cpu_copy
 from kt_sft.ops.linear import packed_linear
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class PackedLinear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(device))
         bias = self.bias
         if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
-            operand = None if bias is None else bias.detach().to("cpu", torch.float32)
+            operand = None if bias is None else cpu_copy(bias, torch.float32, "bias")
             return packed_linear(input, self.layer, operand, rows=self.rows())
         return packed_linear(input, self.layer, rows=self.rows()) + bias.to(input.dtype)
 
@@ -106,7 +107,7 @@ class PackedLinear(nn.Linear):
         if name in state_dict:
             shape, found = list(self.weight.shape), list(state_dict[name].shape)
             if found == shape:
-                self.layer.load(state_dict[name].detach().to("cpu", torch.bfloat16).contiguous())
+                self.layer.load(cpu_copy(state_dict[name], torch.bfloat16, name))
             else:
                 *_, errors = args
                 errors.append(f"size mismatch for {name}: expected {shape}, found {found}")
@@ -189,6 +190,7 @@ def pack_linear(linear: nn.Linear, weight_format: str = "bf16", *, activations: 
     if type(linear) is not nn.Linear or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         found = f"{type(linear).__name__} in {weight.dtype} on {weight.device}"
         raise ValueError(f"linear: expected an nn.Linear with a bfloat16 weight on the CPU, found {found}")
+    check_storage(weight, "weight")
     layer = native().PackedLinear(linear.out_features, linear.in_features, weight_format)
     layer.load(weight.detach().contiguous())
     del linear.weight

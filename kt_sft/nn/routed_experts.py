@@ -13,6 +13,7 @@ from kt_sft.errors import NonFinite
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.native import native
 from kt_sft.nn.expert_lora import ExpertLora
+from kt_sft.ops.cpu_copy import cpu_copy
 from kt_sft.ops.moe import NO_LORA, MoeCall, moe, moe_into
 from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
@@ -226,9 +227,9 @@ class RoutedExperts(nn.Module):
                 "mode; load the model without them for training"
             )
         # Copies: the model may write over its tensors while the deferred experts read theirs.
-        x_copy = x.to("cpu", torch.bfloat16, copy=True).contiguous()
-        ids = ids.to("cpu", torch.int64, copy=True).contiguous()
-        weights = weights.to("cpu", torch.float32, copy=True).contiguous()
+        x_copy = cpu_copy(x, torch.bfloat16, "x", copy=True)
+        ids = cpu_copy(ids, torch.int64, "topk_ids", copy=True)
+        weights = cpu_copy(weights, torch.float32, "topk_weights", copy=True)
         out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
         future = self.deferral.start(
             self,
@@ -246,7 +247,7 @@ class RoutedExperts(nn.Module):
         stored = self.gate_up_proj_bias.detach(), self.down_proj_bias.detach()
         looks = tuple((t.data_ptr(), t._version, t.dtype) for t in stored)
         if self._biases is None or self._biases[0] != looks:
-            gate_up, down = (t.to("cpu", torch.float32) for t in stored)
+            gate_up, down = (cpu_copy(t, torch.float32, "bias") for t in stored)
             gate, up = gate_up[:, self.spec.gate_rows], gate_up[:, self.spec.up_rows]
             self._biases = (looks, (gate.contiguous(), up.contiguous(), down.contiguous()))
         return self._biases[1]

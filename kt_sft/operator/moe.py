@@ -14,15 +14,15 @@ from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
 from kt_sft.nn.routed_experts import RoutedExperts
 from kt_sft.operator.chains import join_chain
-from kt_sft.operator.placement import Placement
-from kt_sft.operator.routes import Route, route_of
 from kt_sft.operator.saving import save_layer
-from kt_sft.operator.staging import Inputs, Key, Staging
 from kt_sft.operator.threads import join_pool
 from kt_sft.operator.weights import LayerSizes, TensorExperts, load_from_path, load_from_tensors
 from kt_sft.ops.moe import INTEGERS, MoeCall, moe_into
+from kt_sft.residency.expert_map import Placement
 from kt_sft.schedule import task_queue
 from kt_sft.schedule.deferred import Deferral
+from kt_sft.transfer.routes import Route, route_of
+from kt_sft.transfer.staging import Inputs, Key, Staging
 
 _staging = Staging()
 # What the kernels take; larger numbers would fill memory before these could refuse them.

@@ -8,8 +8,8 @@ import weakref
 
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
-from kt_sft.integrations.native_settings import prepare_native
 from kt_sft.native import native
+from kt_sft.runtime import prepare_native
 
 _lock = threading.Lock()
 _users: weakref.WeakSet = weakref.WeakSet()

@@ -19,14 +19,15 @@ from kt_sft.errors import ConfigError, FormatError, UnsupportedModel, unpackable
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_expert_tensors import ROUTER_SCALE_ARCHITECTURES, count_experts
 from kt_sft.formats.packed import PackedContainer
-from kt_sft.integrations.converting import open_source
-from kt_sft.integrations.expert_sources import ExpertSource, check_method, open_weight_path, weight_formats
-from kt_sft.integrations.gguf_experts import GgufExperts
-from kt_sft.integrations.memory_check import check_memory
-from kt_sft.integrations.packed_experts import PackedExperts
+from kt_sft.integrations.transformers.converting import open_source
+from kt_sft.integrations.transformers.memory_check import check_memory
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import Matrices, RoutedExperts, WeightFormats
-from kt_sft.operator.placement import Placement, logical_experts
+from kt_sft.ops.cpu_copy import check_storage
+from kt_sft.residency.expert_map import Placement, logical_experts
+from kt_sft.sources.gguf import GgufExperts
+from kt_sft.sources.opening import ExpertSource, check_method, open_weight_path, weight_formats
+from kt_sft.sources.packed import PackedExperts
 
 # Layers of one model share an open checkpoint, which one load at a time reads and closes.
 _files_lock = threading.Lock()
@@ -103,6 +104,8 @@ class TensorExperts:
 
     def read(self, name: str, expert: int) -> Matrices:
         """gate, up and down of one expert in bf16 on the CPU."""
+        for argument, tensor in zip(self.tensor_names(name, expert), self._projections, strict=True):
+            check_storage(tensor, argument)
         gate, up, down = (t[expert].detach().to("cpu", torch.bfloat16).contiguous() for t in self._projections)
         return gate, up, down
 

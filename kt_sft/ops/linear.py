@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kt_sft.ops.cpu_copy import check_storage
+
 
 def packed_linear(x: Tensor, layer: object, bias: Tensor | None = None, *, rows: str = "bf16") -> Tensor:
     """x W^T + bias.
@@ -29,6 +31,7 @@ def _operand(x: Tensor, width: int, name: str) -> Tensor:
     """`[rows, width]` bf16 on the CPU, the very memory where nothing has to change."""
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"{name}: expected floating point [..., {width}], got {x.dtype} {list(x.shape)}")
+    check_storage(x, name)
     flat = x.detach().to("cpu", torch.bfloat16).reshape(-1, width)
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 

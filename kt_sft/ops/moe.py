@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kt_sft.native import native
+from kt_sft.ops.cpu_copy import cpu_copy
 
 _NO_TAPE = (None, None, None, None)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -75,7 +76,7 @@ class MoeCall:
 
 def to_operand(tensor: Tensor | None) -> Tensor | None:
     """f32 CPU copy of a LoRA factor, contiguous."""
-    return None if tensor is None else tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return None if tensor is None else cpu_copy(tensor, torch.float32, "lora", copy=True)
 
 
 def native_projections(operands: LoraTensors, scales: tuple[float, float, float], inter: int) -> Projections:
@@ -127,7 +128,7 @@ def _input(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not is_number:
         kind = "floating point numbers" if dtype.is_floating_point else "integers"
         raise ValueError(f"{name}: expected {kind}, got {tensor.dtype}")
-    return tensor.detach().to("cpu", dtype).contiguous()
+    return cpu_copy(tensor, dtype, name)
 
 
 def _result(x: Tensor, like: Tensor) -> tuple[Tensor, str]:
@@ -212,7 +213,7 @@ class _Moe(torch.autograd.Function):
         )
         lora = call.native_lora(NO_LORA)
         call.layer.backward(
-            dout.detach().to("cpu", torch.bfloat16).contiguous(), x, ids, weights, lora=lora, g=g, u=u, xa=tuple(xa),
+            cpu_copy(dout, torch.bfloat16, "dout"), x, ids, weights, lora=lora, g=g, u=u, xa=tuple(xa),
             dx=dx if needs_x else None, dx_dtype=dx_dtype, dtopk_weights=dweights,
             lora_grads=_native_grads(dlora, lora, call.layer.inter), **call.options(),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
-from kt_sft.chat import ChatBackend, Sampling
+from kt_sft.inference.backend import ChatBackend, Sampling
 from kt_sft.serving.errors import RequestError
 from kt_sft.serving.text import TextStream
 from kt_sft.serving.turns import Turns

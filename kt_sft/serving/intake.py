@@ -14,7 +14,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from kt_sft.chat import PromptError
+from kt_sft.inference.backend import PromptError
 from kt_sft.serving import limits
 from kt_sft.serving.access import too_long
 from kt_sft.serving.allocator import give_back

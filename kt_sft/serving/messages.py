@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from kt_sft.chat import ChatBackend, PromptError
+from kt_sft.inference.backend import ChatBackend, PromptError
 from kt_sft.serving.errors import RequestError
 from kt_sft.serving.fields import Items, Strict
 from kt_sft.serving.intake import Intake

@@ -13,7 +13,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from kt_sft import __version__
-from kt_sft.chat import ModelFacts, Sampling, ToolCall
+from kt_sft.inference.backend import ModelFacts, Sampling, ToolCall
 from kt_sft.serving.engine import Engine, Generation
 from kt_sft.serving.errors import RequestError, unknown_model
 from kt_sft.serving.fields import Items, Penalty, Repetition, Seed, Share, Strict, Whole

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from kt_sft.chat import Sampling, ToolCall
+from kt_sft.inference.backend import Sampling, ToolCall
 from kt_sft.serving.engine import Cancelled, Engine, Generation
 from kt_sft.serving.errors import RequestError, unknown_model
 from kt_sft.serving.http import EventStream, or_disconnect

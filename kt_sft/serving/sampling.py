@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kt_sft.chat import ModelFacts
+from kt_sft.inference.backend import ModelFacts
 from kt_sft.serving.errors import RequestError, unknown_model
 
 MAX_STOPS = 16

@@ -54,14 +54,14 @@ FAULTS = (
     ),
     Fault(
         "generation_config.json is read after the weights",
-        "kt_sft/integrations/model_files.py",
+        "kt_sft/integrations/transformers/model_files.py",
         "    if not file.exists():",
         "    if True:",
         (f"{_DOORS}test_generation_config_is_read_before_the_weights",),
     ),
     Fault(
         "what transformers cannot build is a traceback in load_model",
-        "kt_sft/integrations/transformers.py",
+        "kt_sft/integrations/transformers/loading.py",
         '        meta_model(model_config, from_pretrained_kwargs.get("trust_remote_code"))\n    leaves_code',
         "        pass\n    leaves_code",
         (f"{_DOORS}test_config_values",),

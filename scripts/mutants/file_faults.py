@@ -88,21 +88,21 @@ FAULTS = (
     # --- saving
     Fault(
         "a saved model has expert 0 everywhere",
-        "kt_sft/integrations/saving.py",
+        "kt_sft/integrations/transformers/saving.py",
         "if unpacked != (module, part.expert):",
         "if unpacked is None:",
         (f"{_SAVING}test_saved_checkpoint_equals_the_loaded_one",),
     ),
     Fault(
         "rounded experts are saved although the checkpoint is there",
-        "kt_sft/integrations/saving.py",
+        "kt_sft/integrations/transformers/saving.py",
         "        if origin is not None:\n",
         "        if False:\n",
         ("tests/integration/test_formats.py::test_saved_checkpoint_is_the_one_loaded_not_its_rounded_form",),
     ),
     Fault(
         "experts of an f32 model are saved in bf16",
-        "kt_sft/integrations/saving.py",
+        "kt_sft/integrations/transformers/saving.py",
         "dtype = model.dtype if model.dtype in (torch.float16, torch.float32) else",
         "dtype = model.dtype if False else",
         (f"{_SAVING}test_experts_are_saved_in_the_models_dtype",),
@@ -116,7 +116,7 @@ FAULTS = (
     ),
     Fault(
         "a model with an adapter is saved without it",
-        "kt_sft/integrations/saving.py",
+        "kt_sft/integrations/transformers/saving.py",
         "    _check_no_adapters(model)\n",
         "",
         (f"{_SAVING}test_model_with_adapters_is_refused",),

@@ -25,7 +25,7 @@ _CHANGES = "kt_sft/adapters/changes.py"
 _PLAIN = "kt_sft/adapters/plain.py"
 _GGUF = "kt_sft/formats/gguf_expert_tensors.py"
 _EXPERTS = "kt_sft/nn/routed_experts.py"
-_PACKED = "kt_sft/integrations/packed_experts.py"
+_PACKED = "kt_sft/sources/packed.py"
 
 FAULTS = (
     # --- KTransformers' adapters

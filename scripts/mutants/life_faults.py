@@ -20,7 +20,7 @@ _OUTSIDE = "kt_sft/integrations/peft/outside.py"
 _INJECTING = "kt_sft/integrations/peft/injecting.py"
 _COVERAGE_FILE = "kt_sft/integrations/peft/coverage.py"
 _RELOADING = "kt_sft/integrations/peft/reloading.py"
-_CANARY_FILE = "kt_sft/integrations/canary.py"
+_CANARY_FILE = "kt_sft/integrations/canary/callback.py"
 _ROOM = "kt_sft/integrations/llamafactory/"
 _RESUMING_FILE = f"{_ROOM}resuming.py"
 _SAVING_FILE = f"{_ROOM}saving.py"
@@ -160,7 +160,7 @@ FAULTS = (
     ),
     Fault(
         "the canary leaves the model in eval mode",
-        "kt_sft/integrations/canary_probe.py",
+        "kt_sft/integrations/canary/probe.py",
         "                module.training = mode\n",
         "                pass\n",
         (f"{_CANARY}test_a_resumed_adapter_with_a_frozen_part_passes",),
@@ -360,7 +360,7 @@ FAULTS = (
     ),
     Fault(
         "code beside a checkpoint goes before transformers' own class",
-        "kt_sft/integrations/auto_class.py",
+        "kt_sft/integrations/transformers/auto_class.py",
         "trusts = False if is_native else trust_remote_code",
         "trusts = trust_remote_code",
         (f"{_REMOTE}test_loading_takes_the_class_that_transformers_has",),

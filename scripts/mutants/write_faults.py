@@ -105,7 +105,7 @@ FAULTS = (
     ),
     Fault(
         "a bar that is switched off is asked where it is",
-        "kt_sft/integrations/progress.py",
+        "kt_sft/progress.py",
         "bar.update(done - reached)",
         "bar.update(done - bar.n)",
         (f"{_WRITING}test_progress_bars_that_are_switched_off",),

@@ -16,7 +16,7 @@ from tests.fuzz.gguf_document import parse, write
 from tests.fuzz.watch import FAILED, REFUSED, RIGHT, attempt
 from tests.helpers import gguf_files
 
-SEED = 15  # of the log in benchmarks/results/fuzz
+SEED = 15  # in the few cases some are right at every door
 FEW = {False: 120, True: 12}  # cases by `Door.loads`
 FEW_REQUESTS = 100  # most are refused; each takes two milliseconds
 MANY = {False: 5000, True: 300}

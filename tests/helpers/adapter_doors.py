@@ -16,11 +16,11 @@ import kt_sft
 from kt_sft.adapters import forms
 from kt_sft.cli import app
 from kt_sft.errors import FormatError, KTError
-from kt_sft.integrations.adapters import open_with_base
-from kt_sft.integrations.base_model import describe
 from kt_sft.integrations.llamafactory import exporting
-from kt_sft.integrations.merging import MergedCheckpoint
+from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
+from kt_sft.integrations.merge.inspecting import open_with_base
 from kt_sft.integrations.peft import adapter_dir, reloading
+from kt_sft.integrations.transformers.base_model import describe
 from tests.helpers import adapters, parity
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations.gguf_tokenizer import read_tokenizer
+from kt_sft.integrations.gguf.tokenizer import read_tokenizer
 from tests.helpers import gguf_files, gguf_models, tiny_models
 
 SIZES = {  # whole blocks of 32 in every row of a GGUF file, and 2 inter != hidden

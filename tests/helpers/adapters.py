@@ -15,7 +15,7 @@ from torch import Tensor
 import kt_sft
 from kt_sft.adapters import forms
 from kt_sft.adapters.model import Adapter, Lora
-from kt_sft.integrations.base_model import find_base_model
+from kt_sft.integrations.transformers.base_model import find_base_model
 from tests.helpers import tiny_models
 
 

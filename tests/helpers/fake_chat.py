@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from kt_sft.chat import ModelFacts, Sampling, ToolCall
+from kt_sft.inference.backend import ModelFacts, Sampling, ToolCall
 
 FACTS = ModelFacts(
     name="demo-lora",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kt_sft.adapters.model import BaseModel
-from kt_sft.integrations.base_model import find_base_model
+from kt_sft.integrations.transformers.base_model import find_base_model
 from tests.helpers import parity, tiny_models
 
 PARTS = ("gate", "up", "down")

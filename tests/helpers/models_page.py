@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 from kt_sft.formats.staging import write_text
-from kt_sft.integrations.auto_class import auto_class
+from kt_sft.integrations.transformers.auto_class import auto_class
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.families import family_of
 from kt_sft.models.spec import find_experts

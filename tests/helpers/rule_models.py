@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from kt_sft.integrations.auto_class import auto_class
+from kt_sft.integrations.transformers.auto_class import auto_class
 from kt_sft.models import kimi_k2
 from tests.helpers import tiny_models
 

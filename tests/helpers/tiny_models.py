@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from kt_sft.integrations.auto_class import auto_class
+from kt_sft.integrations.transformers.auto_class import auto_class
 from tests.helpers import families
 from tests.helpers.family_parts import COMMON, VOCAB, composite
 

@@ -18,9 +18,9 @@ import kt_sft
 from kt_sft.adapters import forms
 from kt_sft.adapters.kinds import FORMS, KINDS, kinds_of
 from kt_sft.errors import KTError
-from kt_sft.integrations import merging
-from kt_sft.integrations.adapters import open_with_base
 from kt_sft.integrations.llamafactory import exporting
+from kt_sft.integrations.merge.command import merge
+from kt_sft.integrations.merge.inspecting import open_with_base
 from tests.helpers import adapter_kinds, parity, tiny_models
 from tests.helpers.adapter_kinds import CASES
 
@@ -58,12 +58,12 @@ def logits(folder: Path) -> Tensor:
 
 
 def merge_hf(folder: Path, adapter: Path, out: Path) -> Tensor:
-    return logits(merging.merge(folder, [adapter], out, "hf", quiet))
+    return logits(merge(folder, [adapter], out, "hf", quiet))
 
 
 @torch.no_grad()
 def merge_gguf(folder: Path, adapter: Path, out: Path) -> Tensor:
-    file = merging.merge(folder, [adapter], out.with_suffix(".gguf"), "gguf-bf16", quiet)
+    file = merge(folder, [adapter], out.with_suffix(".gguf"), "gguf-bf16", quiet)
     config = kt_sft.KTConfig(threads=1, weight_cache=str(out))
     return kt_sft.load_model(file, config, dtype=torch.float32).eval()(IDS).logits
 

@@ -18,7 +18,7 @@ from kt_sft.adapters import forms
 from kt_sft.cli import app
 from kt_sft.errors import FormatError
 from kt_sft.formats.gguf_writer import PlannedGguf, write
-from kt_sft.integrations.adapters import open_with_base
+from kt_sft.integrations.merge.inspecting import open_with_base
 from tests.helpers import adapters, parity, tiny_models
 from tests.helpers.adapters import convert, damaged, edit, opened
 

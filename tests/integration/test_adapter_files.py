@@ -19,9 +19,9 @@ import kt_sft
 from kt_sft.adapters import forms
 from kt_sft.cli import app
 from kt_sft.errors import ConfigError, FormatError
-from kt_sft.integrations.adapters import open_with_base
-from kt_sft.integrations.base_model import describe
+from kt_sft.integrations.merge.inspecting import open_with_base
 from kt_sft.integrations.peft.adapter_dir import check_adapter, in_running_form, local_adapter_dir
+from kt_sft.integrations.transformers.base_model import describe
 from tests.helpers import adapters, parity, tiny_models
 from tests.helpers.adapters import convert, damaged, edit, opened
 

@@ -16,8 +16,8 @@ import kt_sft
 from kt_sft.adapters import forms
 from kt_sft.cli import app
 from kt_sft.errors import FormatError
-from kt_sft.integrations.base_model import find_base_model
 from kt_sft.integrations.peft.adapter_dir import check_adapter
+from kt_sft.integrations.transformers.base_model import find_base_model
 from tests.helpers import adapters, parity, tiny_models
 from tests.helpers import ktransformers_adapters as kt
 from tests.helpers.adapters import edit, opened

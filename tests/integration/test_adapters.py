@@ -16,8 +16,8 @@ from kt_sft.adapters import forms
 from kt_sft.cli import app
 from kt_sft.errors import ConfigError, FormatError, OutputError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations.adapters import open_with_base
-from kt_sft.integrations.base_model import find_base_model
+from kt_sft.integrations.merge.inspecting import open_with_base
+from kt_sft.integrations.transformers.base_model import find_base_model
 from tests.helpers import adapters, tiny_models
 from tests.helpers.adapters import convert, edit, opened
 

@@ -10,7 +10,7 @@ import torch
 
 import kt_sft
 from kt_sft import KTConfig
-from kt_sft.integrations.converting import convert_checkpoint
+from kt_sft.integrations.transformers.converting import convert_checkpoint
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.native import native
 from tests.helpers import tiny_models

@@ -23,11 +23,11 @@ from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, OutputError
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.integrations import peft as kt_peft
-from kt_sft.integrations import weight_cache
-from kt_sft.integrations.converting import convert_checkpoint
-from kt_sft.integrations.transformers import check_model
+from kt_sft.integrations.transformers.converting import convert_checkpoint
+from kt_sft.integrations.transformers.loading import check_model
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.native import native
+from kt_sft.sources import cache as weight_cache
 from tests.helpers import gguf_files, parity, quantized_checkpoints, tiny_models
 from tests.integration.test_gguf_experts import expert_tensors
 from tests.integration.test_saving import tensors_of

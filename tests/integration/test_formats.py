@@ -11,7 +11,7 @@ import torch
 import kt_sft
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.integrations import peft as kt_peft
-from kt_sft.integrations.memory_check import check_memory
+from kt_sft.integrations.transformers.memory_check import check_memory
 from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
 from kt_sft.native import native
 from tests.helpers import parity, tiny_models

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import kt_sft
 from kt_sft import KTConfig
 from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, UnsupportedModel
-from kt_sft.integrations.transformers import check_model
+from kt_sft.integrations.transformers.loading import check_model
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.native import native
 from tests.helpers import gguf_files, tiny_models

@@ -14,9 +14,9 @@ import kt_sft
 from kt_sft import KTConfig
 from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations import gguf_model
-from kt_sft.integrations.converting import open_source
-from kt_sft.integrations.gguf_tokenizer import read_tokenizer
+from kt_sft.integrations.gguf import model as gguf_model
+from kt_sft.integrations.gguf.tokenizer import read_tokenizer
+from kt_sft.integrations.transformers.converting import open_source
 from kt_sft.models.spec import iter_routed_experts
 from scripts.demo.tiny_moe.gguf_source import find_gguf
 from scripts.demo.tiny_moe.tokenizer import build_tokenizer

@@ -15,7 +15,7 @@ import kt_sft
 from kt_sft.cli import app
 from kt_sft.errors import ConfigError, FormatError, KTError, UnsupportedModel
 from kt_sft.integrations.llamafactory.planning import plan_run
-from kt_sft.integrations.transformers import check_model
+from kt_sft.integrations.transformers.loading import check_model
 from tests.helpers import adapters, gguf_files, gguf_models, tiny_models
 
 CONFIG = {
@@ -239,7 +239,7 @@ def test_an_empty_path_is_not_the_current_directory(words):
 
 
 def test_tokenizers_that_are_damaged(model):
-    from kt_sft.integrations.gguf_tokenizer_writer import tokenizer_metadata
+    from kt_sft.integrations.gguf.tokenizer_writer import tokenizer_metadata
 
     for text in ('{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["x", "y"]]}}', "{", "[]"):
         (model / "tokenizer.json").write_text(text)
@@ -283,6 +283,6 @@ def test_values_of_a_config_object(tmp_path):
     config = tiny_models.config("qwen3_moe")
     config.num_hidden_layers = 10**9
     with pytest.raises(FormatError, match="num_hidden_layers: expected a whole number"):
-        kt_sft.integrations.placing.meta_model(config)
+        kt_sft.integrations.transformers.placing.meta_model(config)
     with pytest.raises(UnsupportedModel, match="unknown/model: expected the config of a known model"):
-        kt_sft.integrations.auto_class.read_auto_config("unknown/model", local_files_only=True)
+        kt_sft.integrations.transformers.auto_class.read_auto_config("unknown/model", local_files_only=True)

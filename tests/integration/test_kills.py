@@ -20,8 +20,8 @@ from kt_sft.config import KTConfig
 from kt_sft.convert.run import convert
 from kt_sft.formats import overwriting, staging, training_checkpoint
 from kt_sft.formats.packed import MANIFEST_NAME, PackedContainer
-from kt_sft.integrations import merging
 from kt_sft.integrations.llamafactory import resuming, saving
+from kt_sft.integrations.merge.command import merge
 from tests.helpers import adapters, kills, tiny_models, trainings
 from tests.helpers.containers import RandomExperts, blobs_of, plan_for
 
@@ -82,7 +82,7 @@ class Merge:
         (self.root / "to").mkdir()
 
     def write(self):
-        merging.merge(self.root / "base", [self.adapter], self.out, "hf", bar)
+        merge(self.root / "base", [self.adapter], self.out, "hf", bar)
 
     def check(self):
         was_there = self.out.exists()

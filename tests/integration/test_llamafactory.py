@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import load_file
 
 from kt_sft.adapters import forms
-from kt_sft.integrations.adapters import open_with_base
 from kt_sft.integrations.llamafactory import hook
+from kt_sft.integrations.merge.inspecting import open_with_base
 from tests.helpers import tiny_models
 from tests.helpers.llamafactory_runs import cli, drive, environment, infer_config, train_config, workspace
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations.gguf_tokenizer import read_tokenizer
+from kt_sft.integrations.gguf.tokenizer import read_tokenizer
 from tests.helpers import gguf_models, quantized_checkpoints
 from tests.helpers.llamafactory_runs import cli, drive, environment, train_config, workspace
 

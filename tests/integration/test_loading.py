@@ -11,9 +11,8 @@ import transformers
 from torch import nn
 
 import kt_sft
-from kt_sft import KTConfig
-from kt_sft.integrations import native_settings
-from kt_sft.integrations import transformers as loading
+from kt_sft import KTConfig, runtime
+from kt_sft.integrations.transformers import loading as loading
 from kt_sft.models.spec import iter_routed_experts
 from tests.helpers import tiny_models
 
@@ -206,7 +205,7 @@ def library(monkeypatch):
         set_threads=lambda threads, pools: setattr(calls, "threads", (threads, pools)),
         calls=calls,
     )
-    monkeypatch.setattr(native_settings, "native", lambda: stub)
+    monkeypatch.setattr(runtime, "native", lambda: stub)
     for name in ("KT_SFT_ISA", "KT_SFT_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return stub
@@ -232,5 +231,5 @@ def test_threads_and_isa_come_from_environment_configuration_machine(
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    native_settings.prepare_native(KTConfig(**config))
+    runtime.prepare_native(KTConfig(**config))
     assert (library.calls.threads, library.calls.isa) == (threads, isa)

@@ -11,10 +11,9 @@ import torch
 import transformers
 
 import kt_sft
-from kt_sft import KTConfig, memory
+from kt_sft import KTConfig, memory, runtime
 from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, UnsupportedHardware, UnsupportedModel
-from kt_sft.integrations import native_settings
-from kt_sft.integrations import transformers as loading
+from kt_sft.integrations.transformers import loading as loading
 from tests.helpers import tiny_models
 
 
@@ -218,7 +217,7 @@ def test_zero3(good, monkeypatch):
 
 
 def cpu_with(monkeypatch, *levels):
-    monkeypatch.setattr(native_settings, "native", lambda: types.SimpleNamespace(isa_detected=lambda: list(levels)))
+    monkeypatch.setattr(runtime, "native", lambda: types.SimpleNamespace(isa_detected=lambda: list(levels)))
 
 
 def test_cpu_without_avx2(good, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kt_sft.integrations.model_files import open_checkpoint
+from kt_sft.integrations.transformers.model_files import open_checkpoint
 from tests.helpers import quantized_checkpoints, tiny_models
 
 

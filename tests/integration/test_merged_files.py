@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kt_sft.integrations import merging
+from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
+from kt_sft.integrations.merge.safetensors import write_merged
 from tests.helpers import adapters, tiny_models
 
 
@@ -37,9 +38,9 @@ def root(tmp_path_factory):
 
 
 def test_written_dtype_is_in_the_config_and_routing_biases_stay_f32(root, tmp_path):
-    merged = merging.MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(root / "base", [root / "adapter"])
     (tmp_path / "out").mkdir()
-    merging.write_merged(merged, tmp_path / "out", bar, dtype=torch.float16)
+    write_merged(merged, tmp_path / "out", bar, dtype=torch.float16)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {"float16"}
     before, after = weights(root / "base"), weights(tmp_path / "out")
@@ -50,9 +51,9 @@ def test_written_dtype_is_in_the_config_and_routing_biases_stay_f32(root, tmp_pa
 
 def test_shards_are_as_large_as_asked(root, tmp_path):
     limit = 20_000
-    merged = merging.MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(root / "base", [root / "adapter"])
     (tmp_path / "out").mkdir()
-    merging.write_merged(merged, tmp_path / "out", bar, limit_bytes=limit)
+    write_merged(merged, tmp_path / "out", bar, limit_bytes=limit)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
@@ -71,10 +72,10 @@ def test_shards_are_as_large_as_asked(root, tmp_path):
 
 def test_experts_get_the_sum_of_several_adapters(root, tmp_path):
     base = weights(root / "base")
-    merged = merging.MergedCheckpoint(root / "base", [root / "adapter", root / "adapter"])
+    merged = MergedCheckpoint(root / "base", [root / "adapter", root / "adapter"])
     once = adapters.deltas(merged.adapters[0])
     (tmp_path / "out").mkdir()
-    merging.write_merged(merged, tmp_path / "out", bar)
+    write_merged(merged, tmp_path / "out", bar)
     after = weights(tmp_path / "out")
     seen = 0
     for module, spec in merged.base.specs.items():
@@ -102,8 +103,8 @@ def test_head_that_is_no_longer_the_embedding_is_not_called_tied(tmp_path):
         if added:
             targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
             adapters.edit(tmp_path / "adapter", target_modules=[*targets, "lm_head"])
-        merged = merging.MergedCheckpoint(tmp_path / "base", [tmp_path / "adapter"])
+        merged = MergedCheckpoint(tmp_path / "base", [tmp_path / "adapter"])
         (tmp_path / name).mkdir()
-        merging.write_merged(merged, tmp_path / name, bar)
+        write_merged(merged, tmp_path / name, bar)
         assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is is_tied
         assert ("lm_head.weight" in weights(tmp_path / name)) is not is_tied

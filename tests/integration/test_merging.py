@@ -22,9 +22,10 @@ import kt_sft
 from kt_sft.cli import app
 from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations import merging
-from kt_sft.integrations.gguf_tokenizer import read_tokenizer
-from kt_sft.integrations.gguf_tokenizer_writer import tokenizer_metadata
+from kt_sft.integrations.gguf.tokenizer import read_tokenizer
+from kt_sft.integrations.gguf.tokenizer_writer import tokenizer_metadata
+from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
+from kt_sft.integrations.merge.command import merge as merge_checkpoint
 from scripts.demo.tiny_moe.gguf_source import find_gguf
 from tests.helpers import adapters, gguf_files, gguf_models, quantized_checkpoints, tiny_models
 from tests.helpers.tolerance import rel_l2
@@ -188,7 +189,7 @@ def test_gguf_bf16_is_the_merged_checkpoint(roots, tmp_path, family):
 def test_gguf_q8_0_blocks_are_ggmls(roots, tmp_path, family):
     root = roots(family)
     file = merge(root, tmp_path / "m.gguf", "gguf-q8_0")
-    merged = merging.MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(root / "base", [root / "adapter"])
     index = GgufIndex.from_path(file)
     for module in merged.base.specs:
         layer = module.split(".")[2]
@@ -272,7 +273,7 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(roots, tmp_pat
     ]
     for error, match, words in cases:
         with pytest.raises(error, match=match):
-            merging.merge(*words, bar=None)
+            merge_checkpoint(*words, bar=None)
         assert not list(tmp_path.iterdir())
     code, text = run("--adapter", roots("mixtral") / "adapter", "--output", roots("mixtral") / "base")
     assert code == 2 and "expected a new path, found something there" in text
@@ -282,7 +283,8 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(roots, tmp_pat
 MEMORY = """
 import contextlib, sys, threading, time
 from pathlib import Path
-from kt_sft.integrations import merging
+from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
+from kt_sft.integrations.merge.command import merge as merge_checkpoint
 
 def anonymous():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -304,7 +306,7 @@ def bar(what, total):
     print(peak[0] - before)
 
 base, adapter, output, to = sys.argv[1:]
-merging.merge(base, [adapter], Path(output), to, bar)
+merge_checkpoint(base, [adapter], Path(output), to, bar)
 """
 
 

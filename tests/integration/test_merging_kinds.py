@@ -16,9 +16,9 @@ import kt_sft
 from kt_sft.errors import ConfigError, FormatError, KTError
 from kt_sft.formats.finite import is_finite
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations import merging
-from kt_sft.integrations.base_model import describe, meta_model
+from kt_sft.integrations.merge.command import merge as merge_checkpoint
 from kt_sft.integrations.peft.limits import check_merge
+from kt_sft.integrations.transformers.base_model import describe, meta_model
 from tests.helpers import adapter_kinds, parity, quantized_checkpoints, tiny_models
 from tests.helpers.tolerance import rel_l2
 
@@ -37,7 +37,7 @@ def quiet(*_):
 
 
 def merge(folder: Path, adapters: list[Path], out: Path, to: str = "hf") -> Path:
-    return merging.merge(folder, adapters, out, to, quiet)
+    return merge_checkpoint(folder, adapters, out, to, quiet)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import kt_sft
 from kt_sft import KTConfig
 from kt_sft.cli.console import progress_bar
 from kt_sft.errors import FormatError
-from kt_sft.integrations.converting import convert_checkpoint
+from kt_sft.integrations.transformers.converting import convert_checkpoint
 from kt_sft.models.spec import ExpertsSpec
 from kt_sft.nn.routed_experts import RoutedExperts, check_finite
 from kt_sft.operator.moe import KTMoEWrapper

@@ -16,8 +16,8 @@ import kt_sft
 from kt_sft.convert import run
 from kt_sft.errors import ConfigError, FormatError, KTError, UnsupportedModel
 from kt_sft.formats.packed import PackedContainer
-from kt_sft.integrations.converting import convert_checkpoint
-from kt_sft.integrations.expert_files import SafetensorsExperts
+from kt_sft.integrations.transformers.converting import convert_checkpoint
+from kt_sft.sources.safetensors import SafetensorsExperts
 from tests.helpers import gguf_models, quantized_checkpoints, tiny_models
 from tests.helpers.operators import inputs_of, loaded, operator_of, problem_of, weights_of
 

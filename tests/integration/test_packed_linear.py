@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import nn
 
 import kt_sft
-from kt_sft.integrations import linears
 from kt_sft.integrations import peft as kt_peft
-from kt_sft.integrations.linears import pack_linears
 from kt_sft.integrations.llamafactory import args
+from kt_sft.integrations.transformers import linears
+from kt_sft.integrations.transformers.linears import pack_linears
 from kt_sft.nn.packed_linear import PackedLinear, PackedWeight, pack_linear
 from tests.helpers import parity, tiny_models
 from tests.helpers.tolerance import rel_l2

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 import kt_sft
 from kt_sft.errors import ConfigError, FormatError
-from kt_sft.integrations.transformers import check_model
+from kt_sft.integrations.transformers.loading import check_model
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.packed_linear import PackedLinear
 from kt_sft.placement import inject
@@ -110,7 +110,7 @@ def test_hooks_carry_hidden_states_and_leave_the_experts_alone(directory, monkey
         lambda module, name, device, **_: moved.append(name),
     )
     monkeypatch.setattr(
-        "kt_sft.integrations.transformers.device_map",
+        "kt_sft.integrations.transformers.loading.device_map",
         lambda plan: {name: second[str(device)] for name, device in map_of(plan).items()},
     )
     file = rule_file(rule({"layers": "1-2"}, generate_device="cuda:0"))

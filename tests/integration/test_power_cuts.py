@@ -17,9 +17,11 @@ from kt_sft.adapters import forms
 from kt_sft.config import KTConfig
 from kt_sft.convert.run import convert
 from kt_sft.formats import overwriting, staging
-from kt_sft.integrations import gguf_model, merging
-from kt_sft.integrations.base_model import find_base_model
+from kt_sft.integrations.gguf import model as gguf_model
 from kt_sft.integrations.llamafactory import exporting
+from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
+from kt_sft.integrations.merge.command import merge as merge_checkpoint
+from kt_sft.integrations.transformers.base_model import find_base_model
 from scripts.demo.tiny_moe import checkpoint
 from tests.helpers import adapters, gguf_models, power, tiny_models, trainings
 from tests.helpers.containers import RandomExperts, plan_for
@@ -57,8 +59,8 @@ def write_cache(root: Path, out: Path) -> None:
 
 
 def merge(root: Path, out: Path) -> None:
-    merging.merge(root / "base", [root / "adapter"], out / "deep" / "merged", "hf", bar)
-    merging.merge(root / "base", [root / "adapter"], out / "merged.gguf", "gguf-q8_0", bar)
+    merge_checkpoint(root / "base", [root / "adapter"], out / "deep" / "merged", "hf", bar)
+    merge_checkpoint(root / "base", [root / "adapter"], out / "merged.gguf", "gguf-q8_0", bar)
 
 
 def convert_adapter(root: Path, out: Path) -> None:
@@ -93,7 +95,7 @@ def save_model(root: Path, out: Path) -> None:
 
 
 def export(root: Path, out: Path) -> None:
-    merged = merging.MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(root / "base", [root / "adapter"])
     exporting.save_merged(merged, out / "export", torch.bfloat16, 60_000)
     exporting.save_merged(merged, out / "export", torch.float32, 1 << 30)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import kt_sft
 from kt_sft import KTConfig
 from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
-from kt_sft.integrations.converting import convert_checkpoint
+from kt_sft.integrations.transformers.converting import convert_checkpoint
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.native import native
 from tests.helpers import quantized_checkpoints, tiny_models

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from kt_sft.config import KTConfig
-from kt_sft.integrations.converting import convert_checkpoint
+from kt_sft.integrations.transformers.converting import convert_checkpoint
 from tests.helpers import gguf_models, tiny_models
 from tests.helpers.llamafactory_runs import drive, environment, train_config, workspace
 from tests.helpers.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import kt_sft
 from kt_sft.cli import app
 from kt_sft.errors import UnsupportedModel
-from kt_sft.integrations import auto_class
+from kt_sft.integrations.transformers import auto_class
 from tests.helpers import tiny_models
 from tests.helpers.llamafactory_runs import drive, infer_config, train_config, workspace
 from tests.helpers.tiny_tokenizer import VOCAB_SIZE

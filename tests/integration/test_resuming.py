@@ -16,8 +16,8 @@ from transformers import TrainingArguments
 import kt_sft
 from kt_sft.adapters import forms
 from kt_sft.errors import ConfigError, FormatError, OutputError
-from kt_sft.integrations.adapters import open_with_base
 from kt_sft.integrations.llamafactory import disk, resuming
+from kt_sft.integrations.merge.inspecting import open_with_base
 from kt_sft.integrations.peft import reloading
 from tests.helpers import tiny_models, trainings
 

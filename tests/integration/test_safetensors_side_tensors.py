@@ -11,8 +11,8 @@ import torch
 import kt_sft
 from kt_sft import KTConfig
 from kt_sft.errors import UnsupportedModel
-from kt_sft.integrations.converting import open_source
-from kt_sft.integrations.merging import MergedCheckpoint
+from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
+from kt_sft.integrations.transformers.converting import open_source
 from kt_sft.models.spec import iter_routed_experts
 from tests.helpers import quantized_checkpoints, tiny_models
 

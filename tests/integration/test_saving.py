@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import kt_sft
 from kt_sft.errors import ConfigError
-from kt_sft.integrations import saving
+from kt_sft.integrations.transformers import saving
 from kt_sft.models.spec import iter_routed_experts
 from tests.helpers import tiny_models
 

@@ -17,7 +17,7 @@ from kt_sft.convert.plan import finished_manifest
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.formats.source_hash import ENDS_HASH, hash_source
-from kt_sft.integrations import gguf_model
+from kt_sft.integrations.gguf import model as gguf_model
 from tests.helpers import containers, gguf_models, tiny_models
 from tests.integration.test_containers import convert, logits
 from tests.integration.test_gguf_model import contents
@@ -99,7 +99,7 @@ def test_model_directory_without_experts_has_nothing_to_compare(made, caplog):
 def test_later_files_whose_digest_is_of_samples(made, caplog, monkeypatch):
     """Large files: an edit between the samples shows in the time, as a copy does."""
     source, packed = made
-    monkeypatch.setattr("kt_sft.integrations.packed_experts.is_complete", lambda size, how: False)
+    monkeypatch.setattr("kt_sft.sources.packed.is_complete", lambda size, how: False)
     os.utime(source / "model.safetensors", ns=(0, (packed / "manifest.json").stat().st_mtime_ns + 10**9))
     (line,) = said(caplog, source, packed)
     assert "model.safetensors was written after the container" in line and "kt-sft convert --verify" in line

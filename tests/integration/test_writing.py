@@ -23,10 +23,11 @@ from kt_sft.convert import plan
 from kt_sft.errors import ConfigError, KTError, OutputError
 from kt_sft.formats import disk, overwriting, staging
 from kt_sft.formats.packed import PackedContainer
-from kt_sft.integrations import merging
-from kt_sft.integrations.base_model import find_base_model
-from kt_sft.integrations.converting import convert_checkpoint
 from kt_sft.integrations.llamafactory import exporting, saving
+from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
+from kt_sft.integrations.merge.command import merge as merge_checkpoint
+from kt_sft.integrations.transformers.base_model import find_base_model
+from kt_sft.integrations.transformers.converting import convert_checkpoint
 from tests.helpers import adapters, kills, trainings
 
 LONG = "n" * 255
@@ -61,15 +62,15 @@ def convert(root: Path, model, out: Path) -> None:
 
 
 def merge(root: Path, model, out: Path) -> None:
-    merging.merge(root / "base", [root / "adapter"], out, "hf", bar)
+    merge_checkpoint(root / "base", [root / "adapter"], out, "hf", bar)
 
 
 def merge_gguf(root: Path, model, out: Path) -> None:
-    merging.merge(root / "base", [root / "adapter"], out, "gguf-bf16", bar)
+    merge_checkpoint(root / "base", [root / "adapter"], out, "gguf-bf16", bar)
 
 
 def export(root: Path, model, out: Path) -> None:
-    merged = merging.MergedCheckpoint(root / "base", [root / "adapter"])
+    merged = MergedCheckpoint(root / "base", [root / "adapter"])
     exporting.save_merged(merged, out, torch.bfloat16, 60_000)
 
 

@@ -14,8 +14,8 @@ import kt_sft
 from kt_sft import memory
 from kt_sft.errors import ConfigError, NotEnoughMemory
 from kt_sft.native import native
-from kt_sft.operator.staging import Key, Output, Staging
 from kt_sft.schedule import task_queue
+from kt_sft.transfer.staging import Key, Output, Staging
 from tests.helpers.layers import using_isa
 from tests.helpers.operators import (
     FORMAT_OF_METHOD,

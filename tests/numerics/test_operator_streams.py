@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kt_sft.operator import routes
-from kt_sft.operator.staging import Inputs, Key, Staging
+from kt_sft.transfer import routes
+from kt_sft.transfer.staging import Inputs, Key, Staging
 from tests.helpers.operators import inputs_of, loaded, problem_of
 
 
@@ -52,7 +52,7 @@ def test_a_stream_route_copies_inside_the_stream_and_waits_in_the_worker_only(mo
     cuda, staging = FakeCuda(), Staging()
     monkeypatch.setattr(routes.StreamRoute, "is_pinned", False)
     monkeypatch.setattr(
-        "kt_sft.operator.routes.Key", lambda *a, **k: Key(*a, **{**k, "is_pinned": False}), raising=True
+        "kt_sft.transfer.routes.Key", lambda *a, **k: Key(*a, **{**k, "is_pinned": False}), raising=True
     )
     monkeypatch.setattr(
         "kt_sft.operator.moe.route_of",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kt_sft.chat import MIN_TEMPERATURE, PromptError, Sampling
+from kt_sft.inference.backend import MIN_TEMPERATURE, PromptError, Sampling
 from kt_sft.integrations.llamafactory import chat
 from tests.helpers import tiny_models
 

@@ -11,7 +11,7 @@ import weakref
 import pytest
 from tokenizers import decoders
 
-from kt_sft.chat import Sampling
+from kt_sft.inference.backend import Sampling
 from kt_sft.serving.engine import Cancelled, Engine
 from kt_sft.serving.errors import RequestError
 from kt_sft.serving.text import TextStream

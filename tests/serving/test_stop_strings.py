@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from kt_sft.chat import Sampling
+from kt_sft.inference.backend import Sampling
 from kt_sft.serving.engine import Engine
 from kt_sft.serving.text import TextStream
 from tests.helpers.fake_chat import FakeChat

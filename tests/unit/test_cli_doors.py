@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 import kt_sft
 from kt_sft import cli, doctor
-from kt_sft.integrations import adapters, converting, merging
 from kt_sft.integrations.llamafactory import chat, planning
+from kt_sft.integrations.merge import command, inspecting
+from kt_sft.integrations.transformers import converting
 from tests.helpers import tiny_models
 from tests.helpers.llamafactory_runs import train_config
 
@@ -102,8 +103,8 @@ def test_version(work):
 @pytest.mark.parametrize(("words", "owner", "name"), [
     (["doctor"], doctor, "collect"), (RUN, planning, "plan_run"),
     ([*CONVERT, "MODEL"], converting, "convert_checkpoint"),
-    (["adapter", "inspect", "ADAPTER"], adapters, "inspect"), ([*MERGE, "OUT"], merging, "merge"),
-    (["adapter", "convert", "ADAPTER", "OUT", "--to", "vllm"], adapters, "open_with_base"),
+    (["adapter", "inspect", "ADAPTER"], inspecting, "inspect"), ([*MERGE, "OUT"], command, "merge"),
+    (["adapter", "convert", "ADAPTER", "OUT", "--to", "vllm"], inspecting, "open_with_base"),
     (["serve", "RUN"], chat, "load"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)])

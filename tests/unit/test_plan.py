@@ -18,7 +18,7 @@ from kt_sft.errors import GIB, ConfigError, FormatError
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory.planning import plan_run, read_run
 from kt_sft.integrations.llamafactory.run_file import read_config
-from kt_sft.integrations.transformers import load_model
+from kt_sft.integrations.transformers.loading import load_model
 from kt_sft.models.spec import find_experts, iter_routed_experts
 from kt_sft.native import native
 from kt_sft.placement.budget import TRAINED_BYTES, Run, memory_by_device

@@ -26,7 +26,7 @@ def program(monkeypatch):
 
 def test_every_warning_says_where_it_comes_from(program, capsys):
     program()
-    logging.getLogger("kt_sft.integrations.canary").warning("canary: step %d", 1)
+    logging.getLogger("kt_sft.integrations.canary.callback").warning("canary: step %d", 1)
     logging.getLogger("kt_sft.integrations.llamafactory.hook").warning("kt_sft: said already")
     logging.getLogger("kt_sft.cli").info("not shown")
     assert capsys.readouterr().err.splitlines() == ["kt_sft: canary: step 1", "kt_sft: said already"]

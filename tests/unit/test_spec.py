@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from kt_sft.errors import FormatError, UnsupportedModel
-from kt_sft.integrations.auto_class import auto_class
+from kt_sft.integrations.transformers.auto_class import auto_class
 from kt_sft.models.activations import activation_name
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.layout import ExpertsSpec

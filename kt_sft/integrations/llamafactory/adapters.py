@@ -20,7 +20,7 @@ from kt_sft.integrations.peft.targets import (
     expert_names,
     frozen_linears,
 )
-from kt_sft.integrations.unwrapped import plain_modules
+from kt_sft.integrations.peft.unwrapped import plain_modules
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from kt_sft.chat import MIN_TEMPERATURE, ModelFacts, PromptError, Sampling, ToolCall
 from kt_sft.errors import ConfigError
+from kt_sft.inference.backend import MIN_TEMPERATURE, ModelFacts, PromptError, Sampling, ToolCall
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory import autoload
 from kt_sft.integrations.llamafactory.args import adapter_paths
@@ -65,7 +65,7 @@ def load(config: dict[str, Any], *, model_name: str | None = None, prefill_chunk
 
 
 class LlamaFactoryChat:
-    """LLaMA-Factory's chat model; see `kt_sft.chat.ChatBackend`.
+    """LLaMA-Factory's chat model; see `kt_sft.inference.backend.ChatBackend`.
 
     Args:
         engine: LLaMA-Factory's HuggingfaceEngine.

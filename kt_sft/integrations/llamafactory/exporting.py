@@ -14,11 +14,12 @@ from torch import nn
 
 from kt_sft.errors import ConfigError
 from kt_sft.formats.overwriting import saved_into
-from kt_sft.integrations.base_model import meta_model
-from kt_sft.integrations.merging import MergedCheckpoint, write_merged
+from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
+from kt_sft.integrations.merge.safetensors import write_merged
 from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
-from kt_sft.integrations.progress import progress_bar
-from kt_sft.integrations.saving import parse_size
+from kt_sft.integrations.transformers.base_model import meta_model
+from kt_sft.integrations.transformers.saving import parse_size
+from kt_sft.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

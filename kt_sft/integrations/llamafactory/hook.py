@@ -19,7 +19,7 @@ from torch import nn
 
 from kt_sft import env
 from kt_sft.errors import ConfigError
-from kt_sft.integrations.gguf_model import is_gguf_model
+from kt_sft.integrations.gguf.model import is_gguf_model
 from kt_sft.integrations.llamafactory import (
     adapters,
     args,
@@ -36,13 +36,13 @@ from kt_sft.integrations.llamafactory import (
     resuming,
     trainer,
 )
-from kt_sft.integrations.model_files import drop_quantization
 from kt_sft.integrations.peft import limits
 from kt_sft.integrations.peft.adapter_dir import check_adapter, local_adapter_dir
 from kt_sft.integrations.peft.injecting import has_experts
 from kt_sft.integrations.peft.reloading import bare_twin
-from kt_sft.integrations.placing import plan_checkpoint
-from kt_sft.integrations.transformers import check_model, from_gguf, quantization_config
+from kt_sft.integrations.transformers.loading import check_model, from_gguf, quantization_config
+from kt_sft.integrations.transformers.model_files import drop_quantization
+from kt_sft.integrations.transformers.placing import plan_checkpoint
 from kt_sft.placement import inject
 
 logger = logging.getLogger(__name__)

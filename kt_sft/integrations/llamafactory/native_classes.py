@@ -1,4 +1,4 @@
-"""transformers' own classes for the models that it knows, in LLaMA-Factory's loader; see `integrations.auto_class`."""
+"""transformers' own classes, in LLaMA-Factory's loader, for models it knows; see `transformers.auto_class` beside."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from kt_sft.integrations.auto_class import errors_in_one_line, has_native_class, read_auto_config
 from kt_sft.integrations.llamafactory import autoload
+from kt_sft.integrations.transformers.auto_class import errors_in_one_line, has_native_class, read_auto_config
 
 
 def patch_loader(loader: ModuleType, is_active: Callable[[Any], bool]) -> None:

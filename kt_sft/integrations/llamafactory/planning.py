@@ -24,18 +24,17 @@ from kt_sft.adapters.forms import open_adapter
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations.base_model import describe
-from kt_sft.integrations.expert_sources import open_experts, weight_formats
-from kt_sft.integrations.gguf_model import is_gguf_model
-from kt_sft.integrations.gguf_model import read_config as read_gguf_config
-from kt_sft.integrations.linears import plain_linears
+from kt_sft.integrations.gguf.model import is_gguf_model
+from kt_sft.integrations.gguf.model import read_config as read_gguf_config
 from kt_sft.integrations.llamafactory import args, peer_keys, value_types
 from kt_sft.integrations.llamafactory.run_file import read_config as read_run_file
-from kt_sft.integrations.model_files import check_config_file, find_config_file
 from kt_sft.integrations.peft.adapter_dir import local_adapter_dir
 from kt_sft.integrations.peft.targets import expert_targets, prepare_lora_config
-from kt_sft.integrations.placing import check_dtype, meta_model, plan_model, read_config
-from kt_sft.integrations.transformers import swap_experts
+from kt_sft.integrations.transformers.base_model import describe
+from kt_sft.integrations.transformers.linears import plain_linears
+from kt_sft.integrations.transformers.model_files import check_config_file, find_config_file
+from kt_sft.integrations.transformers.placing import check_dtype, meta_model, plan_model, read_config
+from kt_sft.integrations.transformers.swapping import swap_experts
 from kt_sft.models.expert_keys import PROJECTIONS
 from kt_sft.models.spec import ExpertsSpec, find_experts
 from kt_sft.native import native
@@ -43,6 +42,7 @@ from kt_sft.nn.routed_experts import WeightFormats
 from kt_sft.placement.budget import DeviceMemory, Run, memory_by_device
 from kt_sft.placement.plan import LINEAR, MODULE, Plan, groups
 from kt_sft.placement.rules import DEVICE_TYPES
+from kt_sft.sources.opening import open_experts, weight_formats
 
 logger = logging.getLogger(__name__)
 

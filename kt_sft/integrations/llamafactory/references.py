@@ -18,10 +18,10 @@ from torch import nn
 from kt_sft import env
 from kt_sft.errors import ConfigError, KTError
 from kt_sft.formats.packed import is_container
-from kt_sft.integrations.gguf_model import is_gguf_model
+from kt_sft.integrations.gguf.model import is_gguf_model
 from kt_sft.integrations.llamafactory import args, autoload
-from kt_sft.integrations.memory_check import bytes_outside_experts, check_memory_of_all, memory_needed
-from kt_sft.integrations.model_files import find_config_file, read_config_file
+from kt_sft.integrations.transformers.memory_check import bytes_outside_experts, check_memory_of_all, memory_needed
+from kt_sft.integrations.transformers.model_files import find_config_file, read_config_file
 from kt_sft.memory import MemoryEstimate
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.routed_experts import WeightFormats

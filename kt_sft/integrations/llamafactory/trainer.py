@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from kt_sft.errors import ConfigError
-from kt_sft.integrations.canary import Canary
+from kt_sft.integrations.canary.callback import Canary
 from kt_sft.integrations.llamafactory import disk, interrupts, resuming, saving
 
 _METHODS = ("train", "save_model", "_save", "_save_checkpoint", "_load_optimizer_and_scheduler")

@@ -23,7 +23,6 @@ from kt_sft.adapters.plain import LinearReader
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
 from kt_sft.formats.json_object import read_object
-from kt_sft.integrations.base_model import describe
 from kt_sft.integrations.peft.targets import (
     RUNNING_FORM,
     SIDE_FILE,
@@ -31,7 +30,8 @@ from kt_sft.integrations.peft.targets import (
     effective_rank,
     expert_targets,
 )
-from kt_sft.integrations.unwrapped import plain_modules, plain_name
+from kt_sft.integrations.peft.unwrapped import plain_modules, plain_name
+from kt_sft.integrations.transformers.base_model import describe
 from kt_sft.models.layout import ExpertsSpec
 from kt_sft.models.spec import iter_routed_experts
 

@@ -17,7 +17,7 @@ from kt_sft import env
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.peft.names import LORA_LAYERS
 from kt_sft.integrations.peft.targets import expert_names, expert_targets
-from kt_sft.integrations.unwrapped import plain_modules, plain_name, without_adapter
+from kt_sft.integrations.peft.unwrapped import plain_modules, plain_name, without_adapter
 from kt_sft.models.spec import iter_routed_experts
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from torch import nn
 from kt_sft.adapters import kinds
 from kt_sft.adapters.forms import open_adapter
 from kt_sft.adapters.peft_config import RESIDUAL
-from kt_sft.integrations.base_model import describe
 from kt_sft.integrations.peft.adapter_dir import read_adapter_config
 from kt_sft.integrations.peft.outside import RouterLinear
-from kt_sft.integrations.unwrapped import plain_name
+from kt_sft.integrations.peft.unwrapped import plain_name
+from kt_sft.integrations.transformers.base_model import describe
 from kt_sft.models.spec import iter_routed_experts
 
 

@@ -21,8 +21,8 @@ from kt_sft.integrations.peft.adapter_dir import (
     read_adapter_config,
 )
 from kt_sft.integrations.peft.injecting import requesting
-from kt_sft.integrations.transformers import swap_experts
-from kt_sft.integrations.unwrapped import plain_name
+from kt_sft.integrations.peft.unwrapped import plain_name
+from kt_sft.integrations.transformers.swapping import swap_experts
 from kt_sft.models.spec import iter_routed_experts
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -24,7 +24,7 @@ from kt_sft.adapters.patterns import Patterns
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.integrations.peft import names
-from kt_sft.integrations.unwrapped import plain_modules, plain_name
+from kt_sft.integrations.peft.unwrapped import plain_modules, plain_name
 from kt_sft.models.spec import find_routers, iter_routed_experts
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import Tensor
 import kt_sft
 from kt_sft.adapters import forms
 from kt_sft.adapters.model import Adapter
-from kt_sft.integrations.base_model import find_base_model
+from kt_sft.integrations.transformers.base_model import find_base_model
 from tests.fuzz.case import Door, Subject
 from tests.fuzz.documents import Document, Json, Tensors, TorchArchive
 from tests.fuzz.gguf_document import Gguf

@@ -25,7 +25,7 @@ from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, PackedContainer
 from kt_sft.formats.quantized_index import QuantizedIndex, read_quantization
 from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME, SafetensorsIndex
-from kt_sft.integrations.model_files import open_checkpoint
+from kt_sft.integrations.transformers.model_files import open_checkpoint
 from tests.fuzz.case import Door, Subject
 from tests.fuzz.documents import Json, Lines, Plain, Tensors, TorchArchive
 from tests.fuzz.gguf_document import Gguf, parse

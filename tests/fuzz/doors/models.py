@@ -18,10 +18,10 @@ import kt_sft
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_config import model_config
 from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME, SafetensorsIndex
-from kt_sft.integrations.gguf_model import model_directory
-from kt_sft.integrations.gguf_tokenizer import read_tokenizer
+from kt_sft.integrations.gguf.model import model_directory
+from kt_sft.integrations.gguf.tokenizer import read_tokenizer
 from kt_sft.integrations.llamafactory.planning import plan_run, read_run
-from kt_sft.integrations.transformers import check_model
+from kt_sft.integrations.transformers.loading import check_model
 from kt_sft.placement.resolve import resolve
 from kt_sft.placement.rules import load_rules
 from tests.fuzz.case import NAMED, Door, Subject

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kt_sft.errors import UnsupportedModel
-from kt_sft.integrations import gguf_tokenizer as kinds
-from kt_sft.integrations.auto_class import errors_in_one_line
+from kt_sft.integrations.gguf import tokenizer as kinds
+from kt_sft.integrations.transformers.auto_class import errors_in_one_line
 
 _REMEDY = "merge into hf and convert that with llama.cpp's own script"
 # What the ways to cut text differ in: digits, contractions, line breaks, other scripts, punctuation before letters.

@@ -12,8 +12,14 @@ from kt_sft import env
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
 from kt_sft.formats.config_values import check_values
-from kt_sft.integrations.auto_class import HUB_ARGS, auto_class, config_file, errors_in_one_line, read_auto_config
-from kt_sft.integrations.model_files import check_config_file, drop_quantization, find_config_file
+from kt_sft.integrations.transformers.auto_class import (
+    HUB_ARGS,
+    auto_class,
+    config_file,
+    errors_in_one_line,
+    read_auto_config,
+)
+from kt_sft.integrations.transformers.model_files import check_config_file, drop_quantization, find_config_file
 from kt_sft.placement.inject import check_devices
 from kt_sft.placement.plan import Plan
 from kt_sft.placement.resolve import NO_RULES, resolve

@@ -17,12 +17,12 @@ from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.packed_manifest import Manifest
-from kt_sft.integrations.base_model import meta_model
-from kt_sft.integrations.expert_sources import ExpertSource, open_experts, open_weight_path
-from kt_sft.integrations.gguf_experts import GgufExperts
-from kt_sft.integrations.model_files import check_config_file, find_config_file
-from kt_sft.integrations.native_settings import prepare_native
+from kt_sft.integrations.transformers.base_model import meta_model
+from kt_sft.integrations.transformers.model_files import check_config_file, find_config_file
 from kt_sft.models.spec import find_experts
+from kt_sft.runtime import prepare_native
+from kt_sft.sources.gguf import GgufExperts
+from kt_sft.sources.opening import ExpertSource, open_experts, open_weight_path
 
 if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec

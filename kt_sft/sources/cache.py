@@ -13,13 +13,13 @@ from kt_sft.convert.plan import name_of, plan_conversion
 from kt_sft.convert.run import convert
 from kt_sft.errors import OutputError
 from kt_sft.formats.packed_manifest import WEIGHT_FORMATS
-from kt_sft.integrations.packed_experts import PackedExperts
-from kt_sft.integrations.progress import progress_bar
+from kt_sft.progress import progress_bar
+from kt_sft.sources.packed import PackedExperts
 
 if TYPE_CHECKING:
     from kt_sft.config import KTConfig
-    from kt_sft.integrations.expert_sources import ExpertSource
     from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.sources.opening import ExpertSource
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from kt_sft.formats.config_values import check_values
 from kt_sft.formats.json_object import read_object
 from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
 from kt_sft.formats.safetensors_index import SafetensorsIndex
-from kt_sft.integrations.auto_class import HUB_ARGS, errors_in_one_line, read_auto_config
+from kt_sft.integrations.transformers.auto_class import HUB_ARGS, errors_in_one_line, read_auto_config
 
 _LAYERS_IN_A_SECOND = 96
 _NUMBER = re.compile(r"\.(\d{1,9})\.")

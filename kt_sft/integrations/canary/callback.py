@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 
 from kt_sft import env
 from kt_sft.errors import InertAdapter
-from kt_sft.integrations.canary_parts import Part, find_parts, resting_parameters
-from kt_sft.integrations.canary_probe import Comparison, amplified, expert_ids, switched_off, undisturbed
+from kt_sft.integrations.canary.parts import Part, find_parts, resting_parameters
+from kt_sft.integrations.canary.probe import Comparison, amplified, expert_ids, switched_off, undisturbed
 from kt_sft.integrations.peft.injecting import has_experts
 from kt_sft.models.spec import iter_routed_experts
 

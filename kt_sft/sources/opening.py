@@ -18,12 +18,12 @@ from kt_sft.formats.gguf import SUFFIX, GgufIndex
 from kt_sft.formats.packed import PackedContainer, is_container
 from kt_sft.formats.quantized_index import QuantizedIndex
 from kt_sft.formats.tensor_errors import INCOMPLETE
-from kt_sft.integrations.expert_files import SafetensorsExperts
-from kt_sft.integrations.gguf_experts import GgufExperts
-from kt_sft.integrations.model_files import gguf_sources, open_checkpoint
-from kt_sft.integrations.packed_experts import PackedExperts
-from kt_sft.integrations.progress import progress_bar
+from kt_sft.integrations.transformers.model_files import gguf_sources, open_checkpoint
 from kt_sft.models.expert_keys import KeyMap
+from kt_sft.progress import progress_bar
+from kt_sft.sources.gguf import GgufExperts
+from kt_sft.sources.packed import PackedExperts
+from kt_sft.sources.safetensors import SafetensorsExperts
 
 if TYPE_CHECKING:
     from kt_sft.config import KTConfig

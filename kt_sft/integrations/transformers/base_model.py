@@ -17,9 +17,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from kt_sft.adapters.model import BaseModel
 from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations import gguf_model, placing
-from kt_sft.integrations.model_files import find_config_file, read_config_file
-from kt_sft.integrations.unwrapped import is_of_adapter, plain_modules, plain_name
+from kt_sft.integrations.gguf import model as gguf_model
+from kt_sft.integrations.peft.unwrapped import is_of_adapter, plain_modules, plain_name
+from kt_sft.integrations.transformers import placing
+from kt_sft.integrations.transformers.model_files import find_config_file, read_config_file
 from kt_sft.models.expert_keys import KeyMap, LayerSource
 from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
 from kt_sft.nn.packed_linear import PackedLinear

@@ -6,36 +6,27 @@ type that is written; memory is that of one tensor's part, one layer's adapter f
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kt_sft.adapters.changes import Changes, same
-from kt_sft.adapters.forms import base_name, open_adapter
+from kt_sft.adapters.forms import open_adapter
 from kt_sft.adapters.model import BaseModel, Lora
 from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
 from kt_sft.formats.finite import is_finite
 from kt_sft.formats.quantized_index import FLOAT_DTYPES, QuantizedIndex
-from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME
-from kt_sft.formats.safetensors_writer import TORCH_NAMES, PlannedTensor, write
-from kt_sft.formats.staging import new_path
-from kt_sft.integrations.base_model import default_name, describe, meta_model
-from kt_sft.integrations.expert_files import READABLE
-from kt_sft.integrations.model_files import open_checkpoint, untie
+from kt_sft.formats.safetensors_writer import TORCH_NAMES, PlannedTensor
+from kt_sft.integrations.transformers.base_model import describe, meta_model
+from kt_sft.integrations.transformers.model_files import open_checkpoint
 from kt_sft.models.expert_keys import PROJECTIONS, ExpertPart, KeyMap
+from kt_sft.sources.safetensors import READABLE
 
 logger = logging.getLogger(__name__)
-
-# what, total -> context that gives the function to call: (done, total, name)
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int, str], None]]]
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 _DAMAGED = "the checkpoint is damaged; download it again"
@@ -285,106 +276,3 @@ class MergedCheckpoint:
 def _wide(weight: Tensor) -> Tensor:
     """What deltas are added to: f32, or f64 of a weight in f64."""
     return weight if weight.dtype == torch.float64 else weight.float()
-
-
-def write_merged(
-    merged: MergedCheckpoint,
-    folder: Path,
-    bar: Bar,
-    dtype: torch.dtype | None = None,
-    limit_bytes: int | None = None,
-) -> None:
-    """Weights shard by shard, the source's config and whatever else lies beside.
-
-    Args:
-        dtype: of the weights; None: as each is stored, quantised ones in bf16.
-        limit_bytes: of a shard, but for single tensors that are larger; None: shards as the source has them.
-    """
-    shards = merged.shards() if limit_bytes is None else merged.shards_of(limit_bytes, dtype)
-    names = list(shards) if len(shards) > 1 else [SINGLE_NAME]
-    weight_map: dict[str, str] = {}
-    total = 0
-    with bar("Merging", len(merged.keys)) as move:
-        done = 0
-        for name, keys in zip(names, shards.values(), strict=True):
-            plan = [merged.planned(key, dtype) for key in keys]
-
-            def pieces(keys: list[str] = keys, before: int = done) -> Iterator[Tensor]:
-                for number, key in enumerate(keys, 1):
-                    yield from merged.pieces(key, merged.dtype(key, dtype))
-                    move(before + number, len(merged.keys), key)
-
-            write(folder / name, plan, pieces())
-            merged.index.close()
-            done += len(keys)
-            total += sum(tensor.num_bytes for tensor in plan)
-            weight_map |= dict.fromkeys(keys, name)
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    copy_beside(merged.folder, folder, dtype, is_untied=merged.is_untied)
-
-
-def copy_beside(source: Path, folder: Path, dtype: torch.dtype | None = None, *, is_untied: bool = False) -> None:
-    """config.json, without the quantisation that is gone, and the other small files of a model directory.
-
-    Args:
-        is_untied: whether the head is no longer the embedding.
-    """
-    for path in sorted(source.iterdir()):
-        is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
-    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    for part in (values, values.get("text_config")):
-        if isinstance(part, dict):
-            part.pop("quantization_config", None)
-            for name in ("dtype", "torch_dtype"):
-                if dtype is not None and name in part:
-                    part[name] = str(dtype).removeprefix("torch.")
-    if is_untied:
-        untie(values)
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def merge(
-    model: str | os.PathLike[str] | None,
-    adapters: Sequence[str | os.PathLike[str]],
-    output: Path,
-    to: str,
-    bar: Bar,
-    *,
-    trust_remote_code: bool = False,
-) -> Path:
-    """Merge adapters into a checkpoint and write the result, aside and then renamed.
-
-    Args:
-        model: directory of the base model; None: the one that the first adapter names.
-        to: `hf`, `gguf-q8_0` or `gguf-bf16`.
-        trust_remote_code: whether code beside the model's config.json may run.
-    Raises:
-        KTError: see `MergedCheckpoint`, `new_path` and `gguf_merging.write_gguf`.
-    """
-    from kt_sft.integrations.gguf_merging import KINDS, gguf_plan
-
-    if to != "hf" and to not in KINDS:
-        raise ConfigError(f"to: expected hf, {' or '.join(KINDS)}, found {to!r}")
-    if model is None:
-        model = default_name(base_name(adapters[0]), Path(adapters[0]))
-        if model is None:
-            raise ConfigError(f"{adapters[0]}: names no base model; name its directory with --model")
-        if not Path(model).is_dir():
-            raise ConfigError(
-                f"{adapters[0]}: base model {model}: expected a directory, looked for in {os.getcwd()} and in the "
-                "directories above the adapter, found none; name its directory with --model"
-            )
-    merged = MergedCheckpoint(model, adapters, trust_remote_code=trust_remote_code)
-    if to == "hf":
-        with new_path(output, is_file=False, needed_bytes=merged.num_bytes()) as staging:
-            write_merged(merged, staging, bar)
-        return output
-    target = output if output.suffix == ".gguf" else output / f"{Path(model).name}-{to.removeprefix('gguf-')}.gguf"
-    file = gguf_plan(merged, KINDS[to])
-    with new_path(target, is_file=True, needed_bytes=file.num_bytes) as staging:
-        file.write(staging, bar)
-    return target

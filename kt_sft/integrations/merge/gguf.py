@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,10 @@ from kt_sft.formats.gguf_encode import encode, type_for
 from kt_sft.formats.gguf_export import model_metadata
 from kt_sft.formats.gguf_names import ARCHITECTURES, block_name, layer_of, permute
 from kt_sft.formats.gguf_writer import PlannedGguf, write
-from kt_sft.integrations.gguf_tokenizer_writer import tokenizer_metadata
+from kt_sft.integrations.gguf.tokenizer_writer import tokenizer_metadata
+from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.models.expert_keys import PROJECTIONS
-
-if TYPE_CHECKING:
-    from kt_sft.integrations.merging import Bar, MergedCheckpoint
+from kt_sft.progress import Bar
 
 KINDS = {"gguf-q8_0": "Q8_0", "gguf-bf16": "BF16"}
 _SLICE = 1 << 22  # numbers that are encoded at a time

@@ -8,7 +8,7 @@ from kt_sft.adapters.forms import adapter_file, base_name, open_adapter
 from kt_sft.adapters.model import Adapter
 from kt_sft.adapters.report import Report, begin_report, complete_report
 from kt_sft.errors import KTError
-from kt_sft.integrations.base_model import default_name, find_base_model
+from kt_sft.integrations.transformers.base_model import default_name, find_base_model
 
 
 def open_with_base(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kt_sft.errors import UnsupportedHardware
-from kt_sft.operator.staging import Inputs, Key, Output, Staging
+from kt_sft.transfer.staging import Inputs, Key, Output, Staging
 
 
 class Route(Protocol):

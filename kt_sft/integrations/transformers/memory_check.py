@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from kt_sft import env, memory
 from kt_sft.formats.packed import is_container
-from kt_sft.integrations.packed_experts import copies
-from kt_sft.integrations.weight_cache import uses_cache
 from kt_sft.native import native
+from kt_sft.sources.cache import uses_cache
+from kt_sft.sources.packed import copies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -27,12 +27,12 @@ from kt_sft.formats.safetensors_index import SINGLE_NAME
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
 from kt_sft.formats.source_hash import hash_source
 from kt_sft.formats.staging import new_path
-from kt_sft.integrations.auto_class import errors_in_one_line
-from kt_sft.integrations.gguf_experts import GgufExperts
-from kt_sft.integrations.gguf_tokenizer import read_tokenizer
-from kt_sft.integrations.model_files import GGUF_SOURCES
+from kt_sft.integrations.gguf.tokenizer import read_tokenizer
+from kt_sft.integrations.transformers.auto_class import errors_in_one_line
+from kt_sft.integrations.transformers.model_files import GGUF_SOURCES
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.spec import find_experts
+from kt_sft.sources.gguf import GgufExperts
 
 logger = logging.getLogger(__name__)
 

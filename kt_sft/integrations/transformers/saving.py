@@ -20,8 +20,8 @@ from kt_sft.formats.finite import is_finite
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
 from kt_sft.formats.safetensors_writer import PlannedTensor, write
-from kt_sft.integrations.base_model import expert_shapes
-from kt_sft.integrations.model_files import untie
+from kt_sft.integrations.transformers.base_model import expert_shapes
+from kt_sft.integrations.transformers.model_files import untie
 from kt_sft.models.expert_keys import ExpertPart, KeyMap
 from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
 from kt_sft.nn.packed_linear import has_rounded_linears, saving_packed_weights

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from transformers.utils import logging as hf_logging
+
+# what, total -> context that gives the function to call: (done, total, name)
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int, str], None]]]
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from kt_sft.errors import NonFinite
 from kt_sft.formats.gguf import GgufIndex, dequantize
 from kt_sft.formats.gguf_expert_tensors import GgufLayer, Matrices, find_experts
 from kt_sft.formats.gguf_names import layer_of
-from kt_sft.integrations.expert_files import UnchangedFiles
 from kt_sft.native import native
 from kt_sft.nn.routed_experts import check_finite
+from kt_sft.sources.safetensors import UnchangedFiles
 
 if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec

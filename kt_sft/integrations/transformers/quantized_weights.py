@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from kt_sft.errors import UnsupportedModel
 from kt_sft.formats.quantized_index import QuantizedIndex
-from kt_sft.integrations.model_files import open_checkpoint
+from kt_sft.integrations.transformers.model_files import open_checkpoint
 from kt_sft.models.expert_keys import KeyMap
 
 if TYPE_CHECKING:

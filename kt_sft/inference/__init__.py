@@ -1,0 +1,1 @@
+"""What answers requests, apart from the protocols of a server."""

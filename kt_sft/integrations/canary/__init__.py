@@ -1,0 +1,1 @@
+"""Does what is meant to train really train."""

@@ -1,0 +1,1 @@
+"""Model directories made of GGUF files, and the way back."""

@@ -1,0 +1,1 @@
+"""Models of transformers: loading, checking, saving, converting them with the experts kept apart."""

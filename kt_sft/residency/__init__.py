@@ -1,0 +1,1 @@
+"""Which expert lies where."""

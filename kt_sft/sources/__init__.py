@@ -1,0 +1,1 @@
+"""Where experts come from: one protocol over every kind of file, and over tensors."""

@@ -1,0 +1,1 @@
+"""Copies between devices: staging memory, streams, events."""

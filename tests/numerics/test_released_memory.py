@@ -1,0 +1,93 @@
+"""Tensors whose memory was released or cut since: refused before anything reads it, at every door of the operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kt_sft.native import native
+from kt_sft.nn.packed_linear import PackedLinear, pack_linear
+from kt_sft.operator.weights import LayerSizes, TensorExperts
+from kt_sft.ops.linear import packed_linear
+from kt_sft.ops.moe import NO_LORA, MoeCall, moe
+
+EXPERTS, HIDDEN, INTER, RANK = 3, 64, 32, 2
+
+
+@pytest.fixture(scope="module")
+def layer():
+    layer = native().MoeLayer(EXPERTS, HIDDEN, INTER)
+    gate, up, down = torch.randn(INTER, HIDDEN), torch.randn(INTER, HIDDEN), torch.randn(HIDDEN, INTER)
+    for expert in range(EXPERTS):
+        layer.load_expert(expert, gate.bfloat16(), up.bfloat16(), down.bfloat16())
+    return layer
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "x": torch.randn(5, HIDDEN),
+        "topk_ids": torch.randint(0, EXPERTS, (5, 2)).int(),
+        "topk_weights": torch.rand(5, 2).double(),
+    }
+
+
+def release(tensor: torch.Tensor, how: str) -> torch.Tensor:
+    tensor = tensor[:, ::2] if how == "cut, strided" else tensor
+    storage = tensor.untyped_storage()
+    storage.resize_(0 if how == "released" else storage.nbytes() - 2 * tensor.element_size())
+    return tensor
+
+
+HOW = ["released", "cut", "cut, strided"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", ["x", "topk_ids", "topk_weights"])
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_inputs_of_the_experts(layer, name, how, wants_grad):
+    given = inputs()
+    given[name] = release(given[name], how)
+    weights = given["topk_weights"].requires_grad_() if wants_grad and name != "topk_weights" else given["topk_weights"]
+    with pytest.raises(ValueError, match=rf"^{name}: expected \d+ bytes of memory for .*, found \d+; it was released"):
+        moe(given["x"], given["topk_ids"], weights, NO_LORA, MoeCall(layer, retain=True, chunk_size=4))
+
+
+def test_a_lora_factor(layer):
+    lora = [torch.randn(EXPERTS, RANK, n).double() for n in (HIDDEN, INTER, HIDDEN, INTER, INTER, HIDDEN)]
+    lora[3] = release(lora[3], "released")
+    with pytest.raises(ValueError, match="^lora: expected .* found 0; it was released"):
+        moe(*inputs().values(), tuple(lora), MoeCall(layer, scales=(1.0, 1.0, 1.0), retain=True, chunk_size=4))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_linear_layers(how):
+    linear = nn.Linear(HIDDEN, INTER, bias=False).bfloat16()
+    pack_linear(linear, "bf16")
+    assert isinstance(linear, PackedLinear)
+    with pytest.raises(ValueError, match="^x: expected .*; it was released"):
+        packed_linear(release(torch.randn(3, 2 * HIDDEN if "strided" in how else HIDDEN), how), linear.layer)
+
+
+def test_a_weight_that_is_to_be_packed():
+    linear = nn.Linear(HIDDEN, INTER, bias=False).bfloat16()
+    linear.weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="^weight: expected .*; it was released"):
+        pack_linear(linear, "bf16")
+
+
+def test_views_of_few_bytes_are_none_of_them(layer):
+    given = inputs()
+    given["x"] = torch.randn(1, HIDDEN).expand(5, HIDDEN)
+    out = moe(*given.values(), NO_LORA, MoeCall(layer, retain=False, chunk_size=4))
+    given["x"] = given["x"].contiguous()
+    assert torch.equal(out, moe(*given.values(), NO_LORA, MoeCall(layer, retain=False, chunk_size=4)))
+
+
+def test_experts_in_tensors_of_a_caller():
+    gate, up, down = (torch.randn(EXPERTS, n, k) for n, k in ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER)))
+    experts = TensorExperts(gate, up, down, LayerSizes(0, EXPERTS, HIDDEN, INTER))
+    up.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="^up_proj: expected .*; it was released"):
+        experts.read("", 1)
