@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 import kt_sft
 from kt_sft import KTConfig
-from kt_sft.integrations.transformers.converting import convert_checkpoint
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.native import native
 from tests.helpers import tiny_models
+from tests.integration.test_containers import convert
 
 INTER, HIDDEN, POOLS = 200, 48, 3  # four units of 64 columns in three shards, the last of which ends inside a tile
 
@@ -27,16 +26,12 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(source, tmp_path_factory):
-    @contextmanager
-    def no_bar(what, total):
-        yield lambda done, all_, layer: None
-
     root, made = tmp_path_factory.mktemp("containers"), {}
 
     def get(method):
         if method not in made:
             made[method] = root / method
-            convert_checkpoint(source, made[method], KTConfig(method=method), bar=no_bar)
+            convert(source, made[method], method)
         return made[method]
 
     return get
