@@ -56,7 +56,7 @@ class OurLayer:
         twin._settings = self._settings
         activations = rows or self.experts.expert_activations
         twin.experts = RoutedExperts(self.experts.spec, expert_activations=activations, **self._settings)
-        twin.experts.layer = self.experts.layer
+        twin.experts.store, twin.experts.layer = self.experts.store, self.experts.layer
         twin._bind_lora(layer)
         return twin
 

@@ -31,7 +31,7 @@ def own_bytes(shape: LayerShape, weight_format: str) -> float:
 def packed_ratio(library: object, shape: LayerShape, weight_format: str) -> float:
     """Packed bytes of a whole layer / own bytes."""
     sizes = (shape.num_experts, shape.hidden, shape.inter)
-    return library.MoeLayer.packed_bytes_for(*sizes, weight_format, GROUP_SIZE) / own_bytes(shape, weight_format)
+    return library.ExpertStore.packed_bytes_for(*sizes, weight_format, GROUP_SIZE) / own_bytes(shape, weight_format)
 
 
 def load_peak_ratios(shape: LayerShape) -> dict[str, float]:

@@ -73,7 +73,8 @@ class KTConfig:
         weight_path: where the experts are read from: a checkpoint directory, a GGUF file (any file of a split one, or
             the directory of it) or a container (`kt-sft convert`); None: the model's own directory.
         weight_load: how a container is used: `mmap` computes in the mapped files, whose pages all processes share,
-            `copy` copies them to the memory of the NUMA nodes; `auto` maps where there is one node.
+            `copy` copies them to the memory of the NUMA nodes; `auto` maps where there is one group of threads, and
+            copies to several.
         weight_cache: directory of containers: the first load of a checkpoint writes one there, later ones use it; None:
             experts are packed anew at every load.
         cpu_linear: kernels for the frozen linear layers that live on the CPU: `auto` (bf16 where that is faster than

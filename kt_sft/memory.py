@@ -90,7 +90,7 @@ def needed(
         formats: by module name.
         group: weights that share a scale in int4 and rawint4.
     """
-    packed_bytes = native().MoeLayer.packed_bytes_for
+    packed_bytes = native().ExpertStore.packed_bytes_for
     sizes = [
         packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], group) for name, spec in specs.items()
     ]

@@ -21,18 +21,18 @@ class ExpertSlot(RoutedExperts):
 
     def __init__(self, spec: ExpertsSpec, format: str, group: int):
         super().__init__(dataclasses.replace(spec, num_experts=1), formats=format, group_size=group or 32)
-        self._blobs = tuple(map(_aligned, self.layer.blob_bytes))
+        self._blobs = tuple(map(_aligned, self.store.blob_bytes))
         into, out = (spec.inter, spec.hidden), (spec.hidden, spec.inter)
         self._unpacked = tuple(torch.empty(shape) for shape in (into, into, out))
 
     def export(self) -> tuple[np.ndarray, ...]:
         """The bytes of gate, up and down; overwritten by the next call."""
-        self.layer.export_expert(0, *self._blobs)
+        self.store.export_expert(0, *self._blobs)
         return self._blobs
 
     def errors(self, truth: Matrices) -> tuple[float, ...]:
         """rel-L2 of what is held against `truth` (bf16), for gate, up and down."""
-        self.layer.unpack_expert(0, *self._unpacked, dtype="f32")
+        self.store.unpack_expert(0, *self._unpacked, dtype="f32")
         return tuple(_rel_l2(held, want) for held, want in zip(self._unpacked, truth))
 
 

@@ -36,7 +36,7 @@ def verify(
         if slot is None or name != held:
             slot, held = ExpertSlot(specs[name], manifest.format, manifest.group), name
             source.close()
-        slot.layer.copy_expert(0, *container.blobs(name, expert))
+        slot.store.copy_expert(0, *container.blobs(name, expert))
         blobs = manifest.layers[name].experts[expert]
         for projection, blob, error in zip(PROJECTIONS, blobs, slot.errors(source.read(name, expert))):
             # Sums of another order (threads) move the last digits; other weights move all, and NaN is within no bound.

@@ -39,7 +39,7 @@ class RoutedExperts(nn.Module):
         dtype: that the placeholders show to PEFT.
 
     `gate_up_proj` and `down_proj`, shaped as in the module that this one replaces, are placeholders of one element with
-    stride zero: they tell other libraries the shapes, the weights live packed in the native layer. Biases, where the
+    stride zero: they tell other libraries the shapes, the weights live packed in the native store. Biases, where the
     family has them, are ordinary frozen parameters that transformers loads and saves.
     """
 
@@ -66,7 +66,8 @@ class RoutedExperts(nn.Module):
         self._fixed = MoeSettings(chunk_size=chunk_size, retain=cpu_activation == "retain")
         self._settings: dict[tuple[str, float], MoeSettings] = {}
         sizes = (spec.num_experts, spec.hidden, spec.inter)
-        self.layer = native().MoeLayer(*sizes, formats, spec.activation, group_size, spec.alpha, spec.limit)
+        self.store = native().ExpertStore(*sizes, formats, group_size)
+        self.layer = native().MoeLayer(self.store, spec.activation, spec.alpha, spec.limit)
         self.lora: ExpertLora | None = None
         self.deferral: Deferral | None = None
         self._origins: dict[int, Callable[[], Matrices]] = {}
@@ -97,7 +98,7 @@ class RoutedExperts(nn.Module):
             NonFinite: NaN or infinity in bf16 weights; the kernels' own check of blocks is a ValueError.
         """
         check_finite(gate, up, down)
-        self.layer.load_expert(index, gate, up, down)
+        self.store.load_expert(index, gate, up, down)
         (self._stored.add if is_stored else self._stored.discard)(index)
         self._origins.pop(index, None)
         if origin is not None and not self.is_exact and not is_stored:
@@ -115,7 +116,7 @@ class RoutedExperts(nn.Module):
             NonFinite: NaN or infinity among the scales.
         """
         check_finite(gate[1], up[1], down[1])
-        self.layer.load_expert_int4(index, gate, up, down)
+        self.store.load_expert_int4(index, gate, up, down)
         self._origins.pop(index, None)
         self._stored.add(index)
 
@@ -127,13 +128,12 @@ class RoutedExperts(nn.Module):
         copy: bool,
         origin: Callable[[], Matrices] | None = None,
     ) -> None:
-        """Takes gate, up and down as a layer of this format exports them, each aligned to 64 bytes.
+        """Takes gate, up and down as a store of this format exports them, each aligned to 64 bytes.
 
         Args:
-            copy: into node-local memory; otherwise they are used where they are and must not change, and the layer
-                must have one shard.
+            copy: into node-local memory; otherwise they are used where they are and must not change.
         """
-        (self.layer.copy_expert if copy else self.layer.map_expert)(index, *blobs)
+        (self.store.copy_expert if copy else self.store.map_expert)(index, *blobs)
         self._origins.pop(index, None)
         self._stored.discard(index)
         if origin is not None and not self.is_exact:
@@ -144,7 +144,7 @@ class RoutedExperts(nn.Module):
         kind = {"dtype": torch.bfloat16, "device": "cpu"}
         gate, up = (torch.empty(self.intermediate_dim, self.hidden_dim, **kind) for _ in range(2))
         down = torch.empty(self.hidden_dim, self.intermediate_dim, **kind)
-        self.layer.unpack_expert(index, gate, up, down)
+        self.store.unpack_expert(index, gate, up, down)
         return gate, up, down
 
     def origin(self, index: int) -> Callable[[], Matrices] | None:
@@ -179,7 +179,7 @@ class RoutedExperts(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed weights."""
-        return self.layer.packed_bytes
+        return self.store.packed_bytes
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states `[tokens, hidden]`, top_k_index and top_k_weights `[tokens, k]` -> `[tokens, hidden]`."""
@@ -282,7 +282,7 @@ class RoutedExperts(nn.Module):
             destination[f"{prefix}{name}"] = bias if keep_vars else bias.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
-        """Biases are taken; `load_expert` fills the layer: expert weights in a state dict are unexpected."""
+        """Biases are taken; `load_expert` fills the store: expert weights in a state dict are unexpected."""
         unexpected_keys.extend(f"{prefix}{name}" for name in PLACEHOLDERS if f"{prefix}{name}" in state_dict)
         for name, shape in self.spec.bias_shapes.items():
             given = state_dict.get(f"{prefix}{name}")

@@ -15,7 +15,7 @@ from kt_sft.errors import OutputError
 from kt_sft.formats.packed import PackedContainer
 from kt_sft.formats.packed_manifest import FORMATS
 from kt_sft.progress import progress_bar
-from kt_sft.sources.packed import PackedExperts, copies
+from kt_sft.sources.packed import PackedExperts
 
 if TYPE_CHECKING:
     from kt_sft.config import KTConfig
@@ -56,7 +56,7 @@ def through_cache(
         logger.warning("weight_cache: experts are packed in memory instead: %s", error)
         return source
     container = PackedContainer(folder, manifest)
-    return PackedExperts(container, specs, copy=copies(config.weight_load), original=source)
+    return PackedExperts(container, specs, weight_load=config.weight_load, original=source)
 
 
 def uses_cache(config: KTConfig) -> bool:

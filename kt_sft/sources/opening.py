@@ -17,7 +17,7 @@ from kt_sft.formats.quantized_index import QuantizedIndex
 from kt_sft.formats.tensor_errors import INCOMPLETE
 from kt_sft.progress import progress_bar
 from kt_sft.sources.gguf import GgufExperts
-from kt_sft.sources.packed import PackedExperts, copies
+from kt_sft.sources.packed import PackedExperts
 from kt_sft.sources.safetensors import SafetensorsExperts
 
 if TYPE_CHECKING:
@@ -45,14 +45,13 @@ def open_experts(
         weight_load: the setting of this name.
         own: the model's own checkpoint, with which a container is compared.
     Raises:
-        ConfigError: see `copies`.
         FormatError: experts missing, twice, of a wrong shape or type; a container of another model.
         UnsupportedModel: the family stores experts in a way that needs more than slicing.
     """
     if weights.kind == CONTAINER:
         open_own = None if own is None else partial(_of_checkpoint, own, key_map)
         made_of = [] if own is None else gguf_sources(own.source)
-        return PackedExperts(weights, specs, copy=copies(weight_load), open_original=open_own, own_files=made_of)
+        return PackedExperts(weights, specs, weight_load=weight_load, open_original=open_own, own_files=made_of)
     return GgufExperts(weights, specs) if weights.kind == GGUF else _of_checkpoint(weights, key_map)
 
 

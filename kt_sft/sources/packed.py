@@ -29,7 +29,7 @@ class PackedExperts:
 
     Args:
         container: taken over.
-        copy: experts are copied into memory, see `copies`; otherwise they are used in the mapped files.
+        weight_load: the setting of this name: experts are copied into memory, or used in the mapped files; see `copies`.
         original: the checkpoint that it was made of, if that is known; merging and saving start from there.
         open_original: opens a checkpoint that it may have been made of; compared with it, and read if it is that one.
         own_files: of the model where they hold the experts in another way (a GGUF file); compared only.
@@ -45,7 +45,7 @@ class PackedExperts:
         container: PackedContainer,
         specs: Mapping[str, ExpertsSpec],
         *,
-        copy: bool,
+        weight_load: str,
         original: Checkpoint | None = None,
         open_original: Callable[[], Checkpoint] | None = None,
         own_files: Sequence[Path] = (),
@@ -61,7 +61,14 @@ class PackedExperts:
         self._own_files = own_files
         self._is_compared = False
         self._is_warned = False
-        self._copies = copy
+        self._copies = copies(weight_load)
+        if self._copies and weight_load == "auto":
+            logger.info(
+                "weight_load: auto copies the experts of %s to the memory of %d groups of threads; weight_load: mmap "
+                "uses the files in place, one copy for all processes",
+                self.path,
+                native().num_pools(),
+            )
         self.formats = {name: (f"packed {manifest.format}",) * 3 for name in specs}
 
     @property
@@ -188,15 +195,5 @@ def first_difference(manifest: Manifest, files: Sequence[Path]) -> str | None:
 
 
 def copies(weight_load: str) -> bool:
-    """Whether containers are copied into memory, by the setting of this name.
-
-    Raises:
-        ConfigError: `mmap` where each pool of threads needs a part of its own.
-    """
-    pools = native().num_pools()
-    if weight_load == "mmap" and pools > 1:
-        raise ConfigError(
-            f"weight_load: mmap needs one group of threads, found {pools}, whose shares of the experts are copied to "
-            "their NUMA nodes; set weight_load: copy or auto, or threadpool_count: 1"
-        )
-    return weight_load == "copy" or pools > 1
+    """Whether containers are copied into memory: as asked for, and by `auto` for several groups of threads."""
+    return weight_load == "copy" or (weight_load == "auto" and native().num_pools() > 1)

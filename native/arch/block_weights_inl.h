@@ -32,7 +32,7 @@ class F16Weights {
     }
   };
 
-  explicit F16Weights(const PackedMatrix& w) : data_(w.bytes()), panel_bytes_(w.k_panels() * 2 * kTileBytes) {}
+  explicit F16Weights(const PackedMatrix& w) : data_(w.panel(0)), panel_bytes_(w.panel_stride_bytes) {}
   int64_t panel_bytes() const { return panel_bytes_; }
   static constexpr int64_t block_bytes() { return 2 * kTileBytes; }
   KTS_MEMBER Block block(int64_t panel, int64_t tile, int64_t kb) const {
@@ -91,12 +91,12 @@ class BlockWeights {
   };
 
   explicit BlockWeights(const PackedMatrix& w)
-      : data_(w.bytes()),
-        scales_(static_cast<const uint8_t*>(w.scales)),
+      : data_(w.panel(0)),
+        scales_(w.panel_scales(0)),
         type_(block_type_info(w.format.type)),
         at_(type_),
-        panel_bytes_(ceil_div(w.k, kTileKQ) * 2 * kTile),
-        panel_scales_(ceil_div(w.k, type_.block) * at_.bytes),
+        panel_bytes_(w.panel_stride_bytes),
+        panel_scales_(w.scale_stride_bytes),
         record_shift_(type_.block == 256 ? 3 : 0),
         table_(V::load_table(type_.table)),
         bias_(V::set1_i(static_cast<uint32_t>(type_.bias) * 0x01010101u)) {}

@@ -15,6 +15,7 @@ void check_weights(const PackedMatrix& w) {
   KTS_DCHECK(w.data != nullptr && is_aligned(w.data, 64));
   const bool has_scales = w.format.kind != Format::kBf16 && w.format.kind != Format::kF16;
   KTS_DCHECK((w.scales != nullptr) == has_scales);
+  KTS_DCHECK(w.panel_stride_bytes > 0 && w.panel_stride_bytes % 64 == 0 && (!has_scales || w.scale_stride_bytes > 0));
   if (w.format.kind == Format::kInt8) {
     KTS_DCHECK(is_aligned(w.scales, 64) && w.column_sums != nullptr && is_aligned(w.column_sums, 64));
   } else if (w.format.kind == Format::kInt4) {

@@ -127,7 +127,7 @@ struct Int8RowsPanel {
       piece.column_sums = w.column_sums + col;
     } else {
       piece.group_chunks = w.format.group / kChunk;
-      piece.group_scales = w.int4_scales() + (panel * w.k_groups() + k0 / w.format.group) * kPanel + step * P::kCols;
+      piece.group_scales = w.int4_scales(panel) + k0 / w.format.group * kPanel + step * P::kCols;
     }
   }
 };
@@ -137,9 +137,7 @@ void gemm_int8_rows(const GemmTask& task) {
   KTS_DCHECKED(check_task(task, {P::kFormat, Rows::kInt8, Direction::kForward}));
   const PackedMatrix& w = *task.w;
   KTS_CHECK(w.k <= kMaxSumK, "int8 rows: expected at most 131072 inputs, so that sums fit int32");
-  const auto packed = [&](int64_t panel, int64_t k0) {
-    return w.bytes() + (panel * ceil_div(w.k, kTileKQ) + k0 / kTileKQ) * 2 * P::kPackedTile;
-  };
+  const auto packed = [&](int64_t panel, int64_t k0) { return w.panel(panel) + k0 / kTileKQ * 2 * P::kPackedTile; };
   for (int64_t row = 0; row < task.m; row += P::kRows)
     for (int64_t k0 = 0; k0 < w.k; k0 += P::kBlockK) {
       const int64_t rows = min_i64(P::kRows, task.m - row);

@@ -42,8 +42,8 @@ float packed_unscaled(const PackedMatrix& w, int64_t n, int64_t k) {
   }
   if (w.format.kind == Format::kInt8) return static_cast<float>(packed_integer(w, n, k));
   if (w.format.kind == Format::kInt4) return static_cast<float>(packed_integer(w, n, k)) * packed_scale(w, n, k);
-  const int64_t tile = (n / kPanel * w.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
-  const uint16_t* elements = static_cast<const uint16_t*>(w.data) + tile * kTileElements;
+  const int64_t tile = k / kTileK * 2 + n % kPanel / kTileN;
+  const uint16_t* elements = reinterpret_cast<const uint16_t*>(w.panel(n / kPanel)) + tile * kTileElements;
   if (w.format.kind == Format::kF16) return f16_to_f32(elements[k % kTileK * kTileN + n % kTileN]);
   return bf16_to_f32(elements[k % kTileK / 2 * 32 + n % kTileN * 2 + k % 2]);
 }

@@ -20,7 +20,7 @@ class Tiles {
  public:
   static constexpr int64_t kTileRows = kBytes / 64;
 
-  Tiles(const PackedMatrix& w, int64_t panel_bytes) : data_(w.bytes()), panel_bytes_(panel_bytes) {}
+  explicit Tiles(const PackedMatrix& w) : data_(w.panel(0)), panel_bytes_(w.panel_stride_bytes) {}
 
   int64_t panel_bytes() const { return panel_bytes_; }
 
@@ -93,7 +93,7 @@ class PlainWeights {
   }
 
  protected:
-  PlainWeights(const PackedMatrix& w, int64_t panel_bytes) : tiles_(w, panel_bytes) {}
+  explicit PlainWeights(const PackedMatrix& w) : tiles_(w) {}
 
  private:
   T tiles_;
@@ -105,7 +105,7 @@ class Bf16Weights : public PlainWeights<V, 2> {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr float kUnit = 1.0f;
 
-  explicit Bf16Weights(const PackedMatrix& w) : PlainWeights<V, 2>(w, w.k_panels() * 2 * kTileBytes) {}
+  explicit Bf16Weights(const PackedMatrix& w) : PlainWeights<V, 2>(w) {}
   KTS_INLINE typename V::F weight(typename V::I dwords, NoScale, int phase) {
     return phase == 0 ? V::even(dwords) : V::odd(dwords);
   }
@@ -117,7 +117,7 @@ class Int8Weights : public PlainWeights<V, 4> {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr float kUnit = 0x1p-24f;
 
-  explicit Int8Weights(const PackedMatrix& w) : PlainWeights<V, 4>(w, align_up(w.k, kTileKQ) * kPanel) {}
+  explicit Int8Weights(const PackedMatrix& w) : PlainWeights<V, 4>(w) {}
   KTS_INLINE typename V::F weight(typename V::I dwords, NoScale, int phase) { return V::top_byte(dwords, phase); }
 };
 
@@ -126,7 +126,8 @@ class Int4Weights {
   using T = Tiles<V, kTileBytesInt4>;
   T tiles_;
   const bf16_t* scales_;
-  int64_t groups_, blocks_;
+  int64_t panel_scales_;  // from the scales of a panel to those of the next
+  int64_t blocks_;
   int group_shift_;  // blocks of 32 k per group, as a power of two
 
  public:
@@ -159,9 +160,9 @@ class Int4Weights {
   };
 
   explicit Int4Weights(const PackedMatrix& w)
-      : tiles_(w, align_up(w.k, kTileKQ) * kPanel / 2),
-        scales_(w.int4_scales()),
-        groups_(w.k_groups()),
+      : tiles_(w),
+        scales_(w.int4_scales(0)),
+        panel_scales_(w.scale_stride_bytes / static_cast<int64_t>(sizeof(bf16_t))),
         blocks_(w.k_panels()),
         group_shift_(w.format.group == 32   ? 0
                      : w.format.group == 64 ? 1
@@ -172,7 +173,7 @@ class Int4Weights {
   static constexpr int64_t block_bytes() { return kRows * 64; }
   // Scales of the 32 n of a panel for block kb.
   KTS_MEMBER const bf16_t* scales(int64_t panel, int64_t kb) const {
-    return scales_ + (panel * groups_ + (kb >> group_shift_)) * kPanel;
+    return scales_ + panel * panel_scales_ + (kb >> group_shift_) * kPanel;
   }
   KTS_MEMBER Block block(int64_t panel, int64_t tile, int64_t kb) const {
     return {tiles_.row(panel, tile, kb / 2 * kRows), scales(panel, kb) + tile * kTileN, Half(kb)};

@@ -1,4 +1,4 @@
-// A layer inside its Python object. Python can make such an object without __init__ (by __new__, in the __init__ of a
+// A layer or store inside its Python object. Python can make such an object without __init__ (by __new__, in the __init__ of a
 // subclass), and pybind11 then gives functions fresh memory for it: zeros here, which are no layer.
 #pragma once
 #include <pybind11/pybind11.h>
@@ -18,7 +18,8 @@ class Held {
 
   // Throws TypeError before __init__.
   Layer& operator*() const {
-    if (layer_ == nullptr) throw pybind11::type_error("expected a layer, got one whose __init__ was not called");
+    if (layer_ == nullptr)
+      throw pybind11::type_error("expected a layer or store, got one whose __init__ was not called");
     return *layer_;
   }
   Layer* operator->() const { return &**this; }

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_native, m) {
   kts::set_phase_end(&kts::gemm_end_phase);
   kts::bind_runtime(m);
   kts::bind_kernels(m);
+  kts::bind_store(m);
   kts::bind_moe(m);
   kts::bind_lora(m);
   kts::bind_linear(m);

@@ -12,21 +12,12 @@
 
 namespace kts {
 
-// The items of a tuple; `what` they are goes into the message.
-inline pybind11::tuple items_of(const pybind11::object& value, const char* name, size_t count, const char* what) {
-  if (!pybind11::isinstance<pybind11::tuple>(value) || pybind11::len(value) != count)
-    throw pybind11::value_error(std::string(name) + ": expected " + what + ", got " +
-                                std::string(pybind11::str(pybind11::type::of(value))) +
-                                (pybind11::isinstance<pybind11::tuple>(value) ? " of another length" : ""));
-  return pybind11::reinterpret_borrow<pybind11::tuple>(value);
-}
-
 // (a [experts, rank, in], b [experts, rank, out], scale) or None
 struct LoraArg {
   std::optional<TensorIn> a, b;
   LoraView view;
 
-  LoraArg(CallMemory& call, const pybind11::object& value, const char* name, const MoeShape& shape, int64_t in,
+  LoraArg(CallMemory& call, const pybind11::object& value, const char* name, const ExpertShape& shape, int64_t in,
           int64_t out) {
     if (value.is_none()) return;
     const pybind11::tuple parts = items_of(value, name, 3, "(a, b, scale) or None");
@@ -42,7 +33,7 @@ struct LoraGradArg {
   std::optional<TensorOut> a, b;
   LoraGradView view;
 
-  LoraGradArg(CallMemory& call, const pybind11::object& value, const char* name, const MoeShape& shape,
+  LoraGradArg(CallMemory& call, const pybind11::object& value, const char* name, const ExpertShape& shape,
               const LoraView& lora, int64_t in, int64_t out) {
     if (value.is_none()) return;
     const pybind11::tuple parts = items_of(value, name, 2, "(da, db) or None");
@@ -51,7 +42,7 @@ struct LoraGradArg {
   }
 
   static FactorGrad take(CallMemory& call, std::optional<TensorOut>& arg, const pybind11::object& value, ArgName name,
-                         const MoeShape& shape, int64_t rank, int64_t dim) {
+                         const ExpertShape& shape, int64_t rank, int64_t dim) {
     const TensorOut& grad = arg.emplace(call, value, name, kF32, Shape{shape.num_experts, rank, dim}, Layout::kStrided);
     if (dim == 1 || grad.stride(2) == 1) return {grad.f32(), grad.stride(0), grad.stride(1), 1};
     if ((shape.num_experts > 1 && grad.stride(0) != 1) || (rank > 1 && grad.stride(1) != shape.num_experts))
@@ -65,7 +56,7 @@ struct BiasArg {
   std::optional<TensorIn> gate, up, down;
   ExpertBias view;
 
-  BiasArg(CallMemory& call, const pybind11::object& value, const MoeShape& shape) {
+  BiasArg(CallMemory& call, const pybind11::object& value, const ExpertShape& shape) {
     if (value.is_none()) return;
     const pybind11::tuple parts = items_of(value, "bias", 3, "(gate, up, down) or None");
     const auto take = [&](std::optional<TensorIn>& arg, const pybind11::object& part, const char* name, int64_t width) {
@@ -83,7 +74,7 @@ struct TapeArg {
   ForwardTape view;
 
   TapeArg(CallMemory& call, const pybind11::object& g_, const pybind11::object& u_, const pybind11::object& xa_,
-          const MoeShape& shape, const ExpertLora& lora, int64_t rows) {
+          const ExpertShape& shape, const ExpertLora& lora, int64_t rows) {
     if (g_.is_none() != u_.is_none()) throw pybind11::value_error("g and u: expected both or none of them");
     const Shape products{rows, shape.inter_stride()};
     if (!g_.is_none()) {
@@ -114,7 +105,7 @@ struct CallArgs {
   MoeInput input;
   ExpertLora lora;
 
-  CallArgs(CallMemory& call, const MoeShape& shape, const pybind11::object& x_, const pybind11::object& ids_,
+  CallArgs(CallMemory& call, const ExpertShape& shape, const pybind11::object& x_, const pybind11::object& ids_,
            const pybind11::object& weights_, const pybind11::object& lora_, const std::string& rows,
            const pybind11::object& bias_)
       : x(call, x_, "x", kBf16, {kAnySize, shape.hidden}, Layout::kContiguous),

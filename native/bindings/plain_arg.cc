@@ -63,4 +63,12 @@ uint64_t to_unsigned(py::handle value, const char* name) {
   return number;
 }
 
+pybind11::tuple items_of(const pybind11::object& value, const char* name, size_t count, const char* what) {
+  if (!pybind11::isinstance<pybind11::tuple>(value) || pybind11::len(value) != count)
+    throw pybind11::value_error(std::string(name) + ": expected " + what + ", got " +
+                                std::string(pybind11::str(pybind11::type::of(value))) +
+                                (pybind11::isinstance<pybind11::tuple>(value) ? " of another length" : ""));
+  return pybind11::reinterpret_borrow<pybind11::tuple>(value);
+}
+
 }  // namespace kts

@@ -42,6 +42,8 @@ std::string to_text(pybind11::handle value, const char* name);
 // Throws ValueError for numbers below `least` or above `most`; both fit into 64 bits, and one of them is below 2^63.
 int64_t to_signed(pybind11::handle value, const char* name, int64_t least, int64_t most);
 uint64_t to_unsigned(pybind11::handle value, const char* name);
+// The items of a tuple; `what` they are goes into the message.
+pybind11::tuple items_of(const pybind11::object& value, const char* name, size_t count, const char* what);
 
 }  // namespace kts
 

@@ -9,22 +9,11 @@ namespace kts {
 namespace {
 
 int64_t value_bytes(WeightFormat format, int64_t n, int64_t k) {
-  const int64_t rows = align_up(n, kPanel);
-  if (format.kind == Format::kBf16 || format.kind == Format::kF16) return rows * align_up(k, kTileK) * 2;
-  if (is_block_format(format.kind))
-    return rows / kTileN * ceil_div(k, kTileKQ) * block_tile_bytes(block_bits(format.kind));
-  return rows * align_up(k, kTileKQ) / (format.kind == Format::kInt8 ? 1 : 2);
+  return ceil_div(n, kPanel) * panel_value_bytes(format, k);
 }
 
 int64_t scale_bytes(WeightFormat format, int64_t n, int64_t k) {
-  const int64_t rows = align_up(n, kPanel);
-  if (format.kind == Format::kInt8) return rows * static_cast<int64_t>(sizeof(float));
-  if (format.kind == Format::kInt4) return rows * ceil_div(k, format.group) * static_cast<int64_t>(sizeof(bf16_t));
-  if (is_block_format(format.kind)) {
-    const BlockTypeInfo& type = block_type_info(format.type);
-    return rows / kPanel * ceil_div(k, type.block) * ScaleRecord(type).bytes;
-  }
-  return 0;
+  return ceil_div(n, kPanel) * panel_scale_bytes(format, k);
 }
 
 int64_t sum_bytes(WeightFormat format, int64_t n) {
@@ -33,6 +22,20 @@ int64_t sum_bytes(WeightFormat format, int64_t n) {
 
 }  // namespace
 
+int64_t panel_value_bytes(WeightFormat format, int64_t k) {
+  if (format.kind == Format::kBf16 || format.kind == Format::kF16) return kPanel * align_up(k, kTileK) * 2;
+  if (is_block_format(format.kind)) return 2 * ceil_div(k, kTileKQ) * block_tile_bytes(block_bits(format.kind));
+  return kPanel * align_up(k, kTileKQ) / (format.kind == Format::kInt8 ? 1 : 2);
+}
+
+int64_t panel_scale_bytes(WeightFormat format, int64_t k) {
+  if (format.kind == Format::kInt8) return kPanel * static_cast<int64_t>(sizeof(float));
+  if (format.kind == Format::kInt4) return kPanel * ceil_div(k, format.group) * static_cast<int64_t>(sizeof(bf16_t));
+  if (!is_block_format(format.kind)) return 0;
+  const BlockTypeInfo& type = block_type_info(format.type);
+  return ceil_div(k, type.block) * ScaleRecord(type).bytes;
+}
+
 int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k) {
   return value_bytes(format, n, k) + align_up(scale_bytes(format, n, k), 64) + align_up(sum_bytes(format, n), 64);
 }
@@ -40,7 +43,7 @@ int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k) {
 PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* memory) {
   KTS_DCHECK(n > 0 && k > 0 && is_aligned(memory, 64));
   const char* base = static_cast<const char*>(memory);
-  PackedMatrix view{format, n, k, base, nullptr, nullptr};
+  PackedMatrix view{format, n, k, base, nullptr, nullptr, panel_value_bytes(format, k), panel_scale_bytes(format, k)};
   const char* scales = base + value_bytes(format, n, k);
   if (scale_bytes(format, n, k) > 0) view.scales = scales;
   if (format.kind == Format::kInt8)

@@ -27,13 +27,12 @@ void pack_bf16_tile(const bf16_t* w, int64_t stride, int64_t rows, int64_t cols,
 }
 
 void pack_bf16_panel(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel) {
-  const int64_t k_tiles = packed.k_panels();
-  for (int64_t kt = 0; kt < k_tiles; ++kt)
+  for (int64_t kt = 0; kt < packed.k_panels(); ++kt)
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t row = panel * kPanel + half * kTileN, col = kt * kTileK;
       const int64_t rows = row < packed.n ? min_i64(kTileN, packed.n - row) : 0;
       pack_bf16_tile(rows > 0 ? w + row * stride + col : nullptr, stride, rows, min_i64(kTileK, packed.k - col),
-                     writable<bf16_t>(packed.data) + ((panel * k_tiles + kt) * 2 + half) * kTileElements);
+                     writable<bf16_t>(packed.panel(panel)) + (kt * 2 + half) * kTileElements);
     }
 }
 
@@ -42,8 +41,8 @@ constexpr int64_t kBlockK = 1024;
 
 // Bytes of tile t (along k) of the panel and half that row n belongs to, at the dword of that row.
 uint8_t* tile_of_row(const PackedMatrix& packed, int64_t n, int64_t t, int64_t tile_bytes) {
-  const int64_t tile = (n / kPanel * ceil_div(packed.k, kTileKQ) + t) * 2 + n % kPanel / kTileN;
-  return writable<uint8_t>(packed.data) + tile * tile_bytes + n % kTileN * 4;
+  const int64_t tile = t * 2 + n % kPanel / kTileN;
+  return writable<uint8_t>(packed.panel(n / kPanel)) + tile * tile_bytes + n % kTileN * 4;
 }
 
 // Dwords of a row <-> rows of 64 bytes of a tile.
@@ -78,8 +77,8 @@ void pack_int8_row(const bf16_t* w, const RowPart& part, const PackedMatrix& pac
 void pack_int8_panel(const bf16_t* w, int64_t stride, const RowPart& part, const PackedMatrix& packed, int64_t panel) {
   const int64_t begin = panel * kPanel, end = min_i64(begin + kPanel, packed.n);
   if (end < begin + kPanel) {
-    const int64_t panel_bytes = kPanel * align_up(packed.k, kTileKQ);
-    std::memset(writable<char>(packed.data) + panel * panel_bytes, 0, static_cast<size_t>(panel_bytes));
+    std::memset(writable<char>(packed.panel(panel)), 0,
+                static_cast<size_t>(panel_value_bytes(packed.format, packed.k)));
     for (int64_t n = end; n < begin + kPanel; ++n)
       writable<float>(packed.scales)[n] = 0.0f, const_cast<int32_t*>(packed.column_sums)[n] = 0;
   }
@@ -88,7 +87,7 @@ void pack_int8_panel(const bf16_t* w, int64_t stride, const RowPart& part, const
 
 void pack_int4_row(const bf16_t* w, const PackedMatrix& packed, int64_t n) {
   const int64_t group = packed.format.group;
-  bf16_t* scales = writable<bf16_t>(packed.scales) + n / kPanel * packed.k_groups() * kPanel + n % kPanel;
+  bf16_t* scales = writable<bf16_t>(packed.panel_scales(n / kPanel)) + n % kPanel;
   for (int64_t k = 0; k < packed.k; k += kBlockK) {
     const int64_t count = min_i64(kBlockK, packed.k - k), padded = align_up(count, kTileKQ);
     alignas(64) int8_t q[kBlockK];
@@ -107,9 +106,10 @@ void pack_int4_row(const bf16_t* w, const PackedMatrix& packed, int64_t n) {
 // A panel that the matrix does not fill holds zeros beyond it.
 void clear_int4_panel(const PackedMatrix& packed, int64_t panel) {
   if ((panel + 1) * kPanel <= packed.n) return;
-  const int64_t panel_bytes = kPanel * align_up(packed.k, kTileKQ) / 2, panel_scales = packed.k_groups() * kPanel;
-  std::memset(writable<uint8_t>(packed.data) + panel * panel_bytes, 0x88, static_cast<size_t>(panel_bytes));
-  std::memset(writable<bf16_t>(packed.scales) + panel * panel_scales, 0, static_cast<size_t>(panel_scales * 2));
+  const int64_t values = panel_value_bytes(packed.format, packed.k),
+                scales = panel_scale_bytes(packed.format, packed.k);
+  std::memset(writable<uint8_t>(packed.panel(panel)), 0x88, static_cast<size_t>(values));
+  std::memset(writable<uint8_t>(packed.panel_scales(panel)), 0, static_cast<size_t>(scales));
 }
 
 void pack_int4_panel(const bf16_t* w, int64_t stride, const PackedMatrix& packed, int64_t panel) {
@@ -120,7 +120,7 @@ void pack_int4_panel(const bf16_t* w, int64_t stride, const PackedMatrix& packed
 
 void pack_stored_row(const uint8_t* q, const bf16_t* from, const PackedMatrix& packed, int64_t n) {
   const int64_t groups = packed.k_groups();
-  bf16_t* scales = writable<bf16_t>(packed.scales) + n / kPanel * groups * kPanel + n % kPanel;
+  bf16_t* scales = writable<bf16_t>(packed.panel_scales(n / kPanel)) + n % kPanel;
   for (int64_t g = 0; g < groups; ++g) {
     KTS_CHECK((from[g] & 0x7f80) != 0x7f80, "scales: expected finite numbers, found NaN or infinity");
     scales[g * kPanel] = from[g];
@@ -147,9 +147,10 @@ void store_bits(float* to, bf16_t bits) { *to = bf16_to_f32(bits); }
 template <class T>
 void unpack_bf16_row(const PackedMatrix& packed, int64_t n, T* w) {
   for (int64_t k = 0; k < packed.k; k += kTileK) {
-    const int64_t tile = (n / kPanel * packed.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
+    const int64_t tile = k / kTileK * 2 + n % kPanel / kTileN;
     bf16_t bits[kTileK];
-    gather_dwords(packed.bytes() + tile * kTileBytes + n % kTileN * 4, kTileK / 2, reinterpret_cast<uint8_t*>(bits));
+    gather_dwords(packed.panel(n / kPanel) + tile * kTileBytes + n % kTileN * 4, kTileK / 2,
+                  reinterpret_cast<uint8_t*>(bits));
     for (int64_t i = 0; i < min_i64(kTileK, packed.k - k); ++i) store_bits(w + k + i, bits[i]);
   }
 }

@@ -76,23 +76,16 @@ void pack_f16_panel(const uint8_t* w, int64_t row_bytes, const PackedMatrix& pac
       uint16_t bits;
       std::memcpy(&bits, w + n * row_bytes + k * 2, 2);
       KTS_CHECK(is_finite_f16(bits), "weights: expected finite numbers, found NaN or infinity");
-      const int64_t tile = (n / kPanel * packed.k_panels() + k / kTileK) * 2 + n % kPanel / kTileN;
-      writable<f16_t>(packed.data)[tile * kTileElements + k % kTileK * kTileN + n % kTileN] = bits;
+      const int64_t tile = k / kTileK * 2 + n % kPanel / kTileN;
+      writable<f16_t>(packed.panel(panel))[tile * kTileElements + k % kTileK * kTileN + n % kTileN] = bits;
     }
 }
 
 // Zeros beyond n and k: scales of zero make them weights of zero.
 void clear_panel(const PackedMatrix& w, int64_t panel) {
-  if (w.format.kind == Format::kF16) {
-    const int64_t bytes = w.k_panels() * 2 * kTileBytes;
-    std::memset(writable<uint8_t>(w.data) + panel * bytes, 0, static_cast<size_t>(bytes));
-    return;
-  }
-  const BlockTypeInfo& type = block_type_info(w.format.type);
-  const int64_t bytes = ceil_div(w.k, kTileKQ) * 2 * block_tile_bytes(type.bits);
-  std::memset(writable<uint8_t>(w.data) + panel * bytes, 0, static_cast<size_t>(bytes));
-  const int64_t scales = ceil_div(w.k, type.block) * ScaleRecord(type).bytes;
-  std::memset(writable<uint8_t>(w.scales) + panel * scales, 0, static_cast<size_t>(scales));
+  std::memset(writable<uint8_t>(w.panel(panel)), 0, static_cast<size_t>(panel_value_bytes(w.format, w.k)));
+  const int64_t scales = panel_scale_bytes(w.format, w.k);
+  if (scales > 0) std::memset(writable<uint8_t>(w.panel_scales(panel)), 0, static_cast<size_t>(scales));
 }
 
 }  // namespace

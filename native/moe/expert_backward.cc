@@ -34,21 +34,21 @@ void add_lora_input_grad(const Pass& pass, const LoraView& view, const float* co
 
 // dh, and from it dg, du, h and the parts of d topk_weights.
 void dh_task(Pass& pass, int shard, const RowBlock& block, const ColumnRange& range, const ThreadScratch& scratch) {
-  const MoeShape& shape = pass.shape();
-  const int64_t stride = shape.inter_stride(), panels = stride / kPanel, begin = pass.layer->shard(shard).begin;
-  const PackedMatrix down = pass.layer->down(block.expert, shard);
+  const ExpertShape& shape = pass.shape();
+  const int64_t stride = shape.inter_stride(), panels = stride / kPanel, begin = pass.experts.shards[shard].begin;
+  const PackedMatrix& down = pass.experts.place(block.expert, shard).down;
   gemm(Direction::kInputGrad, {pass.dout_rows + block.begin, block.rows(), &down, range.panel_begin, range.panel_end,
                                scratch.sum0, range.padded_cols, false, scratch.gemm});
   if (pass.lora.down.present())
     add_lora_input_grad(pass, pass.lora.down, pass.dha, DropoutStream::kInter, block, begin, range, scratch);
-  const GluOps& glu = pass.ops->glu[static_cast<int>(shape.activation)];
+  const GluOps& glu = pass.glu_ops();
   for (int64_t i = 0; i < block.rows(); ++i) {
     const int64_t row = block.begin + i;
     for (int64_t p = range.panel_begin; p < range.panel_end; ++p) {
       const int64_t col = begin + p * kPanel, at = row * stride + col, cols = min_i64(kPanel, shape.inter - col);
       const float* dh = scratch.sum0 + i * range.padded_cols + p * kPanel - range.col;
       pass.dweight_parts[row * panels + col / kPanel] =
-          glu.backward(shape.gate_params, pass.tape.g + at, pass.tape.u + at, dh, pass.weight(row), cols, pass.dg + at,
+          glu.backward(pass.glu.params, pass.tape.g + at, pass.tape.u + at, dh, pass.weight(row), cols, pass.dg + at,
                        pass.du + at, pass.h + at);
       if (pass.h_dropped != nullptr)
         pass.ops->mask_bf16(pass.mask(DropoutStream::kInter, row), col, pass.h + at, cols, pass.h_dropped + at);
@@ -98,20 +98,20 @@ void dx_task(Pass& pass, int shard, const ColumnRange& range, const ThreadScratc
   std::memset(scratch.tokens, 0, static_cast<size_t>(pass.input.tokens * range.padded_cols) * sizeof(float));
   for (int64_t b = 0; b < pass.num_blocks; ++b) {
     const RowBlock& block = pass.blocks[b];
-    const PackedMatrix gate = pass.layer->gate(block.expert, shard), up = pass.layer->up(block.expert, shard);
+    const Place& weights = pass.experts.place(block.expert, shard);
     GemmTask task{pass.dg_rows + block.begin,
                   block.rows(),
-                  &gate,
+                  &weights.gate,
                   range.panel_begin,
                   range.panel_end,
                   scratch.sum0,
                   range.padded_cols,
                   false,
                   scratch.gemm,
-                  pass.layer->shard(shard).begin};
+                  pass.experts.shards[shard].begin};
     gemm(Direction::kInputGrad, task);
     task.a_rows = pass.du_rows + block.begin;
-    task.w = &up;
+    task.w = &weights.up;
     task.accumulate = true;
     gemm(Direction::kInputGrad, task);
     if (pass.lora.gate.present() && shard == 0)
@@ -145,7 +145,7 @@ void run_backward(Pass& pass, const MoeGrads& grads) {
   if (pass.recomputes) run_gate_up(pass);
 
   const InterTasks inter(pass);
-  for_shards(pass, inter.counts, [&](int shard, int64_t task, int thread) {
+  for_shards(*pass.pool, pass.num_shards(), inter.counts, [&](int shard, int64_t task, int thread) {
     dh_task(pass, shard, pass.blocks[inter.block(shard, task)], inter.range(pass, shard, task), pass.scratch[thread]);
   });
   if (pass.dweight_bias != nullptr)
@@ -163,7 +163,7 @@ void run_backward(Pass& pass, const MoeGrads& grads) {
   const int64_t dx_tasks = wants_dx ? hidden.groups : 0;
   int64_t counts[kMaxShards];
   for (int64_t s = 0; s < shards; ++s) counts[s] = dx_tasks + (lora_tasks + shards - 1 - s) / shards;
-  for_shards(pass, counts, [&](int shard, int64_t task, int thread) {
+  for_shards(*pass.pool, pass.num_shards(), counts, [&](int shard, int64_t task, int thread) {
     if (task < dx_tasks) {
       dx_task(pass, shard, hidden.range(pass, task), pass.scratch[thread], grads.dx);
     } else {

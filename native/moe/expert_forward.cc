@@ -13,7 +13,7 @@
 namespace kts {
 
 void project_x_to_rank(Pass& pass, const RowBlock& piece) {
-  const MoeShape& shape = pass.shape();
+  const ExpertShape& shape = pass.shape();
   if (pass.x_dropped != nullptr)
     for (int64_t row = piece.begin; row < piece.end; ++row)
       pass.ops->mask_bf16(pass.mask(DropoutStream::kHidden, row), 0, pass.x_rows[row], shape.hidden,
@@ -91,13 +91,13 @@ GemmTask forward_task(const Pass& pass, const RowBlock& block, const bf16_t* con
 // `range` lies in the shard; buffers have the columns of all shards.
 void gate_up_task(Pass& pass, int shard, const RowBlock& block, const ColumnRange& range,
                   const ThreadScratch& scratch) {
-  const MoeShape& shape = pass.shape();
+  const ExpertShape& shape = pass.shape();
   const int64_t ldc = range.padded_cols, stride = shape.inter_stride(),
-                col = pass.layer->shard(shard).begin + range.col;
-  const PackedMatrix gate = pass.layer->gate(block.expert, shard), up = pass.layer->up(block.expert, shard);
-  GemmTask task = forward_task(pass, block, pass.x_rows, pass.x_int8, gate, range, scratch);
+                col = pass.experts.shards[shard].begin + range.col;
+  const Place& weights = pass.experts.place(block.expert, shard);
+  GemmTask task = forward_task(pass, block, pass.x_rows, pass.x_int8, weights.gate, range, scratch);
   gemm(Direction::kForward, task);
-  task.w = &up;
+  task.w = &weights.up;
   task.c = scratch.sum1;
   gemm(Direction::kForward, task);
   if (pass.lora.gate.present()) add_lora(pass, pass.xa_gate, pass.lora.gate, block, col, range.cols, scratch.sum0, ldc);
@@ -105,12 +105,12 @@ void gate_up_task(Pass& pass, int shard, const RowBlock& block, const ColumnRang
   add_bias(pass, pass.input.bias.gate, shape.inter, block, col, range.cols, scratch.sum0, ldc);
   add_bias(pass, pass.input.bias.up, shape.inter, block, col, range.cols, scratch.sum1, ldc);
 
-  const GluOps& glu = pass.ops->glu[static_cast<int>(shape.activation)];
+  const GluOps& glu = pass.glu_ops();
   for (int64_t i = 0; i < block.rows(); ++i) {
     const int64_t row = block.begin + i, at = row * stride + col;
     f16_t* g = pass.tape.retained() ? pass.tape.g + at : nullptr;
     f16_t* u = pass.tape.retained() ? pass.tape.u + at : nullptr;
-    glu.forward(shape.gate_params, scratch.sum0 + i * ldc, scratch.sum1 + i * ldc, range.cols, g, u, pass.h + at);
+    glu.forward(pass.glu.params, scratch.sum0 + i * ldc, scratch.sum1 + i * ldc, range.cols, g, u, pass.h + at);
     if (pass.h_dropped != nullptr)
       pass.ops->mask_bf16(pass.mask(DropoutStream::kInter, row), col, pass.h + at, range.cols, pass.h_dropped + at);
   }
@@ -121,9 +121,9 @@ void down_task(Pass& pass, int shard, const ColumnRange& range, const ThreadScra
   std::memset(scratch.tokens, 0, static_cast<size_t>(pass.input.tokens * ldc) * sizeof(float));
   for (int64_t b = 0; b < pass.num_blocks; ++b) {
     const RowBlock& block = pass.blocks[b];
-    const PackedMatrix down = pass.layer->down(block.expert, shard);
+    const PackedMatrix& down = pass.experts.place(block.expert, shard).down;
     GemmTask task = forward_task(pass, block, pass.h_rows, pass.h_int8, down, range, scratch);
-    task.a_offset = pass.layer->shard(shard).begin;
+    task.a_offset = pass.experts.shards[shard].begin;
     gemm(Direction::kForward, task);
     if (pass.lora.down.present() && shard == 0)
       add_lora(pass, pass.ha, pass.lora.down, block, range.col, range.cols, scratch.sum0, ldc);
@@ -138,7 +138,7 @@ void down_task(Pass& pass, int shard, const ColumnRange& range, const ThreadScra
 
 void run_gate_up(Pass& pass) {
   const InterTasks tasks(pass);
-  for_shards(pass, tasks.counts, [&](int shard, int64_t task, int thread) {
+  for_shards(*pass.pool, pass.num_shards(), tasks.counts, [&](int shard, int64_t task, int thread) {
     gate_up_task(pass, shard, pass.blocks[tasks.block(shard, task)], tasks.range(pass, shard, task),
                  pass.scratch[thread]);
   });
@@ -156,7 +156,7 @@ void run_forward(Pass& pass, const MoeOutput& out) {
     });
 
   const HiddenTasks tasks(pass);
-  for_shards(pass, tasks.counts, [&](int shard, int64_t task, int thread) {
+  for_shards(*pass.pool, pass.num_shards(), tasks.counts, [&](int shard, int64_t task, int thread) {
     down_task(pass, shard, tasks.range(pass, task), pass.scratch[thread], out);
   });
   add_shards(pass, out);

@@ -114,7 +114,7 @@ void run_lora_grad_task(const Pass& pass, const ExpertLoraGrads& grads, int64_t 
                              : expert_major_task(pass, factor, task);
 }
 
-void zero_lora_grads(const MoeShape& shape, const ExpertLora& lora, const ExpertLoraGrads& grads,
+void zero_lora_grads(const ExpertShape& shape, const ExpertLora& lora, const ExpertLoraGrads& grads,
                      const Routing* routing, ThreadPool& pool) {
   const auto zero = [&](const FactorGrad& grad, int64_t expert, int64_t rank, int64_t cols) {
     if (grad.data == nullptr) return;

@@ -36,7 +36,8 @@ struct Int8Rows {
 };
 
 struct Pass {
-  const MoeLayer* layer = nullptr;
+  ExpertsView experts;
+  Glu glu;
   const RowOps* ops = nullptr;
   ThreadPool* pool = nullptr;
   MoeInput input;          // of the chunk
@@ -82,32 +83,17 @@ struct Pass {
   float* dweight_parts = nullptr;  // [rows, inter panels] <dh, h> of each panel
   float* dweight_bias = nullptr;   // [rows] <dout, down's bias>, only with biases
 
-  const MoeShape& shape() const { return layer->shape(); }
+  const ExpertShape& shape() const { return *experts.shape; }
+  const GluOps& glu_ops() const { return ops->glu[static_cast<int>(glu.activation)]; }
   bool drops() const { return dropout.p > 0.0f; }
   float scale_of(const LoraView& view) const { return view.scale / (1.0f - dropout.p); }
   RowMask mask(DropoutStream stream, int64_t row) const {
     return row_mask(dropout, stream, static_cast<uint64_t>(pair_begin + routing.row_pair[row]));
   }
   bool int8_rows() const { return input.rows == Rows::kInt8; }
-  int num_shards() const { return layer->num_shards(); }
+  int num_shards() const { return experts.num_shards; }
   float weight(int64_t row) const { return input.topk_weights[routing.row_pair[row]]; }
 };
-
-// Runs fn(shard, task, thread) for task in [0, tasks[shard]), the tasks of a shard on the pool that owns its memory first.
-template <class Fn>
-void for_shards(const Pass& pass, const int64_t* tasks, Fn&& fn) {
-  if (pass.num_shards() > 1 && pass.pool->pools() == pass.num_shards()) {
-    pass.pool->parallel_for_pools(tasks, fn);
-    return;
-  }
-  int64_t total = 0;
-  for (int s = 0; s < pass.num_shards(); ++s) total += tasks[s];
-  pass.pool->parallel_for(total, [&](int64_t task, int thread) {
-    int shard = 0;
-    while (task >= tasks[shard]) task -= tasks[shard++];
-    fn(shard, task, thread);
-  });
-}
 
 // Lays out every buffer of a pass of at most input.tokens tokens. On a counting arena only arena.used() is meaningful.
 void plan_pass(Pass& pass, int threads, Arena& arena);
@@ -134,7 +120,7 @@ struct InterTasks {
   explicit InterTasks(const Pass& pass);
   int64_t block(int shard, int64_t task) const { return task / groups[shard]; }
   ColumnRange range(const Pass& pass, int shard, int64_t task) const {
-    return column_range(task % groups[shard], width[shard], pass.layer->shard(shard).size);
+    return column_range(task % groups[shard], width[shard], pass.experts.shards[shard].size);
   }
 };
 
@@ -201,7 +187,7 @@ int64_t expert_minor_floats(int64_t num_experts);
 int64_t num_lora_grad_tasks(const Pass& pass, const ExpertLoraGrads& grads);
 void run_lora_grad_task(const Pass& pass, const ExpertLoraGrads& grads, int64_t task, const ThreadScratch& scratch);
 // Zeros what no task writes: the experts without rows; all, if the call has no tokens (null).
-void zero_lora_grads(const MoeShape& shape, const ExpertLora& lora, const ExpertLoraGrads& grads,
+void zero_lora_grads(const ExpertShape& shape, const ExpertLora& lora, const ExpertLoraGrads& grads,
                      const Routing* routing, ThreadPool& pool);
 
 }  // namespace kts

@@ -20,7 +20,7 @@ static void plan_scratch(Pass& pass, int threads, Arena& arena) {
 }
 
 static void plan_lora(Pass& pass, int64_t rows, Arena& arena) {
-  const MoeShape& shape = pass.shape();
+  const ExpertShape& shape = pass.shape();
   const ExpertLora& lora = pass.lora;
   const auto take_xa = [&](const LoraView& view, float* kept) {
     return kept != nullptr ? kept : arena.take<float>(rows * view.rank);
@@ -53,7 +53,7 @@ static void plan_int8_rows(Int8Rows& int8, int64_t values, int64_t length, int64
 }
 
 void plan_pass(Pass& pass, int threads, Arena& arena) {
-  const MoeShape& shape = pass.shape();
+  const ExpertShape& shape = pass.shape();
   const int64_t rows = pass.input.tokens * pass.input.top_k;
   const int64_t stride = shape.inter_stride();
   pass.routing.offsets = arena.take<int64_t>(shape.num_experts + 1);
@@ -88,7 +88,7 @@ void plan_pass(Pass& pass, int threads, Arena& arena) {
 }
 
 void route_pass(Pass& pass) {
-  const MoeShape& shape = pass.shape();
+  const ExpertShape& shape = pass.shape();
   const int64_t stride = shape.inter_stride();
   group_by_expert(pass.input.topk_ids, pass.input.tokens, pass.input.top_k, shape.num_experts, &pass.routing);
   pass.num_blocks = 0;
@@ -120,7 +120,7 @@ void route_pass(Pass& pass) {
 InterTasks::InterTasks(const Pass& pass) {
   const int threads = static_cast<int>(ceil_div(pass.pool->threads(), pass.num_shards()));
   for (int s = 0; s < pass.num_shards(); ++s) {
-    const int64_t panels = ceil_div(pass.layer->shard(s).size, kPanel);
+    const int64_t panels = ceil_div(pass.experts.shards[s].size, kPanel);
     width[s] = panels_per_task(panels, pass.num_blocks, threads);
     groups[s] = ceil_div(panels, width[s]);
     counts[s] = pass.num_blocks * groups[s];

@@ -65,7 +65,8 @@ std::vector<T> filled(int64_t count, float scale, Random& random) {
 // A layer with LoRA on all projections and what a training step needs.
 struct Training {
   Random random{7};
-  MoeLayer layer;
+  ExpertStore store;
+  MoeLayer layer{store};
   std::vector<bf16_t> x = filled<bf16_t>(kTokens * kHidden, 1.0f, random), dout = x;
   std::vector<int64_t> ids;
   std::vector<float> weights = filled<float>(kTokens * kTopK, 1.0f, random);
@@ -74,9 +75,9 @@ struct Training {
   std::vector<float> out = std::vector<float>(static_cast<size_t>(kTokens * kHidden)), dx = out, dweights = weights;
   std::vector<std::remove_pointer_t<decltype(ForwardTape::g)>> g, u;
 
-  explicit Training(const MoeShape& shape) : layer(shape) {
+  explicit Training(const ExpertShape& shape) : store(shape) {
     const auto w = filled<bf16_t>(kInter * kHidden, 0.3f, random);
-    for (int64_t e = 0; e < kExperts; ++e) layer.load_expert(e, w.data(), kHidden, w.data(), kHidden, w.data(), kInter);
+    for (int64_t e = 0; e < kExperts; ++e) store.load_expert(e, w.data(), kHidden, w.data(), kHidden, w.data(), kInter);
     for (int64_t i = 0; i < kTokens * kTopK; ++i) ids.push_back((i + i / kTopK) % kExperts);
     g.resize(static_cast<size_t>(kTokens * kTopK * shape.inter_stride()));
     u = g;
@@ -112,8 +113,8 @@ void wait_for_workers() {
   });
 }
 
-MoeShape training_shape(WeightFormat format) {
-  MoeShape shape;
+ExpertShape training_shape(WeightFormat format) {
+  ExpertShape shape;
   shape.num_experts = kExperts, shape.hidden = kHidden, shape.inter = kInter, shape.format = format;
   return shape;
 }

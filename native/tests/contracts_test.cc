@@ -71,7 +71,7 @@ std::vector<Fault> faults(const KernelRow& row) {
   std::vector<Fault> all = {
       {"no weights", [](OneTask& t) { t.task.w = nullptr; }},
       {"packed memory that is not there", [](OneTask& t) { t.w.data = nullptr; }},
-      {"packed memory that is not aligned", [](OneTask& t) { t.w.data = t.w.bytes() + 16; }},
+      {"packed memory that is not aligned", [](OneTask& t) { t.w.data = t.w.panel(0) + 16; }},
       {"weights of another format",
        [](OneTask& t) { t.w.format.kind = t.w.format.kind == Format::kBf16 ? Format::kF16 : Format::kBf16; }},
       {"no columns", [](OneTask& t) { t.task.panel_end = t.task.panel_begin; }},
@@ -137,7 +137,7 @@ KTS_TEST(packed_views_refuse_what_their_format_lacks) {
   PackedProblem int4({Format::kInt4, 32}, 40, 70, Values::kReals, random);
   PackedProblem q4(weight_format("q4_0", 0), 40, 64, Values::kReals, random);
   KTS_EXPECT(!broken_by([&] { bf16.matrix().int8_scales(); }).empty());
-  KTS_EXPECT(!broken_by([&] { int8.matrix().int4_scales(); }).empty());
+  KTS_EXPECT(!broken_by([&] { int8.matrix().int4_scales(0); }).empty());
   KTS_EXPECT(!broken_by([&] { int8.matrix().k_groups(); }).empty());
   KTS_EXPECT(!broken_by([&] { int4.matrix().int8_scales(); }).empty());
   KTS_EXPECT(!broken_by([&] { int4.matrix().scale_record(0, 0); }).empty());

@@ -215,13 +215,13 @@ struct LayerRun {
       for (bf16_t& x : v) x = f32_to_bf16(scale * random.real());
       return v;
     };
-    MoeShape shape;
+    ExpertShape shape;
     shape.num_experts = kExperts, shape.hidden = kHidden, shape.inter = kInter;
-    MoeLayer layer(shape);
+    ExpertStore store(shape);
     for (int64_t e = 0; e < kExperts; ++e) {
       const auto gate = make(kInter * kHidden, 0.3f), up = make(kInter * kHidden, 0.3f),
                  down = make(kHidden * kInter, 0.3f);
-      layer.load_expert(e, gate.data(), kHidden, up.data(), kHidden, down.data(), kInter);
+      store.load_expert(e, gate.data(), kHidden, up.data(), kHidden, down.data(), kInter);
     }
     const auto x = make(kTokens * kHidden, 1.0f), dout = make(kTokens * kHidden, 1.0f);
     std::vector<int64_t> ids;
@@ -251,6 +251,7 @@ struct LayerRun {
     }
     out.resize(kTokens * kHidden), dx.resize(kTokens * kHidden), dweights.resize(kTokens * kTopK);
     std::vector<f16_t> g(static_cast<size_t>(kTokens * kTopK * shape.inter_stride())), u = g;
+    const MoeLayer layer(store);
     const MoeInput input{kTokens, kTopK, x.data(), ids.data(), weights.data()};
     const Dropout dropout{dropout_p, 99};
     const ForwardTape tape = retained ? ForwardTape{g.data(), u.data()} : ForwardTape{};

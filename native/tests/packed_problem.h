@@ -125,7 +125,7 @@ struct PackedProblem {
   }
 
   void fill_int4(PackedMatrix view, Values values, Random& random) {
-    uint8_t* data = const_cast<uint8_t*>(view.bytes());
+    uint8_t* data = const_cast<uint8_t*>(view.panel(0));
     for (int64_t i = 0; i < packed_bytes({Format::kInt8, 0}, n, k) - align_up(n, 32) * 8; ++i)
       if (i < align_up(n, 32) * align_up(k, 64) / 2) data[i] = 0x88;
     for (int64_t i = 0; i < n; ++i)
@@ -135,7 +135,7 @@ struct PackedProblem {
         const int significand = format.any_scale ? random.integer(128, 255) : 8 * random.integer(16, 31);
         const float s = values == Values::kReals ? sign * std::ldexp(static_cast<float>(significand), -11)
                                                  : std::ldexp(sign, random.integer(-1, 1));
-        const_cast<bf16_t*>(view.int4_scales())[(i / 32 * view.k_groups() + g) * 32 + i % 32] = f32_to_bf16(s);
+        const_cast<bf16_t*>(view.int4_scales(0))[(i / 32 * view.k_groups() + g) * 32 + i % 32] = f32_to_bf16(s);
         for (int64_t j = g * format.group; j < min_i64((g + 1) * format.group, k); ++j) {
           const int q = random.integer(-8, 7);
           uint8_t& byte = data[tile(i, j, 64) * 512 + j % 32 / 4 * 64 + i % 16 * 4 + j % 4];

@@ -44,12 +44,14 @@ struct Problem {
     }
   }
 
-  // Runs a row over all panels, kMaxTaskPanels at a time, and returns c [m, padded columns].
-  std::vector<float> run(const KernelRow& row, bool accumulate, int64_t* ldc, int64_t first = 0, int64_t count = -1) {
+  // Runs a row over all panels, kMaxTaskPanels at a time, and returns c [m, padded columns]. weights: those of w, if they
+  // lie elsewhere.
+  std::vector<float> run(const KernelRow& row, bool accumulate, int64_t* ldc, int64_t first = 0, int64_t count = -1,
+                         const PackedMatrix* weights = nullptr) {
     const bool forward = row.direction == Direction::kForward;
     const int64_t cols = forward ? w.n : w.k, inner = forward ? w.k : w.n;
     const std::vector<bf16_t>& a = forward ? forward_a : grad_a;
-    const PackedMatrix matrix = w.matrix();
+    const PackedMatrix matrix = weights != nullptr ? *weights : w.matrix();
     const int64_t rows_here = count < 0 ? m : count;
     *ldc = align_up(cols, kPanel);
     std::vector<float> c(static_cast<size_t>(rows_here * *ldc), accumulate ? 3.0f : std::nanf(""));

@@ -18,9 +18,16 @@ _BACKWARD = "native/moe/expert_backward.cc"
 _LORA_GRAD = "native/moe/lora_grad.cc"
 _COMBINE = "native/moe/combine.cc"
 _ROWS = "native/arch/elementwise_inl.h"
+_MAPPED = "tests/numerics/test_expert_storage.py::test_mapped_and_copied_equal_packed_with_any_number_of_shards"
 
 FAULTS = (
-    Fault("up is computed with gate's weights", _FORWARD, "  task.w = &up;", "  task.w = &gate;", (_FLOAT64,)),
+    Fault(
+        "up is computed with gate's weights",
+        _FORWARD,
+        "  task.w = &weights.up;",
+        "  task.w = &weights.gate;",
+        (_FLOAT64,),
+    ),
     Fault(
         "up's LoRA gets gate's x A^T",
         _FORWARD,
@@ -66,7 +73,7 @@ FAULTS = (
     Fault(
         "a shard reads h from its beginning",
         _FORWARD,
-        "task.a_offset = pass.layer->shard(shard).begin;",
+        "task.a_offset = pass.experts.shards[shard].begin;",
         "task.a_offset = 0;",
         (f"{_BITWISE}test_pools_agree_with_one_pool",),
     ),
@@ -251,6 +258,20 @@ FAULTS = (
         "ops.largest(w - part.before, part.before + packed.k + part.after)",
         "ops.largest(w, packed.k)",
         ("tests/numerics/test_expert_storage.py::test_exported_bytes_do_not_depend_on_shards",),
+    ),
+    Fault(
+        "shards of mapped INT8 experts have the sums of the first one",
+        "native/store/expert_store.cc",
+        "sum_columns(places[shard].down, panel, writable_sums(places[shard].down, panel));",
+        "sum_columns(places[0].down, panel, writable_sums(places[shard].down, panel));",
+        (_MAPPED,),
+    ),
+    Fault(
+        "scales of a part of a matrix are those of its first columns",
+        "native/gemm/pack_split.cc",
+        "part.scales = whole.panel_scales(panel) + scales;",
+        "part.scales = whole.panel_scales(panel);",
+        (_MAPPED,),
     ),
     Fault(
         "sums of INT8 rows, which int8 activations need, are wrong",

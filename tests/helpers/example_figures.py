@@ -152,7 +152,7 @@ def _short(amount: int) -> str:
 def _experts_bytes(config: str, method: str) -> int:
     specs = find_experts(rule_models.on_meta(rule_models.published_config(config))).values()
     sizes = ((spec.num_experts, spec.hidden, spec.inter) for spec in specs)
-    return sum(native().MoeLayer.packed_bytes_for(*size, method, 32) for size in sizes)
+    return sum(native().ExpertStore.packed_bytes_for(*size, method, 32) for size in sizes)
 
 
 def main() -> None:

@@ -142,14 +142,19 @@ def make_problem(case: LayerCase) -> Problem:
 
 
 def make_layer(problem: Problem):
-    """A native layer with the problem's weights."""
-    experts, inter, hidden = problem.gate.shape
-    layer = native().MoeLayer(
-        experts, hidden, inter, problem.format, problem.activation, problem.group or 32, CLAMP_ALPHA, CLAMP_LIMIT
-    )
-    for e in range(experts):
-        layer.load_expert(e, *(t[e].to(torch.bfloat16).contiguous() for t in (problem.gate, problem.up, problem.down)))
+    """A native layer over a store with the problem's weights."""
+    layer = empty_layer(problem)
+    for e in range(layer.num_experts):
+        matrices = (problem.gate, problem.up, problem.down)
+        layer.store.load_expert(e, *(t[e].to(torch.bfloat16).contiguous() for t in matrices))
     return layer
+
+
+def empty_layer(problem: Problem, names: str | tuple[str, str, str] | None = None):
+    """A native layer for the problem, whose store has no weights yet; names: of formats, if not the problem's."""
+    experts, inter, hidden = problem.gate.shape
+    store = native().ExpertStore(experts, hidden, inter, names or problem.format, problem.group or 32)
+    return native().MoeLayer(store, problem.activation, CLAMP_ALPHA, CLAMP_LIMIT)
 
 
 def stored(problem: Problem, layer) -> Problem:
@@ -157,7 +162,7 @@ def stored(problem: Problem, layer) -> Problem:
     result = dataclasses.replace(problem, **{n: torch.empty_like(getattr(problem, n)) for n in ("gate", "up", "down")})
     for e in range(problem.gate.shape[0]):
         parts = [torch.empty(t.shape[1:]) for t in (problem.gate, problem.up, problem.down)]
-        layer.unpack_expert(e, *parts, dtype="f32")
+        layer.store.unpack_expert(e, *parts, dtype="f32")
         result.gate[e], result.up[e], result.down[e] = (t.double() for t in parts)
     return result
 

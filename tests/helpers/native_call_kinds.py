@@ -109,7 +109,7 @@ class Scene(LayerScene):
     def objects(self) -> None:
         """Layers that Python made past __init__, copies of them, and properties of both."""
         rng, module = self.random, native()
-        kind = rng.choice((module.MoeLayer, module.PackedLinear))
+        kind = rng.choice((module.ExpertStore, module.MoeLayer, module.PackedLinear))
         blank = kind.__new__(kind)
         name = rng.choice([name for name in dir(kind) if not name.startswith("_") and name != "packed_bytes_for"])
 
@@ -118,12 +118,13 @@ class Scene(LayerScene):
             found(*(torch.zeros(1) for _ in range(4)))
 
         self.calls.attempt("before __init__", use, {}, compare=False)
-        if self.layers:
-            layer = rng.choice(self.layers)
+        if self.layers and self.stores:
+            one = rng.choice((*self.layers, *self.stores))
             way = rng.choice((copy.copy, copy.deepcopy, pickle.dumps))
-            self.calls.attempt("copy", lambda _: way(layer), {}, compare=False)
+            self.calls.attempt("copy", lambda _: way(one), {}, compare=False)
 
     def drop(self) -> None:
-        """Layers whose sources are gone go, too."""
+        """Layers whose sources are gone go, too; stores go before layers over them, or after."""
         self.layers, self.linears = self.layers[1:], self.linears[1:]
+        self.stores = self.stores[self.random.choice((0, 2)) :]
         gc.collect()

@@ -25,6 +25,7 @@ class LayerScene:
         self.calls = calls
         self.random: Random = calls.random
         self.linears: list[object] = []
+        self.stores: list[object] = []
         self.layers: list[object] = []
         self.tapes: list[tuple[Tensor, ...]] = []
 
@@ -99,7 +100,7 @@ class LayerScene:
             return ""
         return self.name(*(row["name"] for row in native().kernel_rows()))
 
-    # --- MoeLayer ---
+    # --- ExpertStore and MoeLayer ---
 
     def make_moe(self) -> None:
         rng = self.random
@@ -114,75 +115,92 @@ class LayerScene:
         if rng.chance(0.2):
             self.calls.attempt(
                 "packed_bytes_for",
-                lambda _: native().MoeLayer.packed_bytes_for(*sizes, weight_format, group),
+                lambda _: native().ExpertStore.packed_bytes_for(*sizes, weight_format, group),
                 {},
                 compare=False,
             )
         self.calls.attempt(
-            "MoeLayer",
-            lambda _: made.append(native().MoeLayer(*sizes, weight_format, activation, group, *numbers)),
+            "ExpertStore",
+            lambda _: made.append(native().ExpertStore(*sizes, weight_format, group)),
             {},
             compare=False,
         )
         made = [one for one in made if one.num_experts <= 8]
-        for layer in made:
+        for store in made:
             if rng.chance(0.8):
-                for expert in range(layer.num_experts):
-                    self._load(layer, expert, lambda t: t)
-        self.layers = [*self.layers[-4:], *made]
+                for expert in range(store.num_experts):
+                    self._load(store, expert, lambda t: t)
+        self.stores = [*self.stores[-4:], *made]
+        self._make_layers(made, activation, numbers)
 
-    def _matrices(self, layer: object) -> list[Tensor]:
-        shapes = ((layer.inter, layer.hidden), (layer.inter, layer.hidden), (layer.hidden, layer.inter))
-        kinds = zip(layer.formats, shapes)
+    def _make_layers(self, made: list[object], activation: object, numbers: tuple) -> None:
+        """One over each new store and at times over an older one; what is no store is refused."""
+        rng, module = self.random, native()
+        for store in [*made, *([rng.choice(self.stores)] if self.stores and rng.chance(0.3) else [])]:
+            given = store
+            if not rng.is_calm and rng.chance(0.1):
+                given = rng.choice((None, 3, "store", module.ExpertStore.__new__(module.ExpertStore), *self.layers[:1]))
+            layers: list[object] = []
+            self.calls.attempt(
+                "MoeLayer",
+                lambda _, over=given, kept=layers: kept.append(module.MoeLayer(over, activation, *numbers)),
+                {},
+                compare=False,
+            )
+            self.layers = [*self.layers[-4:], *layers]
+
+    def _matrices(self, store: object) -> list[Tensor]:
+        shapes = ((store.inter, store.hidden), (store.inter, store.hidden), (store.hidden, store.inter))
+        kinds = zip(store.formats, shapes)
         return [
             self._rows(name, n, k) if name in FORMATS[4:] else torch.randn(n, k).to(torch.bfloat16)
             for name, (n, k) in kinds
         ]
 
-    def _load(self, layer: object, expert: int, change) -> None:
-        if layer.format == "rawint4" and layer.hidden % 2 == 0 and layer.inter % 2 == 0:
+    def _load(self, store: object, expert: int, change) -> None:
+        if store.format == "rawint4" and store.hidden % 2 == 0 and store.inter % 2 == 0:
             with contextlib.suppress(ValueError):
-                layer.load_expert_int4(expert, *self._stored(layer))
-        elif layer.format != "rawint4":
-            layer.load_expert(expert, *map(change, self._matrices(layer)))
+                store.load_expert_int4(expert, *self._stored(store))
+        elif store.format != "rawint4":
+            store.load_expert(expert, *map(change, self._matrices(store)))
 
-    def _stored(self, layer: object) -> list[tuple[Tensor, Tensor]]:
-        shapes = ((layer.inter, layer.hidden), (layer.inter, layer.hidden), (layer.hidden, layer.inter))
-        group = layer.group_size
+    def _stored(self, store: object) -> list[tuple[Tensor, Tensor]]:
+        shapes = ((store.inter, store.hidden), (store.inter, store.hidden), (store.hidden, store.inter))
+        group = store.group_size
         return [(self.random.bytes_of(n, k // 2), torch.rand(n, -(-k // group)).to(torch.bfloat16)) for n, k in shapes]
 
     def load_moe(self) -> None:
-        if not self.layers:
+        if not self.stores:
             return
-        layer = self.random.choice(self.layers)
-        expert = self.random.number(*range(layer.num_experts))
-        if layer.format == "rawint4" and self.random.chance(0.9):
-            parts = [part for pair in self._stored(layer) for part in pair]
+        store = self.random.choice(self.stores)
+        expert = self.random.number(*range(store.num_experts))
+        if store.format == "rawint4" and self.random.chance(0.9):
+            parts = [part for pair in self._stored(store) for part in pair]
             reads = dict(zip(("gq", "gs", "uq", "us", "dq", "ds"), parts))
             self.calls.attempt(
                 "load_expert_int4",
-                lambda a: layer.load_expert_int4(expert, (a["gq"], a["gs"]), (a["uq"], a["us"]), (a["dq"], a["ds"])),
+                lambda a: store.load_expert_int4(expert, (a["gq"], a["gs"]), (a["uq"], a["us"]), (a["dq"], a["ds"])),
                 reads,
             )
         else:
-            reads = dict(zip(("gate", "up", "down"), self._matrices(layer)))
-            self.calls.attempt("load_expert", lambda a: layer.load_expert(expert, a["gate"], a["up"], a["down"]), reads)
+            reads = dict(zip(("gate", "up", "down"), self._matrices(store)))
+            self.calls.attempt("load_expert", lambda a: store.load_expert(expert, a["gate"], a["up"], a["down"]), reads)
 
     def blobs(self) -> None:
-        """Packed experts from layer to layer, in memory that goes or is used twice."""
-        if not self.layers:
+        """Packed experts from store to store, in memory that goes or is used twice."""
+        if not self.stores:
             return
-        rng, layer = self.random, self.random.choice(self.layers)
-        expert = rng.number(*range(layer.num_experts))
-        buffers = [self._blob(count) for count in layer.blob_bytes]
+        rng, store = self.random, self.random.choice(self.stores)
+        expert = rng.number(*range(store.num_experts))
+        buffers = [self._blob(count) for count in store.blob_bytes]
         kind = rng.choice(("export_expert", "copy_expert", "map_expert"))
-        method = getattr(layer, kind)
+        method = getattr(store, kind)
         if rng.chance(0.1):
             buffers[rng.randrange(3)] = rng.choice((b"", None, 5, buffers[0], memoryview(b"x" * 64), bytearray(7)))
         accepted = self.calls.attempt(kind, lambda _: method(expert, *buffers), {}, compare=False)
         if accepted and kind == "map_expert":
             if rng.chance(0.5):
-                self.calls.attempt("export_expert", lambda _: layer.export_expert(expert, *buffers), {}, compare=False)
+                self.calls.attempt("export_expert", lambda _: store.export_expert(expert, *buffers), {}, compare=False)
             for buffer in buffers:  # what is mapped cannot be shortened
                 self.calls.attempt("release", lambda _, held=buffer: held.release(), {}, compare=False)
 
@@ -193,16 +211,16 @@ class LayerScene:
         return memoryview(memory)[start : start + count]
 
     def unpack(self) -> None:
-        if not self.layers:
+        if not self.stores:
             return
-        rng, layer = self.random, self.random.choice(self.layers)
-        expert, name = rng.number(*range(layer.num_experts)), self.name("bf16", "f32")
+        rng, store = self.random, self.random.choice(self.stores)
+        expert, name = rng.number(*range(store.num_experts)), self.name("bf16", "f32")
         dtype = torch.bfloat16 if name == "bf16" or rng.chance(0.1) else torch.float32
-        into, out = (layer.inter, layer.hidden), (layer.hidden, layer.inter)
+        into, out = (store.inter, store.hidden), (store.hidden, store.inter)
         writes = {key: write(rng, shape, dtype, True) for key, shape in (("gate", into), ("up", into), ("down", out))}
         self.calls.attempt(
             "unpack_expert",
-            lambda a: layer.unpack_expert(expert, a["gate"], a["up"], a["down"], dtype=name),
+            lambda a: store.unpack_expert(expert, a["gate"], a["up"], a["down"], dtype=name),
             {},
             writes,
         )

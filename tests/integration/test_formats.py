@@ -43,7 +43,7 @@ def stock_of(model, directory):
         for index in range(experts.num_experts):
             inter, hidden = experts.intermediate_dim, experts.hidden_dim
             gate, up, down = (torch.empty(s) for s in ((inter, hidden), (inter, hidden), (hidden, inter)))
-            experts.layer.unpack_expert(index, gate, up, down, dtype="f32")
+            experts.store.unpack_expert(index, gate, up, down, dtype="f32")
             target.gate_up_proj.data[index] = torch.cat([gate, up])
             target.down_proj.data[index] = down
     return stock
@@ -59,7 +59,7 @@ def test_loaded_model_computes_with_the_rounded_weights(tmp_path, family, method
     exact = load(source, "BF16")
     for rounded, original in zip(only_experts(model), only_experts(exact), strict=True):
         sizes = (rounded.num_experts, rounded.hidden_dim, rounded.intermediate_dim)
-        assert rounded.packed_bytes == native().MoeLayer.packed_bytes_for(*sizes, method.lower(), group_size)
+        assert rounded.packed_bytes == native().ExpertStore.packed_bytes_for(*sizes, method.lower(), group_size)
         assert f", {method.lower()}" in repr(rounded)
         for one, other in zip(rounded.unpack_expert(2), original.unpack_expert(2), strict=True):
             assert 0 < rel_l2(one, other) < WEIGHT_ERROR[method]

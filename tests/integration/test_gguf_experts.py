@@ -241,7 +241,7 @@ def test_check_of_a_model_on_the_hub_takes_types_and_sizes_from_the_gguf_file(pl
     tensors = expert_tensors(plain, {})
     path = gguf_files.write(tmp_path / "m.gguf", {}, tensors)
     sizes = (EXPERTS, SIZES["hidden_size"], SIZES["moe_intermediate_size"])
-    bf16_bytes = len(LAYERS) * native().MoeLayer.packed_bytes_for(*sizes, "bf16")
+    bf16_bytes = len(LAYERS) * native().ExpertStore.packed_bytes_for(*sizes, "bf16")
     machine = kt_sft.memory.AvailableMemory(bf16_bytes, "the machine")
     monkeypatch.setattr("kt_sft.memory.available_memory", lambda: machine)
     with pytest.raises(NotEnoughMemory):

@@ -21,9 +21,9 @@ for config in runs:
 answers = []
 for config in chats:
     model = ChatModel(config)
-    layers = [m.layer for m in model.engine.model.modules() if hasattr(getattr(m, "layer", None), "mapped_experts")]
+    stores = [m.store for m in model.engine.model.modules() if hasattr(getattr(m, "store", None), "mapped_experts")]
     text = model.chat([{"role": "user", "content": "add 3 and 1"}])[0].response_text
-    answers.append([text, sum(layer.mapped_experts for layer in layers)])
+    answers.append([text, sum(store.mapped_experts for store in stores)])
 for config in exports:
     export_model(config)
 give(answers)

@@ -214,7 +214,7 @@ def exact_matrices(experts, index):
     """gate, up, down as q * scale, float64."""
     gate, up = (torch.empty(experts.intermediate_dim, experts.hidden_dim) for _ in range(2))
     down = torch.empty(experts.hidden_dim, experts.intermediate_dim)
-    experts.layer.unpack_expert(index, gate, up, down, "f32")
+    experts.store.unpack_expert(index, gate, up, down, "f32")
     return gate.double(), up.double(), down.double()
 
 

@@ -23,9 +23,9 @@ def bf16(*shape: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def layer():
     torch.manual_seed(0)
-    made = native().MoeLayer(EXPERTS, HIDDEN, INTER)
+    made = native().MoeLayer(native().ExpertStore(EXPERTS, HIDDEN, INTER))
     for expert in range(EXPERTS):
-        made.load_expert(expert, bf16(INTER, HIDDEN), bf16(INTER, HIDDEN), bf16(HIDDEN, INTER))
+        made.store.load_expert(expert, bf16(INTER, HIDDEN), bf16(INTER, HIDDEN), bf16(HIDDEN, INTER))
     return made
 
 
@@ -63,7 +63,7 @@ def test_results_have_one_of_two_dtypes(layer, name):
         backward(layer, inputs(), None, dx_dtype=name)
     halves = [torch.empty(shape, dtype=torch.float16) for shape in ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER))]
     with pytest.raises(ValueError, match=words):
-        layer.unpack_expert(0, *halves, dtype=name)
+        layer.store.unpack_expert(0, *halves, dtype=name)
     with pytest.raises(ValueError, match=words):
         linear.unpack(torch.empty(4, 4, dtype=torch.float16), name)
     with pytest.raises(ValueError, match=words):
@@ -139,27 +139,27 @@ def test_what_is_written_has_memory_of_its_own(layer):
         backward(layer, tensors, None, dtopk_weights=tensors["topk_weights"])
     rows = torch.empty(1, HIDDEN).expand(INTER, HIDDEN)
     with pytest.raises(ValueError, match="^up: expected memory of its own for each element"):
-        layer.unpack_expert(0, torch.empty(INTER, HIDDEN), rows, torch.empty(HIDDEN, INTER), dtype="f32")
+        layer.store.unpack_expert(0, torch.empty(INTER, HIDDEN), rows, torch.empty(HIDDEN, INTER), dtype="f32")
 
 
 def test_halves_of_a_matrix_are_not_one_another(layer):
     fused = torch.zeros(INTER, 2 * HIDDEN)
     down = torch.zeros(HIDDEN, INTER)
-    layer.unpack_expert(1, fused[:, :HIDDEN], fused[:, HIDDEN:], down, dtype="f32")
+    layer.store.unpack_expert(1, fused[:, :HIDDEN], fused[:, HIDDEN:], down, dtype="f32")
     apart = [torch.zeros(INTER, HIDDEN), torch.zeros(INTER, HIDDEN), torch.zeros(HIDDEN, INTER)]
-    layer.unpack_expert(1, *apart, dtype="f32")
+    layer.store.unpack_expert(1, *apart, dtype="f32")
     assert torch.equal(fused, torch.cat(apart[:2], 1)) and torch.equal(down, apart[2])
     with pytest.raises(ValueError, match="^up: expected memory of its own, got that of gate$"):
-        layer.unpack_expert(1, fused[:, :HIDDEN], fused[:, HIDDEN - 1 : -1], down, dtype="f32")
+        layer.store.unpack_expert(1, fused[:, :HIDDEN], fused[:, HIDDEN - 1 : -1], down, dtype="f32")
 
 
 @pytest.mark.parametrize("value", [2**24 + 1, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**70, 0, -1, -(2**63)])
 def test_sizes_that_no_layer_has(value):
     for sizes in ((value, 32, 32), (2, value, 32), (2, 32, value)):
         with pytest.raises(ValueError, match="expected|positive"):
-            native().MoeLayer(*sizes)
+            native().ExpertStore(*sizes)
         with pytest.raises(ValueError, match="expected|positive"):
-            native().MoeLayer.packed_bytes_for(*sizes, "int8")
+            native().ExpertStore.packed_bytes_for(*sizes, "int8")
     for sizes in ((value, 32), (32, value)):
         with pytest.raises(ValueError, match="expected|positive"):
             native().PackedLinear(*sizes)
@@ -243,20 +243,21 @@ def test_shared_a_of_two_layouts(layer):
 
 @pytest.mark.parametrize("expert", [-1, EXPERTS, 2**31, 2**63 - 1, -(2**63), 2**70])
 def test_experts_that_are_not_there(layer, expert):
-    blobs = [np.zeros(count, dtype=np.uint8) for count in layer.blob_bytes]
+    blobs = [np.zeros(count, dtype=np.uint8) for count in layer.store.blob_bytes]
     matrices = (bf16(INTER, HIDDEN), bf16(INTER, HIDDEN), bf16(HIDDEN, INTER))
     for method, parts in (
-        (layer.load_expert, matrices), (layer.unpack_expert, matrices), (layer.copy_expert, blobs),
-        (layer.map_expert, blobs), (layer.export_expert, blobs),
+        (layer.store.load_expert, matrices), (layer.store.unpack_expert, matrices), (layer.store.copy_expert, blobs),
+        (layer.store.map_expert, blobs), (layer.store.export_expert, blobs),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="out of range|expected a number from"):
             method(expert, *parts)
 
 
 def test_a_layer_without_init():
-    for kind in (native().MoeLayer, native().PackedLinear):
+    for kind in (native().ExpertStore, native().MoeLayer, native().PackedLinear):
         blank = kind.__new__(kind)
-        for name in ("packed_bytes", "format", "group_size"):
+        names = ("inter", "inter_stride", "store") if kind is native().MoeLayer else ("packed_bytes", "format")
+        for name in names:
             with pytest.raises(TypeError, match="__init__ was not called"):
                 getattr(blank, name)
 
@@ -268,20 +269,20 @@ def aligned(count: int) -> tuple[bytearray, memoryview]:
 
 
 def test_mapped_memory_is_held_until_it_is_replaced(layer):
-    other = native().MoeLayer(EXPERTS, HIDDEN, INTER)
-    memories, views = zip(*(aligned(count) for count in layer.blob_bytes))
-    layer.export_expert(0, *views)
+    other = native().MoeLayer(native().ExpertStore(EXPERTS, HIDDEN, INTER))
+    memories, views = zip(*(aligned(count) for count in layer.store.blob_bytes))
+    layer.store.export_expert(0, *views)
     for expert in range(EXPERTS):
-        other.map_expert(expert, *views)
+        other.store.map_expert(expert, *views)
     with pytest.raises(BufferError):
         views[0].release()
     with pytest.raises(ValueError, match="memory that no expert of the layer is mapped from"):
-        other.export_expert(0, *views)
+        other.store.export_expert(0, *views)
     tensors = inputs()
     tensors["topk_ids"].zero_()
     assert torch.equal(forward(other, tensors), forward(layer, tensors))
     for expert in range(EXPERTS):
-        other.load_expert(expert, bf16(INTER, HIDDEN), bf16(INTER, HIDDEN), bf16(HIDDEN, INTER))
+        other.store.load_expert(expert, bf16(INTER, HIDDEN), bf16(INTER, HIDDEN), bf16(HIDDEN, INTER))
     for view, memory in zip(views, memories):
         view.release()
         memory.clear()  # a bytearray that somebody holds cannot be cut
@@ -289,7 +290,7 @@ def test_mapped_memory_is_held_until_it_is_replaced(layer):
 
 def test_reading_while_experts_change(layer):
     """Counts and copies wait for a load in another thread, whose half-written places they used to follow."""
-    other = native().MoeLayer(EXPERTS, HIDDEN, INTER)
+    other = native().MoeLayer(native().ExpertStore(EXPERTS, HIDDEN, INTER))
     matrices = (bf16(INTER, HIDDEN), bf16(INTER, HIDDEN), bf16(HIDDEN, INTER))
     ends = threading.Event()
     faults: list[str] = []
@@ -298,18 +299,18 @@ def test_reading_while_experts_change(layer):
         out = [torch.empty_like(t) for t in matrices]
         while not ends.is_set():
             try:
-                other.unpack_expert(1, *out)
+                other.store.unpack_expert(1, *out)
                 if not all(torch.equal(a, b) for a, b in zip(out, matrices)):
                     faults.append("half an expert")
             except ValueError as error:
                 if "no weights yet" not in str(error):
                     faults.append(str(error))
-            assert 0 <= other.missing_experts <= EXPERTS and other.mapped_experts == 0
+            assert 0 <= other.store.missing_experts <= EXPERTS and other.store.mapped_experts == 0
 
     reader = threading.Thread(target=read)
     reader.start()
     for _ in range(300):
-        other.load_expert(1, *matrices)
+        other.store.load_expert(1, *matrices)
     ends.set()
     reader.join()
     assert not faults

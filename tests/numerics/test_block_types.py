@@ -105,7 +105,7 @@ def load(names: tuple[str, str, str], case: LayerCase, *, inter_blocks: int = 1)
     inter = inter_blocks * max(64, block_of(names[2]))
     case = dataclasses.replace(case, hidden=hidden, inter=inter)
     problem = make_problem(case)
-    layer = native().MoeLayer(case.experts, hidden, inter, names)
+    layer = native().MoeLayer(native().ExpertStore(case.experts, hidden, inter, names))
     shapes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
     for expert in range(case.experts):
         blocks = []
@@ -121,7 +121,7 @@ def load(names: tuple[str, str, str], case: LayerCase, *, inter_blocks: int = 1)
             stored = torch.empty(n, k)
             one.unpack(stored, "f32")
             getattr(problem, projection)[expert] = stored.double()
-        layer.load_expert(expert, *blocks)
+        layer.store.load_expert(expert, *blocks)
     return layer, problem, case
 
 
@@ -144,7 +144,7 @@ def test_shards_hold_whole_blocks(down):
     for pools in (1, 3):
         with using_threads(pools, pools):
             layer, problem, _ = load(("q4_k", "q4_k", down), case, inter_blocks=3)
-            assert layer.num_shards == pools
+            assert layer.store.num_shards == pools
             results.append((run(problem, layer), problem))
     assert torch.equal(results[0][1].down, results[1][1].down)
     for name, value in results[0][0].items():  # sums over shards are added in another order

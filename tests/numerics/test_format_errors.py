@@ -81,7 +81,7 @@ def test_int4_weights_are_bf16_numbers(group):
     layer, problem, got = layer_and_stored("int4", group, add_odd_rows)
     for e in range(2):
         rounded = [torch.empty(t.shape[1:], dtype=torch.bfloat16) for t in (got.gate, got.up, got.down)]
-        layer.unpack_expert(e, *rounded)
+        layer.store.unpack_expert(e, *rounded)
         for held, half in zip((got.gate[e], got.up[e], got.down[e]), rounded, strict=True):
             assert torch.equal(held, half.double())
 

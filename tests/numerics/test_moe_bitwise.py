@@ -70,7 +70,7 @@ def test_pools_agree_with_one_pool(pools, weights):
     one = run(problem)
     with using_threads(2 * pools, pools):
         layer = make_layer(problem)
-        assert layer.num_shards == pools
+        assert layer.store.num_shards == pools
         many = run(problem, layer)
         assert_same(many, run(problem, layer))
     with using_threads(pools, pools):

@@ -219,6 +219,6 @@ def test_a_zeroed_kernel_would_be_seen():
     problem = make_problem(case)
     layer = make_layer(problem)
     zero = torch.zeros(case.hidden, case.inter, dtype=torch.bfloat16)
-    layer.load_expert(0, torch.zeros_like(zero.T.contiguous()), torch.zeros_like(zero.T.contiguous()), zero)
+    layer.store.load_expert(0, torch.zeros_like(zero.T.contiguous()), torch.zeros_like(zero.T.contiguous()), zero)
     with pytest.raises(AssertionError):
         check(case, run(problem, layer), problem)

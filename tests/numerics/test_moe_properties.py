@@ -173,12 +173,12 @@ def test_rows_of_extreme_integers():
     """Every product of int8 rows and weights at +-127: the int32 sums and their zero points must hold."""
     hidden, inter = 2048, 64
     for kind in ("int8", "int4"):
-        layer = native().MoeLayer(1, hidden, inter, kind)
+        layer = native().MoeLayer(native().ExpertStore(1, hidden, inter, kind))
         for sign_w in (1.0, -1.0):
             w = torch.full((inter, hidden), sign_w * 2.0**-6, dtype=torch.bfloat16)
-            layer.load_expert(0, w, w, w.T.contiguous())
+            layer.store.load_expert(0, w, w, w.T.contiguous())
             kept = [torch.empty(inter, hidden), torch.empty(inter, hidden), torch.empty(hidden, inter)]
-            layer.unpack_expert(0, *kept, dtype="f32")
+            layer.store.unpack_expert(0, *kept, dtype="f32")
             for sign_x in (1.0, -1.0):
                 x = torch.full((5, hidden), sign_x, dtype=torch.bfloat16)
                 call = MoeCall(layer, rows="int8")
@@ -191,13 +191,13 @@ def test_rows_of_extreme_integers():
 def test_small_integers_are_exact_through_the_down_projection():
     """Gate rows of huge values make silu(g) = g exactly, so that the whole layer is sums of small integers."""
     experts, hidden, inter = 3, 37, 21
-    layer = native().MoeLayer(experts, hidden, inter)
+    layer = native().MoeLayer(native().ExpertStore(experts, hidden, inter))
     g = torch.Generator().manual_seed(1)
     weights = [torch.randint(-2, 3, (inter, hidden), generator=g).bfloat16() for _ in range(experts)]
     downs = [torch.randint(-2, 3, (hidden, inter), generator=g).bfloat16() for _ in range(experts)]
     gates = [torch.full((inter, hidden), 64.0).bfloat16() for _ in range(experts)]
     for e in range(experts):
-        layer.load_expert(e, gates[e], weights[e], downs[e])
+        layer.store.load_expert(e, gates[e], weights[e], downs[e])
     x = torch.zeros(8, hidden)
     x[torch.arange(8), torch.randint(0, hidden, (8,), generator=g)] = 1.0  # one-hot: u is a column of up, g = 64
     ids = torch.randint(0, experts, (8, 1), generator=g)
@@ -213,7 +213,7 @@ def test_unpack_returns_what_was_loaded():
     layer = make_layer(problem)
     gate, up = (torch.empty(37, 52, dtype=torch.bfloat16) for _ in range(2))
     down = torch.empty(52, 37, dtype=torch.bfloat16)
-    layer.unpack_expert(3, gate, up, down)
+    layer.store.unpack_expert(3, gate, up, down)
     assert torch.equal(gate.double(), problem.gate[3]) and torch.equal(up.double(), problem.up[3])
     assert torch.equal(down.double(), problem.down[3])
 
@@ -221,7 +221,7 @@ def test_unpack_returns_what_was_loaded():
 @pytest.mark.parametrize("experts, hidden, inter", [(64, 2048, 1408), (128, 2048, 768), (16, 7168, 2048)])
 def test_packed_bytes_of_real_shapes_are_within_three_percent(experts, hidden, inter):
     own = experts * 3 * hidden * inter * 2
-    assert own <= native().MoeLayer.packed_bytes_for(experts, hidden, inter) <= 1.03 * own
+    assert own <= native().ExpertStore.packed_bytes_for(experts, hidden, inter) <= 1.03 * own
 
 
 class TestErrors:
@@ -266,16 +266,16 @@ class TestErrors:
 
     def test_missing_experts(self):
         with pytest.raises(ValueError, match="no weights yet"):
-            self.call(native().MoeLayer(5, 52, 37))
+            self.call(native().MoeLayer(native().ExpertStore(5, 52, 37)))
 
     def test_load_of_wrong_shape_and_dtype(self, layer):
         good, down = torch.zeros(37, 52, dtype=torch.bfloat16), torch.zeros(52, 37, dtype=torch.bfloat16)
         with pytest.raises(ValueError, match=r"up: expected shape \[37, 52\]"):
-            layer.load_expert(0, good, good.T.contiguous(), down)
+            layer.store.load_expert(0, good, good.T.contiguous(), down)
         with pytest.raises(ValueError, match="gate: expected dtype bf16, got f32"):
-            layer.load_expert(0, good.float(), good, down)
+            layer.store.load_expert(0, good.float(), good, down)
         with pytest.raises(ValueError, match="out of range"):
-            layer.load_expert(5, good, good, down)
+            layer.store.load_expert(5, good, good, down)
 
     def test_tensors_come_by_plain_dlpack_too(self, layer):
         """torch before 2.10, and other libraries, have no exchange table on their tensor types."""
@@ -294,19 +294,19 @@ class TestErrors:
         assert native().sample_factors((Plain(values),)) == native().sample_factors((values,))
         down = torch.zeros(52, 37, dtype=torch.bfloat16)
         with pytest.raises(ValueError, match=r"up: expected shape \[37, 52\], got bf16 \[52, 37\]"):
-            layer.load_expert(0, Plain(down.T.contiguous()), Plain(down), down)
+            layer.store.load_expert(0, Plain(down.T.contiguous()), Plain(down), down)
         with pytest.raises(TypeError, match="gate: expected a tensor, got <class 'int'>"):
-            layer.load_expert(0, 1, down, down)
+            layer.store.load_expert(0, 1, down, down)
 
     def test_unknown_isa_activation_and_format(self):
         with pytest.raises(ValueError, match="expected one of auto, scalar, avx2"):
             native().set_isa("sse2")
         with pytest.raises(ValueError, match="expected silu, gelu, gelu_tanh, relu or clamped_swiglu, got mish"):
-            native().MoeLayer(1, 4, 4, "bf16", "mish")
+            native().MoeLayer(native().ExpertStore(1, 4, 4, "bf16"), "mish")
         with pytest.raises(
             ValueError, match=r"int8, int4 or rawint4, or a type of GGUF files \(f16, q4_0, .*\), got fp3"
         ):
-            native().MoeLayer(1, 4, 4, "fp3", "silu")
+            native().ExpertStore(1, 4, 4, "fp3")
 
     def test_more_pools_than_numa_nodes(self):
         with pytest.raises(ValueError, match="NUMA"):

@@ -9,6 +9,7 @@ from torch import nn
 from kt_sft.autograd.linear import packed_linear
 from kt_sft.autograd.settings import NO_FACTORS
 from kt_sft.native import native
+from kt_sft.nn.expert_lora import EXPERT_MAJOR, LoraFactor
 from kt_sft.nn.packed_linear import PackedLinear, pack_linear
 from kt_sft.sources.tensors import TensorExperts
 from tests.helpers.layers import MoeCall, moe
@@ -18,11 +19,11 @@ EXPERTS, HIDDEN, INTER, RANK = 3, 64, 32, 2
 
 @pytest.fixture(scope="module")
 def layer():
-    layer = native().MoeLayer(EXPERTS, HIDDEN, INTER)
+    store = native().ExpertStore(EXPERTS, HIDDEN, INTER)
     gate, up, down = torch.randn(INTER, HIDDEN), torch.randn(INTER, HIDDEN), torch.randn(HIDDEN, INTER)
     for expert in range(EXPERTS):
-        layer.load_expert(expert, gate.bfloat16(), up.bfloat16(), down.bfloat16())
-    return layer
+        store.load_expert(expert, gate.bfloat16(), up.bfloat16(), down.bfloat16())
+    return native().MoeLayer(store)
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -55,11 +56,13 @@ def test_inputs_of_the_experts(layer, name, how, wants_grad):
         moe(given["x"], given["topk_ids"], weights, NO_FACTORS, MoeCall(layer, retain=True, chunk_size=4))
 
 
-def test_a_lora_factor(layer):
-    lora = [torch.randn(EXPERTS, RANK, n).double() for n in (HIDDEN, INTER, HIDDEN, INTER, INTER, HIDDEN)]
-    lora[3] = release(lora[3], "released")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_lora_factor(dtype):
+    parameter = nn.Parameter(torch.randn(EXPERTS * RANK, HIDDEN, dtype=dtype))
+    factor = LoraFactor(parameter, EXPERT_MAJOR, EXPERTS)
+    parameter.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="^lora: expected .* found 0; it was released"):
-        moe(*inputs().values(), tuple(lora), MoeCall(layer, scales=(1.0, 1.0, 1.0), retain=True, chunk_size=4))
+        factor.operand()
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -339,9 +339,9 @@ def test_calls_from_two_threads_while_the_pool_is_replaced(inputs):
 EXIT_WHILE_COMPUTING = """
 import threading, time, torch
 from kt_sft.native import native
-layer, tokens = native().MoeLayer(1, 512, 512), 1 << 15
+layer, tokens = native().MoeLayer(native().ExpertStore(1, 512, 512)), 1 << 15
 zero = torch.zeros(512, 512, dtype=torch.bfloat16)
-layer.load_expert(0, zero, zero, zero)
+layer.store.load_expert(0, zero, zero, zero)
 x, ids, weights = (torch.zeros(tokens, n, dtype=t) for n, t in ((512, zero.dtype), (1, torch.int64), (1, torch.float)))
 out, started = torch.empty_like(x), threading.Event()
 def generate():

@@ -44,8 +44,8 @@ def refused(folder, match):
 @pytest.mark.parametrize(("weight_format", "group"), FORMATS)
 @pytest.mark.parametrize(("hidden", "inter"), [(1, 1), (52, 37), (128, 64), (96, 1408), (2048, 65)])
 def test_sizes_are_those_of_the_kernels(weight_format, group, hidden, inter):
-    layer = native().MoeLayer(1, hidden, inter, weight_format, group_size=group or 32)
-    assert layer.blob_bytes == blob_sizes(weight_format, group, hidden, inter)
+    store = native().ExpertStore(1, hidden, inter, weight_format, group_size=group or 32)
+    assert store.blob_bytes == blob_sizes(weight_format, group, hidden, inter)
 
 
 @pytest.mark.parametrize(("weight_format", "group"), FORMATS)

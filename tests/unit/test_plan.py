@@ -55,7 +55,7 @@ def test_every_weight_is_counted_once_and_experts_as_packed(run_of, family):
     memory = result.memory["cpu"]
     assert memory.weights_bytes == 2 * sum(tensor.numel() for tensor in outside)
     sizes = [(spec.num_experts, spec.hidden, spec.inter) for spec in specs.values()]
-    assert memory.experts_bytes == sum(native().MoeLayer.packed_bytes_for(*size, "int8", 32) for size in sizes)
+    assert memory.experts_bytes == sum(native().ExpertStore.packed_bytes_for(*size, "int8", 32) for size in sizes)
 
 
 @pytest.mark.parametrize(("family", "target"), [

@@ -116,7 +116,7 @@ def plan_run(file: str | Path, overrides: Iterable[str] = (), *, device: str | N
     check_dtype(plan, model)  # LLaMA-Factory loads a model as it is stored
     formats = _formats(opened, plan)
     packed_bytes = {
-        name: native().MoeLayer.packed_bytes_for(
+        name: native().ExpertStore.packed_bytes_for(
             *(spec.num_experts, spec.hidden, spec.inter), formats[name], config.int4_group_size
         )
         for name, spec in specs.items()

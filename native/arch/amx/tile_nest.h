@@ -147,7 +147,7 @@ void forward_bf16_rows(const GemmTask& task) {
       Operands::gather_rows(task.a_rows + i, rows, task.a_offset + k0, w.k - k0, steps, kTileRowBytes, a);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t panel = task.panel_begin + p, n = panel * kPanel;
-        const uint8_t* b = kUnpacks ? unpacked + p * kPassBytes : w.bytes() + (panel * k_tiles + t0) * kStepBytes;
+        const uint8_t* b = kUnpacks ? unpacked + p * kPassBytes : w.panel(panel) + t0 * kStepBytes;
         float* c = task.c + i * task.ldc + p * kPanel;
         multiply_block<TileOp, Dot::kBf16, TileShape::kFull>(rows, tiles_from(n, w.n), a, b, steps, c, task.ldc,
                                                              task.accumulate || t0 > 0, !kUnpacks && i == 0, edge);
@@ -169,7 +169,7 @@ void input_grad_bf16_rows(const GemmTask& task) {
   constexpr int64_t kSumBytes = kMaxTaskPanels * kPanel * kGradStride * 4;
   static_assert((1 + kMaxTaskPanels) * kPassBytes + kSumBytes + kStepBytes <= kGemmScratchBytes);
   const PackedMatrix& w = *task.w;
-  const int64_t k_tiles = w.k_panels(), panels = task.panel_end - task.panel_begin;
+  const int64_t panels = task.panel_end - task.panel_begin;
   uint8_t* weights = static_cast<uint8_t*>(task.scratch);
   uint8_t* dy = weights + kMaxTaskPanels * kPassBytes;
   float* sums = reinterpret_cast<float*>(dy + kPassBytes);
@@ -185,8 +185,8 @@ void input_grad_bf16_rows(const GemmTask& task) {
           const int64_t n_panel = n0 / kPanel + t, k_tile = task.panel_begin + p;
           const uint8_t* from = step;
           if constexpr (kFormat == Format::kBf16) {
-            from = w.bytes() + (n_panel * k_tiles + k_tile) * kStepBytes;
-            prefetch_step<TileOp>(from + k_tiles * kStepBytes);
+            from = w.panel(n_panel) + k_tile * kStepBytes;
+            prefetch_step<TileOp>(from + w.panel_stride_bytes);
           } else {
             Operands::template unpack_bf16<kFormat>(w, n_panel, k_tile, step);
           }
@@ -238,7 +238,7 @@ void forward_s8_rows(const GemmTask& task) {
         const int64_t panel = task.panel_begin + p, n = panel * kPanel, col_tiles = tiles_from(n, w.n);
         float* c = task.c + i * task.ldc + p * kPanel;
         if constexpr (kFormat == Format::kInt8) {
-          const uint8_t* b = w.bytes() + (panel * all_steps + t0) * kStepBytes;
+          const uint8_t* b = w.panel(panel) + t0 * kStepBytes;
           multiply_block<TileOp, Dot::kS8, kShape>(rows, col_tiles, a, b, steps, c, task.ldc, t0 > 0, i == 0, block);
           if (t0 + steps == all_steps) Operands::scale_sums(w.int8_scales() + n, task.q_scales + i, rows, c, task.ldc);
         } else {
@@ -247,8 +247,7 @@ void forward_s8_rows(const GemmTask& task) {
             multiply_block<TileOp, Dot::kS8, kShape>(
                 align_up(rows, kTileRows), col_tiles, a + t * kBytes, unpacked + p * kPassBytes + t * kBytes,
                 min_i64(group_steps, steps - t), block, kBlock, false, false, nullptr);
-            Operands::add_group(block, w.int4_scales() + (panel * w.k_groups() + group) * kPanel, group == 0, rows, c,
-                                task.ldc);
+            Operands::add_group(block, w.int4_scales(panel) + group * kPanel, group == 0, rows, c, task.ldc);
           }
           if (t0 + steps == all_steps) Operands::scale_rows(task.q_scales + i, rows, c, task.ldc);
         }

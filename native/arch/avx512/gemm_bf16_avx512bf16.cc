@@ -115,7 +115,7 @@ void forward(const GemmTask& task) {
       gather(task.a_rows + i, rows, task.a_offset + k0, w.k - k0, steps, nullptr, a, kStride);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t panel = task.panel_begin + p;
-        const uint8_t* b = kUnpacks ? unpacked + p * kPassBytes : w.bytes() + (panel * k_tiles + t0) * kStepBytes;
+        const uint8_t* b = kUnpacks ? unpacked + p * kPassBytes : w.panel(panel) + t0 * kStepBytes;
         float* c = task.c + i * task.ldc + p * kPanel;
         with_rows<kRows>(rows, [&]<int R>() {
           if (!kUnpacks && i == 0)
@@ -157,7 +157,7 @@ template <Format kFormat>
 void input_grad(const GemmTask& task) {
   KTS_DCHECKED(check_task(task, {kFormat, Rows::kBf16, Direction::kInputGrad}));
   const PackedMatrix& w = *task.w;
-  const int64_t k_tiles = w.k_panels(), panels = task.panel_end - task.panel_begin;
+  const int64_t panels = task.panel_end - task.panel_begin;
   bf16_t* a = static_cast<bf16_t*>(task.scratch);
   uint8_t* weights = reinterpret_cast<uint8_t*>(a + kRows * kStride);
   uint8_t* step = weights + kMaxTaskPanels * kPassBytes;
@@ -168,8 +168,8 @@ void input_grad(const GemmTask& task) {
         const int64_t n_panel = n0 / kPanel + t, k_tile = task.panel_begin + p;
         const uint8_t* from = step;
         if constexpr (kFormat == Format::kBf16) {
-          from = w.bytes() + (n_panel * k_tiles + k_tile) * kStepBytes;
-          const uint8_t* ahead = from + k_tiles * kStepBytes;
+          from = w.panel(n_panel) + k_tile * kStepBytes;
+          const uint8_t* ahead = from + w.panel_stride_bytes;
           for (int64_t line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + line);
         } else {
           avx512::unpack_bf16_tiles<kFormat>(w, n_panel, k_tile, step);
@@ -211,7 +211,7 @@ template <Format kFormat, bool kRounds, int R>
 KTS_INLINE void add_tile(const PackedMatrix& w, int64_t panel, int64_t k_tile, int half, const bf16_t* a,
                          __m512 (&even)[R], __m512 (&odd)[R]) {
   if constexpr (kFormat == Format::kBf16) {
-    const uint8_t* from = w.bytes() + (panel * w.k_panels() + k_tile) * kStepBytes + half * kTileBytes;
+    const uint8_t* from = w.panel(panel) + k_tile * kStepBytes + half * kTileBytes;
 #pragma GCC unroll 1  // unrolled, broadcasts of one half would be kept for the other and push sums out of the registers
     for (int pair = 0; pair < kTileK / 2; pair += 2, a += 4, from += 128) {
       __builtin_prefetch(from + kPrefetchBytes);

@@ -70,13 +70,12 @@ template <Format kFormat>
 KTS_INLINE const uint8_t* quantised_rows(const PackedMatrix& w, int64_t n_panel, int64_t k_tile) {
   KTS_DCHECK(w.format.kind == kFormat && w.holds(n_panel * kPanel, k_tile * kTileK));
   constexpr int64_t kBytes = kFormat == Format::kInt8 ? kTileBytes : kTileBytesInt4;
-  const int64_t tile = (n_panel * ceil_div(w.k, kTileKQ) + k_tile / 2) * 2;
-  return w.bytes() + tile * kBytes + (kFormat == Format::kInt8 ? k_tile % 2 * kTileBytes / 2 : 0);
+  return w.panel(n_panel) + k_tile / 2 * 2 * kBytes + (kFormat == Format::kInt8 ? k_tile % 2 * kTileBytes / 2 : 0);
 }
 
 KTS_INLINE const bf16_t* group_scales(const PackedMatrix& w, int64_t n_panel, int64_t k_tile) {
   KTS_DCHECK(w.holds(n_panel * kPanel, k_tile * kTileK));
-  return w.int4_scales() + (n_panel * w.k_groups() + k_tile * kTileK / w.format.group) * kPanel;
+  return w.int4_scales(n_panel) + k_tile * kTileK / w.format.group * kPanel;
 }
 
 template <bool kHigh, bool kRounds>

@@ -1,45 +1,14 @@
-// The routed experts of one layer: packed weights, forward, backward. Formulas in moe/expert_forward.cc and
-// moe/expert_backward.cc; rounding points in docs/numerics.md.
+// The routed experts of one layer: forward and backward over the weights of a store (kts/expert_store.h). Formulas in
+// moe/expert_forward.cc and moe/expert_backward.cc; rounding points in docs/numerics.md.
 #pragma once
 #include <cstdint>
-#include <memory>
-#include <vector>
 
 #include "kts/elementwise.h"
+#include "kts/expert_store.h"
 #include "kts/gemm.h"
 #include "kts/lora.h"
-#include "kts/workspace.h"
 
 namespace kts {
-
-// Weight formats of the three projections: a GGUF file may mix them.
-struct ExpertFormats {
-  WeightFormat gate, up, down;
-
-  ExpertFormats(WeightFormat all = {}) : gate(all), up(all), down(all) {}  // NOLINT(google-explicit-constructor)
-  ExpertFormats(WeightFormat g, WeightFormat u, WeightFormat d) : gate(g), up(u), down(d) {}
-
-  bool is_uniform() const { return gate == up && up == down; }
-  // Whether kernels take rows of this kind with every projection.
-  bool take(Rows rows) const;
-};
-
-struct MoeShape {
-  int64_t num_experts = 0;
-  int64_t hidden = 0;
-  int64_t inter = 0;
-  ExpertFormats format;
-  Activation activation = Activation::kSilu;
-  GateParams gate_params;
-
-  // Row stride, in elements, of g, u and h buffers.
-  int64_t inter_stride() const { return align_up(inter, kPanel); }
-};
-
-inline constexpr int64_t kMaxExperts = int64_t{1} << 20;  // with the widths below, no size of a layer overflows
-
-// Throws std::invalid_argument for sizes that no layer can have, or that the formats cannot.
-void check_shape(const MoeShape& shape);
 
 // Inverted dropout on the input of the LoRA branches; p = 0 turns it off. The mask depends on seed, (token, slot) and
 // column only.
@@ -91,65 +60,18 @@ struct MoeGrads {
   ExpertLoraGrads lora;            // null pointers = not wanted; others are overwritten, zeros for experts without rows
 };
 
-// Columns [begin, begin + size) of inter. Each thread pool computes and stores its own shard of every expert: gate and up
-// rows, down columns, so both directions read local memory, and sums over shards are all that nodes exchange.
-struct Shard {
-  int64_t begin = 0;
-  int64_t size = 0;
+// The function between the products: h of g and u.
+struct Glu {
+  Activation activation = Activation::kSilu;
+  GateParams params{};
 };
-inline constexpr int kMaxShards = 32;
 
-// One expert's packed matrices as they are outside of a layer: whole, not cut into shards, each packed_bytes(format, n, k)
-// long and aligned to kBlobAlignment.
-template <class Byte>
-struct ExpertBlobs {
-  Byte* gate = nullptr;  // [inter, hidden]
-  Byte* up = nullptr;
-  Byte* down = nullptr;  // [hidden, inter]
-};
-inline constexpr int64_t kBlobAlignment = 64;
-
+// Computes with the experts of a store, which outlives the layer and whose experts may change between calls.
 class MoeLayer {
  public:
-  // One shard per thread pool of the running process, fewer where inter is too narrow.
-  explicit MoeLayer(const MoeShape& shape);
+  explicit MoeLayer(const ExpertStore& store, const Glu& glu = {}) : store_(store), glu_(glu) {}
 
-  const MoeShape& shape() const { return shape_; }
-  // Of the shards, wherever they lie.
-  int64_t packed_bytes() const { return layout_bytes_; }
-  static int64_t packed_bytes_for(const MoeShape& shape);
-
-  // gate, up [inter, hidden], down [hidden, inter]; strides in elements. Packs a copy.
-  void load_expert(int64_t expert, const bf16_t* gate, int64_t gate_stride, const bf16_t* up, int64_t up_stride,
-                   const bf16_t* down, int64_t down_stride);
-  // The same with each projection as its format takes it: rows of bf16, or of f16 or blocks as in a GGUF file.
-  struct WeightRows {
-    const void* data;
-    int64_t row_bytes;  // from one to the next
-  };
-  void load_expert(int64_t expert, const WeightRows& gate, const WeightRows& up, const WeightRows& down);
-  // The same of int4 weights as a checkpoint holds them, for format rawint4: nothing is rounded. hidden and inter even.
-  void load_expert_int4(int64_t expert, const StoredInt4& gate, const StoredInt4& up, const StoredInt4& down);
-  // The stored weights; T is bf16_t (rounded from q * scale) or float.
-  template <class T>
-  void unpack_expert(int64_t expert, T* gate, int64_t gate_stride, T* up, int64_t up_stride, T* down,
-                     int64_t down_stride) const;
-
-  // Computes with `blobs` where they lie, which takes one shard; they must stay unchanged, and `owner` keeps them, until
-  // the expert gets other weights or the layer ends.
-  void map_expert(int64_t expert, const ExpertBlobs<const char>& blobs, std::shared_ptr<const void> owner = nullptr);
-  // Copies `blobs` into the memory of the shards.
-  void copy_expert(int64_t expert, const ExpertBlobs<const char>& blobs);
-  // The way back: the very bytes that any number of shards would be mapped or copied from. Not into mapped experts.
-  void export_expert(int64_t expert, const ExpertBlobs<char>& blobs) const;
-  // Bytes of the blobs.
-  int64_t gate_blob_bytes() const { return kts::packed_bytes(shape_.format.gate, shape_.inter, shape_.hidden); }
-  int64_t up_blob_bytes() const { return kts::packed_bytes(shape_.format.up, shape_.inter, shape_.hidden); }
-  int64_t down_blob_bytes() const { return kts::packed_bytes(shape_.format.down, shape_.hidden, shape_.inter); }
-  int64_t mapped_experts() const;
-
-  // Experts that have no weights yet.
-  int64_t missing_experts() const;
+  const ExpertShape& shape() const { return store_.shape(); }
 
   // out [tokens, hidden]. `chunk` tokens are processed at a time; forward and backward of one tape need the same chunk.
   void forward(const MoeInput& input, const ExpertLora& lora, const Dropout& dropout, int64_t chunk,
@@ -159,47 +81,9 @@ class MoeLayer {
   void backward(const MoeInput& input, const bf16_t* dout, const ExpertLora& lora, const Dropout& dropout,
                 int64_t chunk, const ForwardTape& tape, const MoeGrads& grads) const;
 
-  int num_shards() const { return num_shards_; }
-  const Shard& shard(int index) const { return shards_[index]; }
-  // [shard size, hidden], [shard size, hidden], [hidden, shard size]
-  PackedMatrix gate(int64_t expert, int shard) const { return gate_view(shard, place(expert, shard).gate); }
-  PackedMatrix up(int64_t expert, int shard) const { return up_view(shard, place(expert, shard).up); }
-  PackedMatrix down(int64_t expert, int shard) const { return down_view(shard, place(expert, shard).down); }
-
  private:
-  // Bytes of the packed gate and of gate and up, and of all three, of one expert.
-  int64_t gate_bytes(int shard) const;
-  int64_t gate_up_bytes(int shard) const;
-  int64_t expert_bytes(int shard) const;
-  // Calls pack(projection, shard part, packed matrix, panel) for every panel of an expert, in parallel.
-  template <class Fn>
-  void pack_expert(int64_t expert, Fn&& pack);
-  const ExpertBlobs<const char>& place(int64_t expert, int shard) const {
-    return places_[static_cast<size_t>(expert * num_shards_ + shard)];
-  }
-  ExpertBlobs<char> own_place(int64_t expert, int shard);
-  void use_own_places(int64_t expert);
-  // Drops the weights of an expert; what kept them is returned, to end without the lock.
-  [[nodiscard]] std::shared_ptr<const void> forget_expert(int64_t expert);
-  void check_index(int64_t expert, const char* message) const;
-  int64_t count_missing() const;  // runtime().mutex is held
-  bool is_mapped(int64_t expert) const;
-  PackedMatrix gate_view(int shard, const void* memory) const;
-  PackedMatrix up_view(int shard, const void* memory) const;
-  PackedMatrix down_view(int shard, const void* memory) const;
-  // The parts of whole matrices that a shard has, in whichever direction bytes are to move.
-  template <class Byte>
-  void move_shard(bool is_split, const ExpertBlobs<Byte>& whole, const ExpertBlobs<const char>& part, int shard) const;
-  void allocate();
-
-  MoeShape shape_;
-  int num_shards_ = 1;
-  Shard shards_[kMaxShards];
-  int64_t shard_offset_[kMaxShards] = {};  // bytes from the start of weights_
-  int64_t layout_bytes_ = 0;
-  PageBuffer weights_;                               // empty until the first expert is packed or copied
-  std::vector<ExpertBlobs<const char>> places_;      // [expert, shard]; null = no weights yet
-  std::vector<std::shared_ptr<const void>> owners_;  // [expert], of those that are mapped
+  const ExpertStore& store_;
+  Glu glu_;
 };
 
 }  // namespace kts

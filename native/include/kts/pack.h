@@ -6,11 +6,27 @@
 
 namespace kts {
 
+// Bytes of the values of a panel of k columns, and of its scales (int8: of its rows).
+int64_t panel_value_bytes(WeightFormat format, int64_t k);
+int64_t panel_scale_bytes(WeightFormat format, int64_t k);
+
 // Bytes of values, scales and sums, a multiple of 64; all zero bytes of it are read as zero weights but for int4.
 int64_t packed_bytes(WeightFormat format, int64_t n, int64_t k);
 
 // The view of packed_bytes() bytes at `memory`, 64-byte aligned.
 PackedMatrix packed_view(WeightFormat format, int64_t n, int64_t k, const void* memory);
+
+// Rows [n_begin, n_begin + n) and columns [k_begin, k_begin + k) of a matrix where they lie: whole panels from n_begin on,
+// whole units of k (WeightFormat::k_unit) from k_begin on, but for what ends with the matrix. Of int8 with fewer columns
+// than the matrix, column_sums is null: the caller has them (sum_columns).
+PackedMatrix packed_part(const PackedMatrix& whole, int64_t n_begin, int64_t n, int64_t k_begin, int64_t k);
+
+// Copies values and scales of one panel between matrices of one format and size, which may differ in strides. column_sums
+// stay as they are.
+void copy_panel(const PackedMatrix& from, const PackedMatrix& to, int64_t panel);
+
+// int8: sums over k of the integers of a panel [32].
+void sum_columns(const PackedMatrix& w, int64_t panel, int32_t* sums);
 
 // The contract of what packs and unpacks panels [begin, end).
 void check_panels(const PackedMatrix& w, int64_t begin, int64_t end);

@@ -25,6 +25,10 @@
 // Scales, in records of 32 n and one block of the type, record n / 32 * ceil(k / block) + k / block:
 //   d [32] (f16; e8m0: one byte each), then m or dmin [32] f16 if the type has offsets, then with two levels
 //   scale [block / group][32] int8 and, with offsets, min [block / group][32] int8
+//
+// So values and scales of a panel are streams of equal steps along k. The formulas above are of a matrix that lies alone;
+// the columns of a larger one, from a whole unit of k on (WeightFormat::k_unit), have the same streams further apart.
+// Whoever reads a panel asks PackedMatrix where it begins.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -90,7 +94,7 @@ struct ScaleRecord {
   static constexpr int64_t kPanelBytes = 32;
 };
 
-// A view of packed weights; the memory belongs to the layer.
+// A view of packed weights; the memory belongs to others.
 struct PackedMatrix {
   WeightFormat format;
   int64_t n = 0;
@@ -98,6 +102,8 @@ struct PackedMatrix {
   const void* data = nullptr;
   const void* scales = nullptr;          // int8: f32, int4: bf16; as above
   const int32_t* column_sums = nullptr;  // int8: sum over k of q [align_up(n, 32)]
+  int64_t panel_stride_bytes = 0;        // from the values of a panel to those of the next
+  int64_t scale_stride_bytes = 0;        // the same of the scales
 
   int64_t n_panels() const { return ceil_div(n, kPanel); }
   int64_t k_panels() const { return ceil_div(k, kPanel); }
@@ -105,33 +111,42 @@ struct PackedMatrix {
     KTS_DCHECK(format.kind == Format::kInt4 && format.group > 0);
     return ceil_div(k, format.group);
   }
-  const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
   KTS_CHECKED_MEMBER const float* int8_scales() const {
     KTS_DCHECK(format.kind == Format::kInt8);
     return static_cast<const float*>(scales);
   }
-  KTS_CHECKED_MEMBER const bf16_t* int4_scales() const {
-    KTS_DCHECK(format.kind == Format::kInt4);
-    return static_cast<const bf16_t*>(scales);
-  }
   // Whether W[row, column] is a weight of the matrix.
   KTS_MEMBER bool holds(int64_t row, int64_t column) const { return row >= 0 && row < n && column >= 0 && column < k; }
+
+  // The values of a panel.
+  KTS_MEMBER const uint8_t* panel(int64_t index) const {
+    return static_cast<const uint8_t*>(data) + index * panel_stride_bytes;
+  }
+  // Its scales.
+  KTS_MEMBER const uint8_t* panel_scales(int64_t index) const {
+    return static_cast<const uint8_t*>(scales) + index * scale_stride_bytes;
+  }
+  // int4: [k_groups()][32].
+  KTS_MEMBER const bf16_t* int4_scales(int64_t panel) const {
+    KTS_DCHECK(format.kind == Format::kInt4);
+    return reinterpret_cast<const bf16_t*>(panel_scales(panel));
+  }
   // Block formats: the record of scales of a panel's block that holds column k.
   KTS_MEMBER const uint8_t* scale_record(int64_t panel, int64_t column) const {
     KTS_DCHECK(is_block_format(format.kind) && format.type != BlockType::kNone && panel >= 0 && column >= 0);
     const BlockTypeInfo& type = block_type_info(format.type);
-    return static_cast<const uint8_t*>(scales) +
-           (panel * ceil_div(k, type.block) + column / type.block) * ScaleRecord(type).bytes;
+    return panel_scales(panel) + column / type.block * ScaleRecord(type).bytes;
   }
 };
 
 // Integer of one int8 or int4 weight, by the formulas above: for tests and scalar kernels.
 KTS_INLINE int packed_integer(const PackedMatrix& w, int64_t n, int64_t k) {
   KTS_DCHECK((w.format.kind == Format::kInt8 || w.format.kind == Format::kInt4) && w.holds(n, k));
-  const int64_t tile = (n / kPanel * ceil_div(w.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
+  const int64_t tile = k / kTileKQ * 2 + n % kPanel / kTileN;  // of the panel
+  const uint8_t* panel = w.panel(n / kPanel);
   if (w.format.kind == Format::kInt8)
-    return static_cast<int8_t>(w.bytes()[tile * kTileBytes + k % kTileKQ / 4 * 64 + n % kTileN * 4 + k % 4]);
-  const uint8_t pair = w.bytes()[tile * kTileBytesInt4 + k % kPanel / 4 * 64 + n % kTileN * 4 + k % 4];
+    return static_cast<int8_t>(panel[tile * kTileBytes + k % kTileKQ / 4 * 64 + n % kTileN * 4 + k % 4]);
+  const uint8_t pair = panel[tile * kTileBytesInt4 + k % kPanel / 4 * 64 + n % kTileN * 4 + k % 4];
   return (k % kTileKQ < kPanel ? pair & 15 : pair >> 4) - 8;
 }
 
@@ -139,14 +154,14 @@ KTS_INLINE int packed_integer(const PackedMatrix& w, int64_t n, int64_t k) {
 KTS_INLINE float packed_scale(const PackedMatrix& w, int64_t n, int64_t k) {
   KTS_DCHECK((w.format.kind == Format::kInt8 || w.format.kind == Format::kInt4) && w.holds(n, k));
   if (w.format.kind == Format::kInt8) return w.int8_scales()[n];
-  return bf16_to_f32(w.int4_scales()[(n / kPanel * w.k_groups() + k / w.format.group) * kPanel + n % kPanel]);
+  return bf16_to_f32(w.int4_scales(n / kPanel)[k / w.format.group * kPanel + n % kPanel]);
 }
 
 // The tile of 16 n x 64 k of a block format that holds W[n, k].
 KTS_INLINE const uint8_t* packed_block_tile(const PackedMatrix& w, int64_t n, int64_t k) {
   KTS_DCHECK(is_block_format(w.format.kind) && w.holds(n, k));
-  const int64_t tile = (n / kPanel * ceil_div(w.k, kTileKQ) + k / kTileKQ) * 2 + n % kPanel / kTileN;
-  return w.bytes() + tile * block_tile_bytes(block_bits(w.format.kind));
+  const int64_t tile = k / kTileKQ * 2 + n % kPanel / kTileN;  // of the panel
+  return w.panel(n / kPanel) + tile * block_tile_bytes(block_bits(w.format.kind));
 }
 
 // Scale and code (code_value) of a weight of a block format.
