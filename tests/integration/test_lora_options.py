@@ -17,6 +17,7 @@ from kt_sft.errors import ConfigError, KTError
 from kt_sft.integrations.llamafactory import args
 from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.peft.targets import plain_values
+from kt_sft.integrations.transformers.opened import OpenedModel
 from tests.helpers import adapters, parity, tiny_models
 from tests.helpers.adapter_doors import Doors
 from tests.helpers.adapters import edit
@@ -112,7 +113,7 @@ def test_what_can_be_trained_and_not_merged_is_refused_when_it_is_merged(doors, 
     adapter = shutil.copytree(doors.adapter, tmp_path / "adapter")
     edit(adapter, init_lora_weights="olora")
     with pytest.raises(KTError, match="found 'olora', LoRA of what it left of them"):
-        MergedCheckpoint(doors.base, [adapter])
+        MergedCheckpoint(OpenedModel(doors.base), [adapter])
     assert "olora" in options.afterwards(plain_values(LoraConfig(init_lora_weights="olora")))[0]
     assert not options.afterwards(plain_values(LoraConfig(r=8)))
 

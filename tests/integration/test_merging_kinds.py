@@ -289,11 +289,7 @@ LIMITS = {
     "dora": ({"use_dora": True}, {}, "DoRA: can be merged"),
     "lora_bias": ({"lora_bias": True}, {}, "cannot be merged, since layers such as model.layers.0.self_attn.q_proj"),
     "pissa": ({"init_lora_weights": "pissa"}, {}, "can neither be merged nor converted"),
-    "beyond plain LoRA": (
-        {"fan_in_fan_out": True},
-        {},
-        "fan_in_fan_out: with it, the adapter can be neither loaded, merged",
-    ),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, {}, "alora_invocation_tokens: with it, the adapter can be neither"),
     "bias": ({"bias": "all"}, {"attention_bias": True}, "biases of the base model"),
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, {}, "LoRA on an embedding"),
     "plain": ({}, {}, None),
