@@ -29,7 +29,7 @@ class PackedExperts:
 
     Args:
         container: taken over.
-        weight_load: the setting of this name: experts are copied into memory, or used in the mapped files; see `copies`.
+        weight_load: the setting: experts are copied into memory, or used in the mapped files; see `copies`.
         original: the checkpoint that it was made of, if that is known; merging and saving start from there.
         open_original: opens a checkpoint that it may have been made of; compared with it, and read if it is that one.
         own_files: of the model where they hold the experts in another way (a GGUF file); compared only.
