@@ -88,7 +88,7 @@ def stages(outer: torch.nn.Module, layer: Layer) -> dict[str, Callable[[], objec
     lora = NO_LORA if experts.lora is None else experts.lora.bind(experts.layer.inter)
     out = torch.empty_like(x)
     fixed = {
-        **{"lora": lora.projections, "g": None, "u": None, "xa": (), "out_dtype": "bf16", "bias": None},
+        **{"lora": lora.projections, "g": None, "u": None, "xa": None, "out_dtype": "bf16", "bias": None},
         **{"dropout_seed": 0, **settings.options},
     }
     skipped = torch.full_like(ids, layer.num_experts)
