@@ -66,7 +66,7 @@ class Calls:
         given = {key: read(self.random, value) if isinstance(value, Tensor) else value for key, value in reads.items()}
         outputs = {key: one.tensor for key, one in (writes or {}).items()}
         everything = self._aliased({**given, **outputs})
-        before = {key: plain(value) for key, value in given.items()}
+        before = {key: plain(everything[key]) for key in given}
         refusal = self._call(name, function, everything)
         if not may_be_torch and "\n" in refusal and _SIGNATURE not in refusal:
             raise Wrong(f"{name}: a refusal of several lines: {refusal!r}")
