@@ -97,7 +97,8 @@ DOCUMENTED = {
 # Private names of others that may be used where needed: torch has no public ones for these.
 PRIVATE_OF_OTHERS = {
     "_C", "_apply", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_load_from_state_dict", "_make_subclass",
-    "_modules", "_non_persistent_buffers_set", "_parameters", "_save_to_state_dict", "_version", "_current_graph_task_id",
+    "_modules", "_non_persistent_buffers_set", "_parameters", "_save_to_state_dict", "_version",
+    "_current_graph_task_id",
     "_exit", "_initializing",  # Python
     "_hf_hook",  # accelerate
 }  # fmt: skip
