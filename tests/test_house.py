@@ -423,7 +423,7 @@ def test_every_room_of_the_package_has_an_import_rule():
 
 def test_folders_of_tests_are_those_of_rooms():
     """Beside them: numbers against the truth, the compiled library, what is no room, and what tests share."""
-    others = {"convergence", "emulator", "fuzz", "helpers", "integration", "native", "numerics", "repository", "unit"}
+    others = {"convergence", "emulator", "fuzz", "helpers", "native", "numerics", "repository", "unit"}
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
     rooms = {room_of(name).replace(".", "/") for name in modules(ROOT)}
     assert folders - rooms - others == {"."}

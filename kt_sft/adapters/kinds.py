@@ -1,7 +1,7 @@
 """What an adapter can train besides LoRA on linear layers, and which forms on disk hold it. Every door asks here.
 
 All kinds are merged, and loaded by the PEFT that runs. docs/adapters.md shows this table, and
-tests/integration/test_adapter_doors.py goes through it.
+tests/adapters/test_adapter_doors.py goes through it.
 """
 
 from __future__ import annotations

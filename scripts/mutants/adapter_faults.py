@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from scripts.mutants.fault import Fault
 
-_ADAPTERS = "tests/integration/test_adapters.py::"
-_ADAPTER_FAULTS = "tests/integration/test_adapter_faults.py::"
-_ADAPTER_DIR = "tests/integration/test_peft_adapter_dir.py::"
-_SCALE_FILE = "tests/integration/test_adapter_scales.py::"
-_MERGED_FILES = "tests/integration/test_merged_files.py::"
-_MERGING = "tests/integration/test_merging.py::"
-_SCHEMA = "tests/integration/test_adapter_schema.py::"
-_TENSORS = "tests/integration/test_adapter_tensors.py::"
+_ADAPTERS = "tests/adapters/test_adapters.py::"
+_ADAPTER_FAULTS = "tests/adapters/test_adapter_faults.py::"
+_ADAPTER_DIR = "tests/integrations/peft/test_peft_adapter_dir.py::"
+_SCALE_FILE = "tests/adapters/test_adapter_scales.py::"
+_MERGED_FILES = "tests/integrations/merge/test_merged_files.py::"
+_MERGING = "tests/integrations/merge/test_merging.py::"
+_SCHEMA = "tests/adapters/test_adapter_schema.py::"
+_TENSORS = "tests/adapters/test_adapter_tensors.py::"
 _EVERY_FORM = f"{_ADAPTERS}test_every_form_adds_the_same_to_every_weight"
 _SCALES = f"{_ADAPTERS}test_scales_and_ranks_that_differ"
 _MERGED = f"{_MERGING}test_hf_checkpoint_is_w_plus_delta_rounded_once"
@@ -46,7 +46,7 @@ FAULTS = (
         "kt_sft/adapters/patterns.py",
         'rf"(.*\\.)?({pattern})$"',
         'rf"(.*\\.)?({pattern})"',
-        ("tests/unit/test_adapter_patterns.py::test_keys_are_those_of_peft",),
+        ("tests/adapters/test_adapter_patterns.py::test_keys_are_those_of_peft",),
     ),
     Fault(
         "converted config still says rsLoRA",
@@ -200,16 +200,14 @@ FAULTS = (
         "kt_sft/adapters/options.py",
         '_begins("pissa", "olora", "corda", "loftq", "lora_ga"), (READ,),',
         '_begins("pissa", "olora", "corda", "loftq", "lora_ga"), (),',
-        (
-            "tests/integration/test_lora_options.py::test_what_can_be_trained_and_not_merged_is_refused_when_it_is_merged",
-        ),
+        ("tests/adapters/test_lora_options.py::test_what_can_be_trained_and_not_merged_is_refused_when_it_is_merged",),
     ),
     Fault(
         "a fused adapter of another release is given to PEFT as it is",
         "kt_sft/adapters/fused.py",
         "return all(swapped[name] == layout.exchanges(form, spec, base.model_type)",
         "return all(True or swapped[name] == layout.exchanges(form, spec, base.model_type)",
-        ("tests/integration/test_adapter_layout.py::test_version_tells_the_layout_of_square_experts",),
+        ("tests/adapters/test_adapter_layout.py::test_version_tells_the_layout_of_square_experts",),
     ),
     # --- merged checkpoints
     Fault(
@@ -392,6 +390,6 @@ FAULTS = (
         "kt_sft/integrations/transformers/quantizer.py",
         "            check_biases(model, self._source)\n",
         "",
-        ("tests/integration/test_non_finite_experts.py::test_biases_of_experts",),
+        ("tests/integrations/transformers/test_non_finite_experts.py::test_biases_of_experts",),
     ),
 )

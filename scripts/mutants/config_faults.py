@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from scripts.mutants.fault import Fault
 
-_VALUES = "tests/unit/test_config_values.py::test_values_that_no_model_has"
-_PLAN = "tests/unit/test_plan.py::"
-_YAML = "tests/unit/test_yaml_files.py::"
-_DOORS = "tests/integration/test_hostile_configs.py::"
-_OPENED = "tests/integration/test_opened_once.py::"
-_GGUF = "tests/unit/test_gguf_config.py::test_special_tokens_and_blocks"
+_VALUES = "tests/formats/test_config_values.py::test_values_that_no_model_has"
+_PLAN = "tests/placement/test_plan.py::"
+_YAML = "tests/formats/test_yaml_files.py::"
+_DOORS = "tests/integrations/transformers/test_hostile_configs.py::"
+_OPENED = "tests/integrations/transformers/test_opened_once.py::"
+_GGUF = "tests/formats/test_gguf_config.py::test_special_tokens_and_blocks"
 
 FAULTS = (
     Fault(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from scripts.mutants.fault import Fault
 
-_LOADING = "tests/integration/test_loading.py::"
-_SAVING = "tests/integration/test_saving.py::"
-_QUANTIZED = "tests/integration/test_quantized_checkpoints.py::"
-_GGUF_MODEL = "tests/integration/test_gguf_model.py::"
-_CONVERT = "tests/unit/test_convert.py::"
-_CONTAINER = "tests/unit/test_packed_container.py::"
-_RESOLVE = "tests/unit/test_resolve.py::"
-_DEFERRED = "tests/numerics/test_deferred.py::"
+_LOADING = "tests/integrations/transformers/test_loading.py::"
+_SAVING = "tests/integrations/transformers/test_saving.py::"
+_QUANTIZED = "tests/integrations/transformers/test_quantized_checkpoints.py::"
+_GGUF_MODEL = "tests/integrations/gguf/test_gguf_model.py::"
+_CONVERT = "tests/convert/test_convert.py::"
+_CONTAINER = "tests/formats/test_packed_container.py::"
+_RESOLVE = "tests/placement/test_resolve.py::"
+_DEFERRED = "tests/schedule/test_deferred.py::"
 _ENGINE = "tests/serving/test_engine.py::"
 _STOPS = "tests/serving/test_stop_strings.py::"
 _SETTINGS = "tests/serving/test_chat_settings.py::"
@@ -39,8 +39,8 @@ FAULTS = (
         "part = part.mT if self.is_transposed else part",
         "part = part.reshape(part.mT.shape) if self.is_transposed else part",
         (
-            "tests/unit/test_spec.py::test_orientation_of_fused_tensors_follows_their_shape",
-            "tests/integration/test_families.py::test_experts_of_both_layouts_are_those_of_the_stock_model",
+            "tests/models/test_spec.py::test_orientation_of_fused_tensors_follows_their_shape",
+            "tests/models/test_families.py::test_experts_of_both_layouts_are_those_of_the_stock_model",
         ),
     ),
     Fault(
@@ -48,7 +48,7 @@ FAULTS = (
         "kt_sft/formats/quantized_index.py",
         "scale = scale[begin // block_rows : -(-wanted.stop // block_rows)].contiguous()",
         "scale = scale[: -(-(wanted.stop - begin) // block_rows)].contiguous()",
-        ("tests/integration/test_loading_slices.py::test_any_rows_of_an_fp8_matrix_are_those_of_the_whole",),
+        ("tests/formats/test_loading_slices.py::test_any_rows_of_an_fp8_matrix_are_those_of_the_whole",),
     ),
     Fault(
         "experts of a stack share the scales of the first one",
@@ -98,7 +98,9 @@ FAULTS = (
         "kt_sft/integrations/transformers/saving.py",
         "        if origin is not None:\n",
         "        if False:\n",
-        ("tests/integration/test_formats.py::test_saved_checkpoint_is_the_one_loaded_not_its_rounded_form",),
+        (
+            "tests/integrations/transformers/test_formats.py::test_saved_checkpoint_is_the_one_loaded_not_its_rounded_form",
+        ),
     ),
     Fault(
         "experts of an f32 model are saved in bf16",
@@ -138,7 +140,7 @@ FAULTS = (
         "kt_sft/formats/source_hash.py",
         "if how == SOURCE_HASH and size <= _WHOLE_BYTES:\n        yield 0, size\n",
         "if how == SOURCE_HASH and size <= _WHOLE_BYTES:\n        yield 0, min(size, _END_BYTES)\n",
-        ("tests/unit/test_source_digest.py::test_digest_of_a_source_follows_both_ends",),
+        ("tests/formats/test_source_digest.py::test_digest_of_a_source_follows_both_ends",),
     ),
     Fault(
         "a file of another layer is mapped",
@@ -216,28 +218,28 @@ FAULTS = (
         "kt_sft/placement/rules.py",
         "num_layers * self.first // self.parts)",
         "num_layers * self.first // self.parts + 1)",
-        ("tests/unit/test_rules.py::test_parts_of_the_layers_are_all_of_them_in_order",),
+        ("tests/placement/test_rules.py::test_parts_of_the_layers_are_all_of_them_in_order",),
     ),
     Fault(
         "one method for all layers although rules name several",
         "kt_sft/placement/inject.py",
         "    return config, methods\n",
         "    return config, {}\n",
-        ("tests/integration/test_placement.py::test_layers_have_their_formats_and_logits_follow_them",),
+        ("tests/integrations/transformers/test_placement.py::test_layers_have_their_formats_and_logits_follow_them",),
     ),
     Fault(
         "a device that the machine lacks is accepted",
         "kt_sft/placement/inject.py",
         "if int(number) >= count:",
         "if int(number) > count:",
-        ("tests/unit/test_placed_devices.py::test_devices_are_counted_from_zero",),
+        ("tests/placement/test_placed_devices.py::test_devices_are_counted_from_zero",),
     ),
     Fault(
         "plan counts a tied weight twice",
         "kt_sft/placement/budget.py",
         "            seen.add(id(tensor))\n",
         "",
-        ("tests/unit/test_placed_devices.py::test_a_tied_weight_is_counted_once",),
+        ("tests/placement/test_placed_devices.py::test_a_tied_weight_is_counted_once",),
     ),
     # --- deferred experts
     Fault(

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from scripts.mutants.fault import Fault
 
-_KT = "tests/integration/test_adapter_ktransformers.py::"
-_LAYOUT = "tests/integration/test_adapter_layout.py::"
-_FILES = "tests/integration/test_adapter_files.py::"
+_KT = "tests/adapters/test_adapter_ktransformers.py::"
+_LAYOUT = "tests/adapters/test_adapter_layout.py::"
+_FILES = "tests/adapters/test_adapter_files.py::"
 _UNREAD = f"{_FILES}test_tensors_that_nobody_reads_are_named"
-_DOORS = "tests/integration/test_adapter_doors.py::test_every_kind_through_every_door"
-_KINDS = "tests/integration/test_merging_kinds.py::"
-_SIDE = "tests/integration/test_gguf_side_tensors.py::"
+_DOORS = "tests/adapters/test_adapter_doors.py::test_every_kind_through_every_door"
+_KINDS = "tests/integrations/merge/test_merging_kinds.py::"
+_SIDE = "tests/integrations/gguf/test_gguf_side_tensors.py::"
 _STORED = f"{_SIDE}test_weights_are_stored_numbers_times_their_scale"
-_SIDE_SAFETENSORS = "tests/integration/test_safetensors_side_tensors.py::"
-_NON_FINITE = "tests/integration/test_non_finite_experts.py::"
-_STALE = "tests/integration/test_stale_containers.py::"
-_FAILURES = "tests/unit/test_convert_failures.py::"
+_SIDE_SAFETENSORS = "tests/sources/test_safetensors_side_tensors.py::"
+_NON_FINITE = "tests/integrations/transformers/test_non_finite_experts.py::"
+_STALE = "tests/sources/test_stale_containers.py::"
+_FAILURES = "tests/convert/test_convert_failures.py::"
 
 _KT_FILE = "kt_sft/adapters/ktransformers.py"
 _LAYOUT_FILE = "kt_sft/adapters/layout.py"
@@ -321,7 +321,7 @@ FAULTS = (
         'hashlib.sha256(size.to_bytes(8, "little"))',
         "hashlib.sha256()",
         (
-            "tests/unit/test_source_digest.py::test_digest_follows_the_size",
+            "tests/formats/test_source_digest.py::test_digest_follows_the_size",
             f"{_STALE}test_digest_is_of_all_bytes_or_of_samples",
         ),
     ),
@@ -352,8 +352,8 @@ FAULTS = (
         "for name in self._targets() if name not in self._stems]",
         "for name in self._targets() if name in ()]",
         (
-            "tests/integration/test_adapter_faults.py::test_damaged_adapters_give_one_clear_error",
-            "tests/integration/test_adapter_ktransformers.py::test_attention_that_the_config_names_is_not_left_out",
+            "tests/adapters/test_adapter_faults.py::test_damaged_adapters_give_one_clear_error",
+            "tests/adapters/test_adapter_ktransformers.py::test_attention_that_the_config_names_is_not_left_out",
         ),
     ),
 )

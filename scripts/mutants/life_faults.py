@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from scripts.mutants.fault import Fault
 
-_FOREIGN = "tests/integration/test_peft_foreign_calls.py::"
-_COVERAGE = "tests/integration/test_peft_coverage.py::"
-_KINDS = "tests/integration/test_merging_kinds.py::"
-_CANARY = "tests/integration/test_canary.py::"
+_FOREIGN = "tests/integrations/peft/test_peft_foreign_calls.py::"
+_COVERAGE = "tests/integrations/peft/test_peft_coverage.py::"
+_KINDS = "tests/integrations/merge/test_merging_kinds.py::"
+_CANARY = "tests/integrations/canary/test_canary.py::"
 _INERT = f"{_CANARY}test_an_inert_run_stops_with_one_line_that_names_the_module"
-_RESUMING = "tests/integration/test_resuming.py::"
-_SAVING = "tests/integration/test_saving_aside.py::"
-_REFERENCES = "tests/integration/test_reference_models.py::"
-_INPUTS = "tests/integration/test_llamafactory_inputs.py::"
-_PEER = "tests/unit/test_peer_keys.py::"
-_REMOTE = "tests/integration/test_remote_code.py::"
+_RESUMING = "tests/integrations/llamafactory/test_resuming.py::"
+_SAVING = "tests/integrations/llamafactory/test_saving_aside.py::"
+_REFERENCES = "tests/integrations/transformers/test_reference_models.py::"
+_INPUTS = "tests/integrations/llamafactory/test_llamafactory_inputs.py::"
+_PEER = "tests/integrations/llamafactory/test_peer_keys.py::"
+_REMOTE = "tests/integrations/transformers/test_remote_code.py::"
 
 _OUTSIDE = "kt_sft/integrations/peft/outside.py"
 _INJECTING = "kt_sft/integrations/peft/injecting.py"
@@ -170,7 +170,9 @@ FAULTS = (
         f"{_ROOM}trainer.py",
         "trainer.add_callback(Canary())",
         "pass",
-        ("tests/integration/test_llamafactory_targets.py::test_every_run_says_once_what_trains_and_has_the_canary",),
+        (
+            "tests/integrations/llamafactory/test_llamafactory_targets.py::test_every_run_says_once_what_trains_and_has_the_canary",
+        ),
     ),
     # --- checkpoints
     Fault(
@@ -276,7 +278,7 @@ FAULTS = (
         _INJECTING,
         '            given.arguments["save_directory"] = str(staging)\n',
         "",
-        ("tests/integration/test_writing.py::test_stock_trainer_replaces_an_adapter_of_another_rank_in_one_step",),
+        ("tests/formats/test_writing.py::test_stock_trainer_replaces_an_adapter_of_another_rank_in_one_step",),
     ),
     # --- disks
     Fault(

@@ -10,8 +10,8 @@ _BITWISE = "tests/numerics/test_moe_bitwise.py::"
 _PROPERTIES = "tests/numerics/test_moe_properties.py::"
 _ERRORS = "tests/numerics/test_format_errors.py::"
 _LINEAR = "tests/numerics/test_linear.py::"
-_DROPOUT = "tests/integration/test_peft.py::test_dropout_equals_a_reference_with_the_same_mask"
-_SEPARATE = "tests/integration/test_adapters.py::test_separate_gate_and_up_compute_as_plain_matrices"
+_DROPOUT = "tests/integrations/peft/test_peft.py::test_dropout_equals_a_reference_with_the_same_mask"
+_SEPARATE = "tests/adapters/test_adapters.py::test_separate_gate_and_up_compute_as_plain_matrices"
 
 _FORWARD = "native/moe/expert_forward.cc"
 _BACKWARD = "native/moe/expert_backward.cc"
@@ -154,7 +154,7 @@ FAULTS = (
         "",
         (
             _FLOAT64,
-            "tests/integration/test_parity.py::test_logits_and_all_gradients_match_plain_peft[qwen3_moe-scalar]",
+            "tests/models/test_parity.py::test_logits_and_all_gradients_match_plain_peft[qwen3_moe-scalar]",
         ),
     ),
     Fault(
@@ -250,7 +250,7 @@ FAULTS = (
         "native/gemm/pack.cc",
         "    scales[g * kPanel] = from[g];",
         "    scales[g * kPanel] = from[g + 1 < groups ? g : 0];",
-        ("tests/integration/test_quantized_checkpoints.py::test_rawint4_holds_the_stored_numbers",),
+        ("tests/integrations/transformers/test_quantized_checkpoints.py::test_rawint4_holds_the_stored_numbers",),
     ),
     Fault(
         "an INT8 row that is cut into shards has a scale for each part",
@@ -285,14 +285,14 @@ FAULTS = (
         "native/gemm/tables.cc",
         "if (row.max_m > 0 && product.m > row.max_m) return",
         "if (false) return",
-        ("tests/unit/test_kernel_choice.py::test_table_fits_a_terminal_of_80_columns",),
+        ("tests/cli/test_kernel_choice.py::test_table_fits_a_terminal_of_80_columns",),
     ),
     Fault(
         "kernels that the user has narrowed away count as missing in the CPU",
         "native/gemm/tables.cc",
         "return (row.isa & detected) == 0 ? Refusal::kCpu : Refusal::kNarrowed;",
         "return Refusal::kCpu;",
-        ("tests/unit/test_kernel_choice.py::test_every_row_of_the_table_is_chosen_dearer_or_out_for_a_reason",),
+        ("tests/cli/test_kernel_choice.py::test_every_row_of_the_table_is_chosen_dearer_or_out_for_a_reason",),
     ),
     Fault(
         "a linear layer forgets its bias",

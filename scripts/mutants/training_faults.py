@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from scripts.mutants.fault import Fault
 
-_ACTIVE = "tests/integration/test_peft_active.py::"
+_ACTIVE = "tests/integrations/peft/test_peft_active.py::"
 _OPERANDS = "tests/numerics/test_expert_operands.py::"
-_TRUTH = "tests/integration/test_llamafactory_truth.py::"
-_PEFT = "tests/integration/test_peft.py::"
-_TARGETS = "tests/integration/test_peft_targets.py::"
-_FORMATS = "tests/integration/test_formats.py::"
-_PARITY = "tests/integration/test_parity.py::test_logits_and_all_gradients_match_plain_peft"
+_TRUTH = "tests/integrations/llamafactory/test_llamafactory_truth.py::"
+_PEFT = "tests/integrations/peft/test_peft.py::"
+_TARGETS = "tests/integrations/peft/test_peft_targets.py::"
+_FORMATS = "tests/integrations/transformers/test_formats.py::"
+_PARITY = "tests/models/test_parity.py::test_logits_and_all_gradients_match_plain_peft"
 _LAYER = "tests/numerics/test_routed_experts.py::"
 _GRADIENTS = "tests/numerics/test_moe_gradients.py::"
 _PROPERTIES = "tests/numerics/test_moe_properties.py::"
-_ARGS = "tests/integration/test_llamafactory_args.py::"
-_RUNS = "tests/integration/test_llamafactory.py::"
-_HOOK = "tests/integration/test_llamafactory_hook.py::"
+_ARGS = "tests/integrations/llamafactory/test_llamafactory_args.py::"
+_RUNS = "tests/integrations/llamafactory/test_llamafactory.py::"
+_HOOK = "tests/integrations/llamafactory/test_llamafactory_hook.py::"
 _SMALL_DELTA = f"{_FORMATS}test_small_delta_survives_merging_into_rounded_weights[INT8-0.06]"
 _PEFT_MERGE = f"{_PEFT}test_merged_experts_are_base_plus_delta_rounded_once[qwen3_moe]"
 
@@ -27,7 +27,7 @@ _OPS = "kt_sft/autograd/moe.py"
 _SETTINGS = "kt_sft/autograd/settings.py"
 _ROUTES = "kt_sft/transfer/routes.py"
 _SUBMIT_JOIN = "tests/numerics/test_submit_join.py::"
-_STREAMS = "tests/numerics/test_operator_streams.py::"
+_STREAMS = "tests/operator/test_operator_streams.py::"
 _HOOK_FILE = "kt_sft/integrations/llamafactory/hook.py"
 
 FAULTS = (
@@ -410,21 +410,21 @@ FAULTS = (
         "kt_sft/integrations/llamafactory/value_types.py",
         "isinstance(value, bool) or (type(value) is int and value in (0, 1))",
         "isinstance(value, bool | int | str)",
-        ("tests/unit/test_value_types.py::test_another_type_is_one_line_with_the_key",),
+        ("tests/integrations/llamafactory/test_value_types.py::test_another_type_is_one_line_with_the_key",),
     ),
     Fault(
         "an empty name of a list means every module",
         "kt_sft/integrations/llamafactory/value_types.py",
         "elif key in _LISTS and not all(",
         "elif False and not all(",
-        ("tests/unit/test_value_types.py::test_another_type_is_one_line_with_the_key",),
+        ("tests/integrations/llamafactory/test_value_types.py::test_another_type_is_one_line_with_the_key",),
     ),
     Fault(
         "a run without our kernels is planned with them",
         "kt_sft/integrations/llamafactory/planning.py",
         'elif not args.is_set(values, "use_kt"):',
         "elif False:",
-        ("tests/unit/test_plan.py::test_a_run_without_our_kernels_is_not_planned",),
+        ("tests/placement/test_plan.py::test_a_run_without_our_kernels_is_not_planned",),
     ),
     Fault(
         "several GPUs train by nn.DataParallel",

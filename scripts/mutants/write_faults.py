@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from scripts.mutants.fault import Fault
 
-_STAGING_TESTS = "tests/unit/test_staging.py::"
-_POWER = "tests/integration/test_power_cuts.py::"
-_WRITING = "tests/integration/test_writing.py::"
+_STAGING_TESTS = "tests/formats/test_staging.py::"
+_POWER = "tests/formats/test_power_cuts.py::"
+_WRITING = "tests/formats/test_writing.py::"
 _STAGING = "kt_sft/formats/staging.py"
 _OVERWRITING = "kt_sft/formats/overwriting.py"
 _SAVING = "kt_sft/integrations/llamafactory/saving.py"
@@ -38,7 +38,7 @@ FAULTS = (
         _STAGING,
         "os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC",
         "os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC",
-        ("tests/unit/test_safetensors_index.py::test_writer_leaves_what_is_there",),
+        ("tests/formats/test_safetensors_index.py::test_writer_leaves_what_is_there",),
     ),
     Fault(
         "staging of a living writer is removed",

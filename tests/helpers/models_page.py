@@ -23,8 +23,8 @@ from kt_sft.models.spec import find_experts
 from tests.helpers import families, tiny_models
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-TEST = "tests/integration/test_families.py"
-REMOTE_TEST = "tests/integration/test_small_thinker.py"
+TEST = "tests/models/test_families.py"
+REMOTE_TEST = "tests/models/test_small_thinker.py"
 KEYWORDS = "match_plain_peft or match_float64"
 PASSES = "passes"
 # Decorated experts classes that no family of the test reaches, and why.

@@ -109,7 +109,7 @@ def test_the_rank_limit_is_that_of_the_kernels():
 
 
 def test_what_can_be_trained_and_not_merged_is_refused_when_it_is_merged(doors, tmp_path):
-    """And said when training starts (tests/integration/test_merging_kinds.py)."""
+    """And said when training starts (tests/integrations/merge/test_merging_kinds.py)."""
     adapter = shutil.copytree(doors.adapter, tmp_path / "adapter")
     edit(adapter, init_lora_weights="olora")
     with pytest.raises(KTError, match="found 'olora', LoRA of what it left of them"):

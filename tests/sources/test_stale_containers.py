@@ -20,8 +20,8 @@ from kt_sft.formats.packed import PackedContainer
 from kt_sft.formats.source_hash import ENDS_HASH, hash_source
 from kt_sft.integrations.gguf import model as gguf_model
 from tests.helpers import containers, gguf_models, tiny_models
-from tests.integration.test_containers import convert, logits
-from tests.integration.test_gguf_model import contents
+from tests.integrations.gguf.test_gguf_model import contents
+from tests.sources.test_containers import convert, logits
 
 CONFIG = {"threads": 1, "method": "INT8"}
 STALE = "was not made of the model's own files as they are now"

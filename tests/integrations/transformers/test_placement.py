@@ -17,7 +17,7 @@ from kt_sft.placement.resolve import resolve
 from kt_sft.placement.rules import parse_rules
 from tests.helpers import parity, rule_models, tiny_models
 from tests.helpers.tolerance import rel_l2
-from tests.integration.test_formats import stock_of
+from tests.integrations.transformers.test_formats import stock_of
 
 EXPERTS = {"class": "Qwen3MoeExperts"}
 

@@ -18,7 +18,7 @@ from kt_sft.errors import FormatError, UnsupportedModel
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.operator.moe import KTMoEWrapper
 from tests.helpers import gguf_files, gguf_models, tiny_models
-from tests.integration.test_gguf_model import contents
+from tests.integrations.gguf.test_gguf_model import contents
 
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "head_dim": 16}
 EXPERTS = 6

@@ -12,7 +12,7 @@ from kt_sft import KTConfig
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.native import native
 from tests.helpers import tiny_models
-from tests.integration.test_containers import convert
+from tests.sources.test_containers import convert
 
 INTER, HIDDEN, POOLS = 200, 48, 3  # four units of 64 columns in three shards, the last of which ends inside a tile
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.llamafactory_runs import cli, drive, environment, infer_config, train_config, workspace
-from tests.integration.test_saving import tensors_of
+from tests.integrations.transformers.test_saving import tensors_of
 
 TRAIN_CHAT_EXPORT = """
 from llamafactory.chat import ChatModel

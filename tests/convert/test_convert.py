@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 from kt_sft.convert.run import convert
 from tests.helpers.containers import RandomExperts, plan_for
-from tests.unit.test_convert import MANY
+from tests.convert.test_convert import MANY
 source = RandomExperts(Path(sys.argv[1]) / "source", MANY)
 print("now", flush=True)
 convert(source, plan_for(source, Path(sys.argv[1]) / "out"))

@@ -15,8 +15,8 @@ from kt_sft.convert.plan import LOCK_NAME
 from kt_sft.convert.run import convert
 from kt_sft.errors import FormatError, OutputError
 from kt_sft.formats.packed import PackedContainer
+from tests.convert.test_convert import stop_at
 from tests.helpers.containers import SPECS, RandomExperts, blobs_of, files_of, plan_for
-from tests.unit.test_convert import stop_at
 
 FIRST, SECOND = SPECS
 

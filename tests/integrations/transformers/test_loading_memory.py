@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers import tiny_models
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SIZES = {"hidden_size": 512, "moe_intermediate_size": 320, "num_experts": 24, "num_hidden_layers": 3, "vocab_size": 200}
 # Python objects, allocator slack and thread stacks; below the size of one fused tensor (15 MiB), which is what a loader
 # that does not slice would add.

@@ -11,9 +11,9 @@ import torch
 import kt_sft
 from kt_sft import KTConfig
 from kt_sft.adapters import forms
+from tests.adapters.test_adapters import opened
 from tests.helpers import adapters, other_releases, tiny_models
-from tests.integration.test_adapters import opened
-from tests.integration.test_merging import SIZES, add_tokenizer, merge
+from tests.integrations.merge.test_merging import SIZES, add_tokenizer, merge
 
 pytestmark = pytest.mark.slow
 FAMILIES = (*tiny_models.FAMILIES, "gpt_oss")

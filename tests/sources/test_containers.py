@@ -29,8 +29,8 @@ from kt_sft.models.spec import iter_routed_experts
 from kt_sft.native import native
 from kt_sft.sources import cache as weight_cache
 from tests.helpers import gguf_files, parity, quantized_checkpoints, tiny_models
-from tests.integration.test_gguf_experts import expert_tensors
-from tests.integration.test_saving import tensors_of
+from tests.integrations.transformers.test_saving import tensors_of
+from tests.sources.test_gguf_experts import expert_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 

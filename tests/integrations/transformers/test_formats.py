@@ -16,7 +16,7 @@ from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
 from kt_sft.native import native
 from tests.helpers import parity, tiny_models
 from tests.helpers.tolerance import rel_l2
-from tests.integration.test_saving import tensors_of
+from tests.integrations.transformers.test_saving import tensors_of
 
 FORMATS = ("INT8", "INT4")
 WEIGHT_ERROR = {"INT8": 0.012, "INT4": 0.12}  # rel-L2 of normally distributed weights
