@@ -95,7 +95,7 @@ def _serve(
     with bind(*address) as sock:
         from kt_sft.integrations.llamafactory import chat
 
-        backend = chat.load(chat.read_config(path), **model)
+        backend = chat.load(chat.read_run_file(path), **model)
         from kt_sft.serving.engine import Engine
 
         logging.getLogger("kt_sft").setLevel(log_level.upper())

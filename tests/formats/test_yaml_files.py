@@ -64,7 +64,7 @@ def bounded():
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("door", [run_file.read_config, load_rules])
+@pytest.mark.parametrize("door", [run_file.read_run_file, load_rules])
 def test_yaml_that_is_refused(tmp_path, bounded, door, fault):
     text, match = FAULTS[fault]
     file = tmp_path / "x.yaml"
@@ -81,7 +81,7 @@ def test_files_that_are_none(tmp_path, bounded):
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     names = ["pipe.yaml", "folder.yaml", "utf16.yaml", "loop.yaml", "none.yaml", "a\0b.yaml", "x" * 5000]
     for name in names:
-        for door in (run_file.read_config, load_rules):
+        for door in (run_file.read_run_file, load_rules):
             with pytest.raises(FormatError) as raised:
                 door(tmp_path / name)
             line_of(raised)
@@ -93,7 +93,7 @@ def test_what_stays_as_it_was(tmp_path):
     y = ["2020-13-45", 1000.0, False, 1000, float("inf")]
     assert read_yaml(file, "x") == {"a": {"x": 1, "y": y}, "b": {"x": 1, "y": 2}, "c": 750, "d": None}
     file.write_text("")
-    assert read_yaml(file, "x") is None and run_file.read_config(file) == {}
+    assert read_yaml(file, "x") is None and run_file.read_run_file(file) == {}
 
 
 def test_numbers_in_other_bases_are_refused_where_nobody_else_reads_them(tmp_path):

@@ -18,7 +18,7 @@ from kt_sft.config import KTConfig
 from kt_sft.errors import GIB, ConfigError, FormatError
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory.planning import plan_run, read_run
-from kt_sft.integrations.llamafactory.run_file import read_config
+from kt_sft.integrations.llamafactory.run_file import read_run_file
 from kt_sft.integrations.transformers.loading import load_model
 from kt_sft.models.spec import find_experts, iter_routed_experts
 from kt_sft.native import native
@@ -243,10 +243,10 @@ def test_files_and_overrides_mean_what_they_mean_to_llamafactory(tmp_path):
     )
     overrides = ["a=2e1", "d={m: 2}", "d.n=null", "o.p=cuda:1", "q=a=cuda:1,b=cpu", "c=[3]", "r=1.e2", "s=text"]
     merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_cli(overrides))
-    assert read_config(file, overrides) == OmegaConf.to_container(merged)
+    assert read_run_file(file, overrides) == OmegaConf.to_container(merged)
     json_file = tmp_path / "run.json"
     json_file.write_text('{\n\t"cutoff_len": 1e3\n}')
-    assert read_config(json_file) == {"cutoff_len": 1000.0}
+    assert read_run_file(json_file) == {"cutoff_len": 1000.0}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_files_and_overrides_mean_what_they_mean_to_llamafactory(tmp_path):
 def test_what_omegaconf_refuses_is_one_line(tmp_path, text, overrides, words):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(FormatError, match=words) as caught:
-        read_config(tmp_path / "run.yaml", overrides)
+        read_run_file(tmp_path / "run.yaml", overrides)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -271,10 +271,10 @@ def test_a_run_file_in_json_has_the_limits_of_one_in_yaml(tmp_path):
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"a": list(range(10_000))}))
     with pytest.raises(FormatError, match="expected at most 10000 keys and values, found 100"):
-        read_config(file)
+        read_run_file(file)
     file.write_text(json.dumps({"a": "x" * (1 << 18)}))
     with pytest.raises(FormatError, match="expected at most 262144 bytes"):
-        read_config(file)
+        read_run_file(file)
 
 
 def test_a_whole_number_in_floating_point_is_a_length(run_of):

@@ -26,9 +26,9 @@ from kt_sft.inference.backend import MIN_TEMPERATURE, ModelFacts, PromptError, S
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.llamafactory import autoload
 from kt_sft.integrations.llamafactory.args import adapter_paths
-from kt_sft.integrations.llamafactory.run_file import read_config
+from kt_sft.integrations.llamafactory.run_file import read_run_file
 
-__all__ = ["LlamaFactoryChat", "load", "read_config"]
+__all__ = ["LlamaFactoryChat", "load", "read_run_file"]
 MAX_SCAN_STEPS = 20_000_000  # characters that LLaMA-Factory's patterns may look at in vain in one message; about 0.2 s
 
 

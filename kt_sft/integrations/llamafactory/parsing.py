@@ -15,7 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_npu_availab
 from kt_sft.compat.transformers import reporters
 from kt_sft.errors import ConfigError, as_ours, nearest, one_line
 from kt_sft.integrations.llamafactory import args, autoload, value_types
-from kt_sft.integrations.llamafactory.run_file import read_config
+from kt_sft.integrations.llamafactory.run_file import read_run_file
 
 _NOT_LISTED = ("azure_ml", "flyte")  # integrations that transformers leaves out of its list though they are installed
 _THEIRS = (ValueError, TypeError, ImportError, AssertionError, NotImplementedError, OSError)
@@ -29,11 +29,11 @@ def patch_parser(parser: ModuleType) -> None:
 
     def read_args(values: Any = None) -> Any:
         if values is None and len(sys.argv) > 1 and sys.argv[1].endswith((".yaml", ".yml")):
-            read_config(sys.argv[1])  # OmegaConf waits for pipes, and crashes on lists in lists in lists ...
+            read_run_file(sys.argv[1])  # OmegaConf waits for pipes, and crashes on lists in lists in lists ...
         # Of OmegaConf, YAML or the file itself; nobody knows yet whether use_kt is set.
         with as_ours(lambda error: ConfigError(f"run configuration: {one_line(error)}")):
             if values is None and sys.argv[1:2] and sys.argv[1].endswith(".json"):
-                return read_config(sys.argv[1], sys.argv[2:])  # the stock code hands the path itself to `json.load`
+                return read_run_file(sys.argv[1], sys.argv[2:])  # the stock code hands the path itself to `json.load`
             return stock_read(values)
 
     def in_one_line(stock: Any) -> Any:

@@ -25,7 +25,7 @@ from kt_sft.compat.peft import check_target_module_exists
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.llamafactory import args, peer_keys, value_types
-from kt_sft.integrations.llamafactory.run_file import read_config as read_run_file
+from kt_sft.integrations.llamafactory.run_file import read_run_file
 from kt_sft.integrations.peft.targets import expert_targets, prepare_lora_config
 from kt_sft.integrations.transformers.base_model import describe
 from kt_sft.integrations.transformers.linears import plain_linears

@@ -19,7 +19,7 @@ _WHAT = "run configuration"
 _MOST_INTERPOLATED = 1 << 13  # characters
 
 
-def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def read_run_file(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Keys and values of a YAML or JSON file.
 
     Args:
