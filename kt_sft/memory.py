@@ -94,6 +94,9 @@ def needed(
     sizes = [
         packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], group) for name, spec in specs.items()
     ]
+    if is_mapped and (pools := native().num_pools()) > 1:  # each has sums of its own over the columns of down
+        int8 = [spec for name, spec in specs.items() if formats[name] == "int8"]
+        rest_bytes += sum(spec.num_experts * pools * -(-spec.hidden // 32) * 32 * 4 for spec in int8)
     return estimate(specs, sizes, rest_bytes, ranks=env.local_world_size(), is_mapped=is_mapped)
 
 

@@ -79,7 +79,9 @@ def open_adapter(
     config = peft_config.read_config(source, door)
     check_speed(config, base.target_names(), source / ADAPTER_CONFIG)
     beside = peft_config.read_side_file(source)
-    there = beside.get("model_type") or _model_type_of(config.get("base_model_name_or_path"))
+    there = beside.get("model_type")
+    if there is None and door == options.LOAD:  # elsewhere the user has named the model, or it is this one
+        there = _model_type_of(config.get("base_model_name_or_path"))
     if there and there != base.model_type:
         raise FormatError(
             source, "trained on another model type", expected=base.model_type, found=there, remedy=OTHER_MODEL

@@ -80,6 +80,8 @@ def submit(
     route = route or route_of(x)
     passed = _Pass(layer, settings, lora, bias, seed, route, x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, topk_weights, *factors)):
+        if deferral is not None or is_beside:
+            raise ValueError("submit: deferral and is_beside are for calls without gradients")
         return Ticket(passed, _Submit.apply(x, topk_ids, topk_weights, *factors, passed))
     passed.start(x, topk_ids, topk_weights, is_beside=is_beside, deferral=deferral)
     return Ticket(passed, None)
@@ -183,6 +185,11 @@ class _Pass:
         deferral: Deferral | None = None,
     ) -> None:
         """Hand the inputs over; see `submit`."""
+        if topk_ids.dim() != 2 or topk_weights.dim() != 2:
+            shapes = f"{list(topk_ids.shape)} and {list(topk_weights.shape)}"
+            raise ValueError(f"topk_ids, topk_weights: expected [tokens, k], got {shapes}")
+        if x.dim() == 0 or (x.dim() != 2 and self.wants is not None):
+            raise ValueError(f"x: expected [tokens, hidden], got {list(x.shape)}")
         route, to_slots = self.route, self.settings.to_slots
         rows = route.bring(x, torch.bfloat16, "x")  # [tokens, hidden]
         ids = route.bring(topk_ids, torch.int64, "topk_ids")  # [tokens, k]
@@ -228,7 +235,10 @@ class _Pass:
         result, self._result = self._result, None
         if result is None:
             raise RuntimeError("experts: this pass was joined before; submit once for each join")
-        return self.route.deliver(result.result(), self.device, self.dtype)
+        try:
+            return self.route.deliver(result.result(), self.device, self.dtype)
+        finally:
+            result = None  # an error holds this frame, and would hold itself
 
     def take_tape(self) -> tuple[Tensor | None, ...]:
         """What backward needs, for autograd to keep.
@@ -270,7 +280,11 @@ class _Pass:
     def finish_gradients(self) -> tuple[Tensor | None, ...]:
         """Wait for the gradients of this backward; those of `_Submit.forward`'s arguments."""
         found, wants = self._gradients.pop(_backward_number()), self.wants
-        found.result.result()
+        try:
+            found.result.result()
+        except BaseException:
+            found = None  # an error holds this frame, and would hold itself
+            raise
         if self.lora.after_backward is not None:
             self.lora.after_backward()
         deliver = found.route.deliver

@@ -30,7 +30,7 @@ _OWN_FILES = re.compile(r"layer-\d{5,}\.bin(\.part)?|(manifest\.json|convert-jou
 
 
 class Experts(Protocol):
-    """What a conversion asks of the source of the experts; `kt_sft.sources.opening` has them."""
+    """What a conversion asks of the source of the experts; an `ExpertSource` has it."""
 
     @property
     def path(self) -> Path: ...

@@ -72,7 +72,7 @@ def convert(
         FormatError: the source is damaged, changed, or has weights that cannot be packed.
     """
     folder = plan.output
-    with reporting(folder, _WRITING, _GOES_ON):
+    with reporting(folder, _WRITING, _GOES_ON, libraries=False):
         if not overwrite and (manifest := finished_manifest(plan)) is not None:  # before anything is written
             if _strays(folder, {layer.file for layer in manifest.layers.values()}):
                 with contextlib.suppress(OSError), locked(folder, wait=False):  # it may be on a read-only disk
@@ -98,7 +98,7 @@ def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
         FormatError: a damaged manifest; weights that cannot be packed.
     """
     folder = plan.output
-    with reporting(folder, _WRITING, _GOES_ON), output_folder(folder, wait=True):
+    with reporting(folder, _WRITING, _GOES_ON, libraries=False), output_folder(folder, wait=True):
         layers = _appendable_layers(plan)
         # A layer that is replaced keeps its file until the manifest names the new one.
         file = _free_file(plan.number, {layer.file for layer in layers.values()})

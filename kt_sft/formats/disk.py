@@ -85,17 +85,20 @@ def check_space(target: Path, needed_bytes: int, remedy: str = "free space, or c
 
 
 @contextlib.contextmanager
-def reporting(target: object, what: str = "writing", then: str = ", then again") -> Iterator[None]:
+def reporting(
+    target: object, what: str = "writing", then: str = ", then again", *, libraries: bool = True
+) -> Iterator[None]:
     """Faults of the file system, those of torch's and safetensors' writers too, as one line.
 
     Args:
+        libraries: False where those libraries read, and write nothing.
         then: what to do once the cause is gone.
     Raises:
         OutputError: instead of them.
     """
 
     def ours(error: BaseException) -> OutputError | None:
-        if not is_write_error(error):
+        if not (is_write_error(error) if libraries else isinstance(error, OSError)):
             return None
         cure = "free space" if getattr(error, "errno", None) in _FULL else "correct that"
         path = getattr(error, "filename", None) or target

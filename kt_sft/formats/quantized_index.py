@@ -213,11 +213,6 @@ class QuantizedIndex(TensorIndex[TensorInfo]):
         return self._scales.keys()
 
     @property
-    def all_files(self) -> list[Path]:
-        """Also those that hold scales alone."""
-        return self._index.files
-
-    @property
     def int4_group(self) -> int | None:
         """Weights that share a scale, of an INT4 checkpoint."""
         q = self._quantization

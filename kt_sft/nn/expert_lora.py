@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kt_sft.autograd.settings import NO_FACTORS, LoraOperands, LoraTensors, empty, native_projections
 from kt_sft.native import native
+from kt_sft.storage import check_storage
 from kt_sft.transfer.routes import fetch
 
 EXPERT_MAJOR = "expert_major"  # stored [num_experts * rank, dim]
@@ -84,6 +85,9 @@ class LoraPair:
 
 def _looks(factors: tuple[LoraFactor | None, ...]) -> tuple[tuple | None, ...]:
     """What factors look like: equal for two looks if the operand of the first one still holds; None: cannot be told."""
+    for factor in factors:
+        if factor is not None:
+            check_storage(factor.parameter, "lora")
     copied = tuple(None if f is None or f.is_operand else f.parameter for f in factors)
     looks = []
     for factor, p, sample in zip(factors, copied, _samples(copied), strict=True):

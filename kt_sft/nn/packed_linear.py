@@ -60,6 +60,7 @@ class PackedLinear(nn.Linear):
         """`[..., in_features]` -> `[..., out_features]` in input's dtype, under autocast in autocast's."""
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.is_floating_point():
+            check_storage(input, "x")
             input = input.to(torch.get_autocast_dtype(device))
         bias = self.bias
         if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):

@@ -17,6 +17,7 @@ from kt_sft.models.layout import ExpertsSpec, Formats, Matrices
 from kt_sft.native import native
 from kt_sft.nn.expert_lora import ExpertLora
 from kt_sft.schedule.deferred import Deferral
+from kt_sft.storage import check_storage
 from kt_sft.transfer.routes import copying_route_of, fetch
 
 PLACEHOLDERS = ("gate_up_proj", "down_proj")
@@ -97,10 +98,12 @@ class RoutedExperts(nn.Module):
         Raises:
             NonFinite: NaN or infinity in bf16 weights; the kernels' own check of blocks is a ValueError.
         """
+        _check_storages(gate=gate, up=up, down=down)
         check_finite(gate, up, down)
+        self._forget(index)
         self.store.load_expert(index, gate, up, down)
-        (self._stored.add if is_stored else self._stored.discard)(index)
-        self._origins.pop(index, None)
+        if is_stored:
+            self._stored.add(index)
         if origin is not None and not self.is_exact and not is_stored:
             self._origins[index] = origin
 
@@ -115,10 +118,17 @@ class RoutedExperts(nn.Module):
         Raises:
             NonFinite: NaN or infinity among the scales.
         """
+        _check_storages(gate=gate[0], up=up[0], down=down[0])
+        _check_storages(gate=gate[1], up=up[1], down=down[1])
         check_finite(gate[1], up[1], down[1])
+        self._forget(index)
         self.store.load_expert_int4(index, gate, up, down)
-        self._origins.pop(index, None)
         self._stored.add(index)
+
+    def _forget(self, index: int) -> None:
+        """Where an expert's weights came from: loading replaces them, or leaves none."""
+        self._origins.pop(index, None)
+        self._stored.discard(index)
 
     def load_packed(
         self,
@@ -133,9 +143,8 @@ class RoutedExperts(nn.Module):
         Args:
             copy: into node-local memory; otherwise they are used where they are and must not change.
         """
+        self._forget(index)
         (self.store.copy_expert if copy else self.store.map_expert)(index, *blobs)
-        self._origins.pop(index, None)
-        self._stored.discard(index)
         if origin is not None and not self.is_exact:
             self._origins[index] = origin
 
@@ -207,12 +216,14 @@ class RoutedExperts(nn.Module):
                 "expert LoRA: PEFT wrapped the experts but nothing bound its LoRA to the kernels; "
                 "use kt_sft.get_peft_model or kt_sft.load_adapter instead of PEFT's own"
             )
-        # [tokens, hidden]
-        x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])
+        x = hidden_states  # [tokens, hidden]
+        if x.dim() > 2:
+            check_storage(x, "x")  # before torch may copy it
+            x = x.reshape(-1, x.shape[-1])
         factors, lora, dropout, seed, route = NO_FACTORS, NO_LORA, 0.0, 0, None
         if self.lora is not None and self.lora.active():
-            factors = self.lora.tensors() if torch.is_grad_enabled() else NO_FACTORS  # else the copies do
             lora = self.lora.bind(self.layer.inter)
+            factors = self.lora.tensors() if torch.is_grad_enabled() else NO_FACTORS  # else the copies do
             if self.training and self.lora.dropout > 0.0:
                 dropout = self.lora.dropout
                 # From torch's CPU generator: seeded with the run, and given back by checkpointing for its recompute.
@@ -310,3 +321,8 @@ class RoutedExperts(nn.Module):
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.zeros(1, dtype=dtype).expand(shape), requires_grad=False)
+
+
+def _check_storages(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        check_storage(tensor, name)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kt_sft.errors import ConfigError
+from kt_sft.storage import check_storage
 
 
 class ExpertMap:
@@ -27,7 +28,7 @@ class ExpertMap:
         if gpu_experts_mask is None:
             mask = torch.arange(num_experts, device="cpu") < num_gpu_experts
         else:
-            mask = _as_tensor(gpu_experts_mask)
+            mask = _as_tensor(gpu_experts_mask, "gpu_experts_mask")
             if mask is None:
                 raise ConfigError(f"gpu_experts_mask: expected bool [{num_experts}], found {gpu_experts_mask!r}")
             if mask.dtype is not torch.bool or mask.shape != (num_experts,):
@@ -40,13 +41,8 @@ class ExpertMap:
         self._slots = torch.full((num_experts + 1,), len(self.on_cpu), dtype=torch.int64, device="cpu")
         self._slots[self.on_cpu] = torch.arange(len(self.on_cpu), device="cpu")
 
-    @property
-    def skip(self) -> int:
-        """The number that the native layer skips."""
-        return len(self.on_cpu)
-
     def slots(self, topk_ids: Tensor) -> Tensor:
-        """Numbers in the native layer, `skip` for -1 and for experts on a GPU.
+        """Numbers in the native layer; for -1 and for experts on a GPU the number of its experts, which it skips.
 
         Args:
             topk_ids: int64 `[tokens, k]` on the CPU.
@@ -65,8 +61,14 @@ class ExpertMap:
         return self._slots.take(topk_ids)
 
 
-def _as_tensor(values: object) -> Tensor | None:
-    """On the CPU; None of what is no array of numbers."""
+def _as_tensor(values: object, name: str) -> Tensor | None:
+    """On the CPU; None of what is no array of numbers.
+
+    Raises:
+        ValueError: names a tensor whose memory is gone.
+    """
+    if isinstance(values, Tensor):
+        check_storage(values, name)
     try:
         return torch.as_tensor(values).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError):
@@ -89,7 +91,7 @@ def logical_experts(physical_to_logical_map: Tensor | None, num_experts: int, av
                 "are there more than once"
             )
         return list(range(num_experts))
-    given = _as_tensor(physical_to_logical_map)
+    given = _as_tensor(physical_to_logical_map, "physical_to_logical_map")
     if given is None:
         raise ValueError(
             f"physical_to_logical_map: expected integers [{num_experts}], found {physical_to_logical_map!r}"

@@ -36,9 +36,12 @@ class Finished:
 
     def result(self) -> Any:
         """See `Result`."""
-        if self._error is not None:
+        if self._error is None:
+            return self._value
+        try:
             raise self._error
-        return self._value
+        finally:
+            self = None  # the error holds this frame: without an end of the circle, tensors of the work would stay
 
 
 def submit(work: Callable[[], T]) -> Future[T]:

@@ -35,7 +35,6 @@ def through_cache(
 
     Raises:
         FormatError: the source is damaged, or the container.
-        ConfigError: see `PackedExperts`.
     """
     if not uses_cache(config) or source.is_packed:
         if config.weight_cache is not None and not uses_cache(config):

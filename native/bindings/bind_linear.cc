@@ -75,7 +75,9 @@ void bind_linear(py::module_& m) {
   py::class_<HeldLinear>(m, "PackedLinear")
       .def(py::init(
                [](Number<"n"> n, Number<"k"> k, const Text<"format">& format, Number<"group_size", int> group_size) {
-                 return std::make_unique<HeldLinear>(std::in_place, n, k, weight_format(format.c_str(), group_size));
+                 const WeightFormat weights = weight_format(format.c_str(), group_size);
+                 const GilRelease release;  // it waits for a pass that is under way
+                 return std::make_unique<HeldLinear>(std::in_place, n, k, weights);
                }),
            py::arg("n"), py::arg("k"), py::arg("format") = "bf16", py::arg("group_size") = 32)
       .def("load", &load, py::arg("w"))

@@ -181,8 +181,9 @@ void bind_store(py::module_& m) {
   store
       .def(py::init([](Number<"num_experts"> num_experts, Number<"hidden"> hidden, Number<"inter"> inter,
                        const py::object& format, Number<"group_size", int> group_size) {
-             return std::make_unique<HeldStore>(std::in_place,
-                                                make_shape(num_experts, hidden, inter, format, group_size));
+             const ExpertShape shape = make_shape(num_experts, hidden, inter, format, group_size);
+             const GilRelease release;  // it waits for a pass that is under way
+             return std::make_unique<HeldStore>(std::in_place, shape);
            }),
            py::arg("num_experts"), py::arg("hidden"), py::arg("inter"), py::arg("format") = "bf16",
            py::arg("group_size") = 32)

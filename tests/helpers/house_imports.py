@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "inference": {"errors"},
     "autograd": {"schedule", "transfer", "native", "errors", "config"},
     "transfer": {"config", "errors", "storage"},
-    "residency": {"config", "native", "errors"},
+    "residency": {"config", "native", "errors", "storage"},
     "adapters": {"formats", "models", "native", "errors"},
     "compat": {"errors"},
     "memory": {"config", "env", "errors", "formats", "models", "native"},

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from kt_sft import KTMoEWrapper
 from kt_sft.autograd.linear import packed_linear
 from kt_sft.autograd.settings import NO_FACTORS
+from kt_sft.models.layout import ExpertsSpec
 from kt_sft.native import native
 from kt_sft.nn.expert_lora import EXPERT_MAJOR, LoraFactor
 from kt_sft.nn.packed_linear import PackedLinear, pack_linear
+from kt_sft.nn.routed_experts import RoutedExperts
+from kt_sft.residency.expert_map import ExpertMap
 from kt_sft.sources.tensors import TensorExperts
 from tests.helpers.layers import MoeCall, moe
 
@@ -26,13 +30,21 @@ def layer():
     return native().MoeLayer(store)
 
 
-def inputs() -> dict[str, torch.Tensor]:
+# As the kernels read them, and of other types, which are converted first.
+DTYPES = {
+    "kernels'": {"x": torch.bfloat16, "topk_ids": torch.int64, "topk_weights": torch.float32},
+    "others": {"x": torch.float32, "topk_ids": torch.int32, "topk_weights": torch.float64},
+}
+
+
+def inputs(kind: str = "others") -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    return {
+    made = {
         "x": torch.randn(5, HIDDEN),
-        "topk_ids": torch.randint(0, EXPERTS, (5, 2)).int(),
-        "topk_weights": torch.rand(5, 2).double(),
+        "topk_ids": torch.randint(0, EXPERTS, (5, 2)),
+        "topk_weights": torch.rand(5, 2),
     }
+    return {name: tensor.to(DTYPES[kind][name]) for name, tensor in made.items()}
 
 
 def release(tensor: torch.Tensor, how: str) -> torch.Tensor:
@@ -48,8 +60,9 @@ HOW = ["released", "cut", "cut, strided"]
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["x", "topk_ids", "topk_weights"])
 @pytest.mark.parametrize("wants_grad", [False, True])
-def test_inputs_of_the_experts(layer, name, how, wants_grad):
-    given = inputs()
+@pytest.mark.parametrize("kind", DTYPES)
+def test_inputs_of_the_experts(layer, name, how, wants_grad, kind):
+    given = inputs(kind)
     given[name] = release(given[name], how)
     weights = given["topk_weights"].requires_grad_() if wants_grad and name != "topk_weights" else given["topk_weights"]
     with pytest.raises(ValueError, match=rf"^{name}: expected \d+ bytes of memory for .*, found \d+; it was released"):
@@ -95,3 +108,52 @@ def test_experts_in_tensors_of_a_caller():
     up.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="^up_proj: expected .*; it was released"):
         experts.read("", 1)
+
+
+@pytest.mark.parametrize("name", ["x", "topk_ids", "topk_weights"])
+def test_inputs_of_the_operator(name):
+    operator = KTMoEWrapper(0, EXPERTS, 2, HIDDEN, INTER, cpuinfer_threads=1)
+    gate, up, down = (torch.randn(EXPERTS, n, k) for n, k in ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER)))
+    operator.load_weights_from_tensors(gate, up, down)
+    given = inputs("kernels'")
+    given[name] = release(given[name], "cut")
+    with pytest.raises(ValueError, match="it was released"):
+        operator.forward(*given.values())
+
+
+def test_the_gradient_of_the_output(layer):
+    given = inputs("kernels'")
+    out = moe(given["x"].requires_grad_(), *list(given.values())[1:], NO_FACTORS, MoeCall(layer, chunk_size=4))
+    gradient = torch.ones_like(out)
+    gradient.untyped_storage().resize_(4)
+    with pytest.raises(ValueError, match="^gradient: expected .*; it was released"):
+        out.backward(gradient)
+
+
+def test_weights_of_an_expert():
+    experts = RoutedExperts(ExpertsSpec(EXPERTS, HIDDEN, INTER))
+    gate, up, down = (torch.randn(*shape).bfloat16() for shape in ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER)))
+    up.untyped_storage().resize_(4)
+    with pytest.raises(ValueError, match="^up: expected .*; it was released"):
+        experts.load_expert(0, gate, up, down)
+
+
+def test_hidden_states_of_three_dimensions(layer):
+    experts = RoutedExperts(ExpertsSpec(EXPERTS, HIDDEN, INTER))
+    x = torch.randn(2, 3, 2 * HIDDEN)[..., :HIDDEN]
+    x.untyped_storage().resize_(4)
+    with pytest.raises(ValueError, match="^x: expected .*; it was released"):
+        experts(x, torch.zeros(6, 2, dtype=torch.int64), torch.ones(6, 2))
+
+
+def test_a_linear_layer_under_autocast():
+    linear = pack_linear(nn.Linear(HIDDEN, INTER, bias=False).bfloat16(), "bf16")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="^x: expected .*; it was released"):
+        linear(release(torch.randn(3, HIDDEN), "cut"))
+
+
+def test_the_mask_of_experts_on_a_gpu():
+    mask = torch.zeros(EXPERTS, dtype=torch.bool)
+    mask.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="^gpu_experts_mask: expected .*; it was released"):
+        ExpertMap(EXPERTS, 0, mask)

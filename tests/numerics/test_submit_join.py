@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 
 import pytest
@@ -240,3 +241,41 @@ def test_every_call_of_a_layer_gets_the_same_frozen_settings(monkeypatch):
     assert seen[0] is seen[1] and (seen[0].chunk_size, seen[0].retain) == (7, False)
     with pytest.raises(dataclasses.FrozenInstanceError):
         seen[0].chunk_size = 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": (1,)}, r"topk_ids, topk_weights: expected \[tokens, k\], got \[3\]"),
+        ({"weights": (1,)}, r"topk_ids, topk_weights: expected \[tokens, k\], got .* and \[3\]"),
+        ({"x": (2, 2)}, r"x: expected \[tokens, hidden\], got \[2, 2, "),
+    ],
+)
+def test_dimensions_are_told_at_submit(problem, change, message):
+    case = Case(problem)
+    given = {"x": case.x, "ids": problem.ids, "weights": case.weights}
+    for name, shape in change.items():
+        given[name] = torch.zeros(*shape, problem.x.shape[1]) if name == "x" else given[name].flatten()[:3]
+    with pytest.raises(ValueError, match=message):
+        case.call.submit(given["x"], given["ids"], given["weights"], case.factors)
+
+
+def test_what_is_for_inference_is_refused_with_gradients(problem):
+    case = Case(problem)
+    with pytest.raises(ValueError, match="is_beside are for calls without gradients"):
+        case.call.submit(case.x, problem.ids, case.weights, case.factors, is_beside=True)
+
+
+def test_a_pass_that_failed_is_gone_with_its_error(problem):
+    case = Case(problem)
+    wrong = torch.full_like(problem.ids, -1)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(o) is autograd_moe._Pass for o in gc.get_objects())
+        for _ in range(3):
+            with pytest.raises(ValueError, match="negative"):
+                join(case.call.submit(case.x, wrong, case.weights, case.factors))
+        assert sum(type(o) is autograd_moe._Pass for o in gc.get_objects()) == before
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class CheckedModels:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], OpenedModel] = {}
+        self._kept: defaultdict[tuple[Any, ...], list[OpenedModel]] = defaultdict(list)
         self._changed: list[OpenedModel] = []
         self._gguf: dict[str, GgufIndex] = {}
 
@@ -36,10 +37,12 @@ class CheckedModels:
         file = model_args.model_name_or_path
         if not is_gguf_model(file):
             return
+        settings = args.kt_config(model_args)
+        prepare_native(settings)  # before anything is written: it may be refused
         index = self._gguf_of(file)
         if index is None:
             index = self._gguf[str(file)] = GgufIndex.from_path(file)
-        model_args.model_name_or_path = str(model_directory(index, args.kt_config(model_args).weight_cache))
+        model_args.model_name_or_path = str(model_directory(index, settings.weight_cache))
         if not (model_args.kt_weight_path or model_args.kt_expert_checkpoint_path):
             model_args.kt_weight_path = str(file)
 
@@ -54,7 +57,7 @@ class CheckedModels:
         settings = args.kt_config(model_args)
         gguf = self._gguf_of(settings.weight_path)
         opened = check_model(model_args.model_name_or_path, settings, gguf=gguf, **kwargs)
-        self._kept[_key(opened)] = opened
+        self._kept[_key(opened)].append(opened)
         self._changed.append(opened)
         return opened
 
@@ -63,9 +66,10 @@ class CheckedModels:
         opened = OpenedModel(
             model_args.model_name_or_path, trust_remote_code=bool(getattr(model_args, "trust_remote_code", False))
         )
-        kept = self._kept.pop(_key(opened), None)
+        kept = self._given_out(opened)
         if kept is None or not kept.is_current():
-            kept = self._kept[_key(opened)] = opened
+            kept = opened
+        self._kept[_key(opened)].append(kept)
         return kept
 
     def forget_models(self) -> None:
@@ -84,11 +88,19 @@ class CheckedModels:
         """
         settings, kwargs = args.kt_config(model_args), _arguments(model_args, device)
         path = model_args.model_name_or_path
-        kept = self._kept.pop(_key(OpenedModel(path, settings, **kwargs)), None)
+        kept = self._given_out(OpenedModel(path, settings, **kwargs))
+        gguf = self._gguf_of(settings.weight_path)
+        if not any(self._kept.values()):
+            self._gguf.clear()  # no load is to come: vocabularies and lists of tensors go with this one
         if kept is None or not kept.is_current():
-            return open_model(path, settings, gguf=self._gguf_of(settings.weight_path), **kwargs)
+            return open_model(path, settings, gguf=gguf, **kwargs)
         prepare_native(kept.given)  # another model's settings may have come between
         return kept
+
+    def _given_out(self, like: OpenedModel) -> OpenedModel | None:
+        """The first that is kept of this name and these settings: a policy and its reference may be the same model."""
+        kept = self._kept[_key(like)]
+        return kept.pop(0) if kept else None
 
     def _gguf_of(self, file: str | None) -> GgufIndex | None:
         index = self._gguf.get(str(file))

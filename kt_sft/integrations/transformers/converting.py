@@ -100,6 +100,9 @@ def open_source(
         raise FormatError(path, "checkpoint", expected=expected, found="nothing", remedy="correct the path")
     if is_container(path):
         raise ConfigError(f"input-path: expected a checkpoint, found a packed container in {path}")
+    if path.is_file() and path.suffix != SUFFIX:
+        expected = "a checkpoint directory or a GGUF file"
+        raise FormatError(path, "checkpoint", expected=expected, found="another file", remedy="name its directory")
     folder = path.parent if path.is_file() else path
     if path.suffix == SUFFIX and not (folder / "config.json").is_file():
         opened = OpenedModel(path)

@@ -89,13 +89,10 @@ def load_config(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> dict[st
     Args:
         kwargs: arguments of `from_pretrained`; those that change the config are used up, as it does itself.
     """
-    config = kwargs.get("config")
-    if config is None:
-        kept = {name: kwargs[name] for name in (*HUB_ARGS, "trust_remote_code", "code_revision") if name in kwargs}
-        config, rest = read_auto_config(path, return_unused_kwargs=True, **kwargs)
-        kwargs = {**rest, **kept, "config": config}
+    kept = {name: kwargs[name] for name in (*HUB_ARGS, "trust_remote_code", "code_revision") if name in kwargs}
+    config, rest = read_auto_config(path, return_unused_kwargs=True, **kwargs)
     drop_quantization(config)
-    return kwargs
+    return {**rest, **kept, "config": config}
 
 
 def drop_quantization(config: PretrainedConfig) -> None:

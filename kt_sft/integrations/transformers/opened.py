@@ -6,7 +6,6 @@ files is looked at in one place and once.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kt_sft import memory
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError, FormatError
-from kt_sft.formats.checkpoint import SAFETENSORS, Weights, config_values, open_weights
+from kt_sft.formats.checkpoint import SAFETENSORS, Weights, config_values, kind_at, open_weights
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_config import model_config
 from kt_sft.formats.quantized_index import Quantization, QuantizedIndex, read_quantization
@@ -159,9 +158,11 @@ class OpenedModel:
         place = self.given.weight_path
         if self._gguf is not None:
             return self._gguf
-        if place is None or (
+        is_same = place is None or (
             os.path.exists(place) and os.path.exists(self.path) and os.path.samefile(place, self.path)
-        ):
+        )
+        # A folder with config.json may hold its weights in GGUF: then it is named as the place of the experts.
+        if is_same and (place is None or self.gguf is not None or kind_at(Path(place)) == SAFETENSORS):
             return self.index if self.gguf is None else self.gguf
         return open_weights(place)
 
@@ -174,11 +175,8 @@ class OpenedModel:
         """
         if self.gguf is not None:
             return gguf_config(self.gguf)
-        given = self.kwargs.get("config")
-        if isinstance(given, PretrainedConfig):
-            return copy.deepcopy(given)
         trust = self.kwargs.get("trust_remote_code")
-        return read_auto_config(self.path if given is None else given, **self.hub_kwargs, trust_remote_code=trust)
+        return read_auto_config(self.path, **self.hub_kwargs, trust_remote_code=trust)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -239,7 +237,6 @@ class OpenedModel:
         """Every expert, found; None of a model on the hub whose experts lie there.
 
         Raises:
-            ConfigError: `weight_load` that this process cannot follow.
             FormatError, UnsupportedModel: see `check_own` and `open_experts`.
         """
         weights = self.weights

@@ -109,7 +109,6 @@ class ExpertStore {
 
   const ExpertShape& shape() const { return shape_; }
   int num_shards() const { return num_shards_; }
-  const Shard& shard(int index) const { return shards_[index]; }
   ExpertsView view() const;
 
   // Of all experts, wherever they lie.

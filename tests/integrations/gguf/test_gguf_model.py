@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,20 @@ def test_converting_a_lone_file(tmp_path):
     for name in specs:
         for mine, other in zip(source.read(name, 3), wanted.read(name, 3), strict=True):
             assert torch.equal(mine, other)
+
+
+def test_converting_a_folder_of_config_and_gguf_weights(tmp_path):
+    plain = tiny_models.build("deepseek_v2", tmp_path / "plain")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copyfile(plain / "config.json", folder / "config.json")
+    gguf_models.write_model(plain, folder / "model.gguf")
+    source, specs, _ = open_source(folder, "gguf")
+    assert source.kind == "gguf" and specs == open_source(plain)[1]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_converting_a_file_that_is_no_checkpoint(tmp_path, name):
+    plain = tiny_models.build("deepseek_v2", tmp_path / "plain")
+    with pytest.raises(FormatError, match=f"{name}: checkpoint: expected a checkpoint directory or a GGUF file"):
+        open_source(plain / name)

@@ -10,11 +10,13 @@ from tests.helpers.llamafactory_runs import drive, environment, infer_config, tr
 from tests.helpers.tiny_tokenizer import VOCAB_SIZE, save_tiny_tokenizer
 
 SCRIPT = """
+import gc
 from pathlib import Path
 from llamafactory.hparams import get_infer_args, get_train_args
 from llamafactory.model import loader
 from llamafactory.train.trainer_utils import create_ref_model
 from safetensors.torch import load_file, save_file
+from kt_sft.formats.gguf import GgufIndex
 from kt_sft.models.spec import iter_routed_experts
 from tests.helpers.header_reads import counted
 
@@ -37,6 +39,8 @@ def load(config, parse=get_train_args, change=None):
     return headers, model
 
 answers = {name: load(config)[0] for name, config in runs.items()}
+gc.collect()
+answers["kept"] = sum(isinstance(o, GgufIndex) for o in gc.get_objects())
 answers["export"] = load(export, get_infer_args)[0]
 _, model = load(changed, change=changed["model_name_or_path"])
 name, experts = next(iter_routed_experts(model))
@@ -61,6 +65,7 @@ def answers(root):
         "plain": train_config(root, "out"),
         "reference": train_config(root, "out", stage="dpo", ref_model=str(root / "other")),
         "gguf": train_config(root, "out", stage="dpo", ref_model=str(root / "other.gguf")),
+        "same": train_config(root, "out", stage="dpo", ref_model=str(root / "model")),
     }
     export = infer_config(root, export_dir=str(root / "exported"))
     changing = train_config(root, "out", model_name_or_path=str(root / "changing"))
@@ -82,6 +87,16 @@ def test_reference_is_opened_once(answers, run, files):
     found = answers[run]
     assert {name: found[name] for name in files} == files
     assert {name: found[name] for name in of("model")} == of("model") and found["meta models"] == 2
+
+
+def test_a_policy_that_is_its_own_reference_is_opened_for_both(answers):
+    found = answers["same"]
+    assert {name: found[name] for name in of("model")} == {name: 2 for name in of("model")}
+    assert found["meta models"] == 2
+
+
+def test_headers_of_a_gguf_file_are_not_kept_after_the_loads(answers):
+    assert answers["kept"] == 0
 
 
 def test_export_opens_the_checkpoint_once(answers):
