@@ -94,9 +94,9 @@ class KernelChoice:
     op: str
     verdicts: dict[int, list[dict[str, Any]]]
 
-    def chosen(self, m: int) -> dict[str, Any]:
-        """The row of the table that m rows take."""
-        return next(row for row in self.verdicts[m] if row["chosen"])
+    def chosen(self, m: int) -> dict[str, Any] | None:
+        """The row of the table that m rows take; None: no kernel makes this product."""
+        return next((row for row in self.verdicts[m] if row["chosen"]), None)
 
     def runners_up(self, m: int) -> list[dict[str, Any]]:
         """The rows of the table that could make the product, too, the cheapest first."""
@@ -128,24 +128,23 @@ def kernel_choices(formats: Sequence[str] | None, ms: Sequence[int], *, n: int, 
         for kind in library.block_types():
             of_kind.setdefault(kind["format"], kind["name"])
         formats = list(of_kind.values())
+    blocks = {kind["name"]: kind["block"] for kind in library.block_types()}
     choices = []
     try:
         if (wanted := env.isa()) is not None:
             library.set_isa(wanted)
         for weights in formats:
+            if k % blocks.get(weights, 1):
+                raise ConfigError(f"k: expected a multiple of {blocks[weights]}, the block of {weights}, found {k}")
             for op, rows in PRODUCTS:
                 verdicts = {m: library.judge_kernels(weights, rows, op, m, n, k) for m in ms}
                 # Block floating point where there is none is bf16.
-                own = (row for rest in verdicts.values() for row in rest if row["rows"] == rows)
-                if any(row["refusal"] in ("", "max_m") for row in own) and all(map(_has_choice, verdicts.values())):
+                own = [row for rest in verdicts.values() for row in rest if row["rows"] == rows]
+                if any(row["refusal"] in ("", "max_m", "row_length") for row in own):
                     choices.append(KernelChoice(weights, rows, op, verdicts))
     except ValueError as error:  # a name that the library does not know, a level that the CPU lacks
         raise ConfigError(first_line(error)) from None
     return choices
-
-
-def _has_choice(verdicts: list[dict[str, Any]]) -> bool:
-    return any(row["chosen"] for row in verdicts)
 
 
 def _native(report: Report) -> None:

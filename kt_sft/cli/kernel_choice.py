@@ -58,7 +58,9 @@ def _lines(choice: KernelChoice, active: str) -> list[str]:
         f"{'m':>9}  {'kernel':<36}  {'kcycles':>10}",
     ]
     for m in choice.verdicts:
-        chosen = choice.chosen(m)
+        if (chosen := choice.chosen(m)) is None:
+            lines.append(f"{m:>9}  none")
+            continue
         lines.append(f"{m:>9}  {chosen['name']:<36}  {chosen['cycles'] / 1000:>10.1f}  chosen")
         for row in choice.runners_up(m)[:RUNNERS_UP]:
             times = f"{row['cycles'] / chosen['cycles']:.2f} times"
@@ -79,6 +81,6 @@ def _reason(row: dict[str, Any], active: str) -> str:
         "cpu": f"this CPU lacks {row['isa']}",
         "narrowed": f"above the level {active}",
         "rows": f"takes {row['rows']} rows",
-        "max_m": f"takes at most {row['max_m']} rows",
+        "max_m": f"for more than {row['max_m']} rows",
         "row_length": "int8 rows are too long",
     }[row["refusal"]]

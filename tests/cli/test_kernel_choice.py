@@ -84,7 +84,7 @@ def test_table_fits_a_terminal_of_80_columns(level):
         assert head in text
         for m in choice.verdicts:
             assert choice.chosen(m)["name"] in text
-    assert "takes at most 4 rows" in text if level != "scalar" else "above the level scalar" in text
+    assert "for more than 4 rows" in text if level != "scalar" else "above the level scalar" in text
 
 
 def test_options_pick_formats_rows_and_sizes():
@@ -121,3 +121,14 @@ def test_a_level_that_the_cpu_lacks_is_refused(monkeypatch):
     monkeypatch.setenv("KT_SFT_ISA", "sse9")
     with pytest.raises(ConfigError, match="isa: expected one of auto"):
         kernel_choices(["bf16"], [1], n=32, k=32)
+
+
+def test_a_product_without_a_kernel_says_why():
+    text = CliRunner().invoke(app, ["doctor", "--kernels", "--formats", "int8", "--k", "40000"]).output
+    part = text[text.index("int8 weights, int8 rows") :]
+    assert "none" in part.splitlines()[2] and "out, int8 rows are too long" in part
+
+
+def test_blocks_fill_rows():
+    done = CliRunner().invoke(app, ["doctor", "--kernels", "--formats", "q4_k", "--k", "100"])
+    assert done.exit_code == 2 and "q4_k" in done.output and "256" in done.output
