@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -253,8 +254,6 @@ def test_files_and_overrides_mean_what_they_mean_to_llamafactory(tmp_path):
     ("text", "overrides", "words"),
     [
         ("a: ${b", (), "expected what OmegaConf takes, found"),
-        ("a: 1", ("b=${",), "expected what OmegaConf takes"),
-        ("a: [1, 2]", ("a[0]=3",), "expected what OmegaConf takes"),
         ("a: {~: 1}", (), "expected what OmegaConf takes"),
         ("a: [{b: '" + "${" * 100_000 + "'}]", (), "of 8192 characters at most, found 200000"),
         ("a: 1", ("b=" + "${" * 5000,), "of 8192 characters at most, found 10002"),
@@ -265,6 +264,13 @@ def test_what_omegaconf_refuses_is_one_line(tmp_path, text, overrides, words):
     with pytest.raises(FormatError, match=words) as caught:
         read_run_file(tmp_path / "run.yaml", overrides)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "word"), [("a: 1", "b=${"), ("a: [1, 2]", "a[0]=3")])
+def test_what_omegaconf_refuses_of_a_word_names_the_word(tmp_path, text, word):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(word)}: expected what OmegaConf takes, found [^\n]*$"):
+        read_run_file(tmp_path / "run.yaml", (word,))
 
 
 def test_a_run_file_in_json_has_the_limits_of_one_in_yaml(tmp_path):

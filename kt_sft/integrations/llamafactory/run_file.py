@@ -34,11 +34,18 @@ def read_run_file(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, 
         raise ConfigError(faults)
     _check_interpolations(path, [values, words])
 
-    def ours(error: BaseException) -> FormatError:  # of a key or `${...}` that it does not take
+    def of_file(error: BaseException) -> FormatError:  # of a key or `${...}` that it does not take
         return FormatError(path, _WHAT, expected="what OmegaConf takes", found=one_line(error))
 
-    with as_ours(ours):
-        return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(words)))
+    def of_words(error: BaseException) -> ConfigError:
+        return ConfigError(f"{' '.join(words)}: expected what OmegaConf takes, found {one_line(error)}")
+
+    with as_ours(of_file):
+        given = OmegaConf.create(values)
+    with as_ours(of_words):
+        merged = OmegaConf.merge(given, OmegaConf.from_dotlist(words))
+    with as_ours(of_file):
+        return OmegaConf.to_container(merged)
 
 
 def _check_interpolations(path: str | Path, value: Any) -> None:
