@@ -15,8 +15,8 @@ FAULTS = (
     Fault(
         "a run's file has the last word, not the command line",
         "kt_sft/integrations/llamafactory/run_file.py",
-        "OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(words))",
-        "OmegaConf.merge(OmegaConf.from_dotlist(words), OmegaConf.create(values))",
+        "OmegaConf.merge(given, OmegaConf.from_dotlist(words))",
+        "OmegaConf.merge(OmegaConf.from_dotlist(words), given)",
         (f"{_PLAN}test_files_and_overrides_mean_what_they_mean_to_llamafactory",),
     ),
     Fault(
