@@ -16,6 +16,7 @@ import kt_sft
 from kt_sft import KTConfig
 from kt_sft.errors import ConfigError, FormatError, NotEnoughMemory, UnsupportedModel
 from kt_sft.integrations.transformers.loading import check_model
+from kt_sft.integrations.transformers.opened import open_model
 from kt_sft.models.spec import iter_routed_experts
 from kt_sft.native import native
 from tests.helpers import gguf_files, tiny_models
@@ -68,6 +69,15 @@ def twin(plain: Path, tensors: dict[str, gguf_files.Encoded], directory: Path) -
 
 
 MIXED = {"gate": "Q4_K", "up": "Q6_K", "down": "Q8_0", "down2": "Q4_0", "gate2": "F16", "up2": "BF16"}
+
+
+def test_every_part_of_a_split_file_is_looked_at_before_what_was_opened_is_loaded(plain, tmp_path):
+    tensors = expert_tensors(plain, MIXED)
+    parts = gguf_files.write_split(tmp_path, "m", {"general.architecture": "deepseek2"}, tensors, 3)
+    opened = open_model(plain, KTConfig(weight_path=str(parts[0])))
+    assert opened.source is not None and opened.is_current()
+    parts[2].write_bytes(parts[2].read_bytes())
+    assert not opened.is_current()
 
 
 @pytest.mark.parametrize("form", ["one file", "split", "directory", "per expert"])

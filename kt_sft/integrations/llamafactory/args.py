@@ -190,12 +190,11 @@ def check(*groups: Any) -> KTConfig:
     """
     faults = list(_faults(groups))
     model_args = next(group for group in groups if hasattr(group, "use_kt"))
-    config = None
     try:
         config = kt_config(model_args)
     except ConfigError as error:
-        faults += error.faults
-    if faults or config is None:
+        raise ConfigError([*faults, *error.faults]) from None
+    if faults:
         raise ConfigError(faults)
     return config
 

@@ -11,9 +11,7 @@ from transformers import PreTrainedModel
 from kt_sft.config import KTConfig
 from kt_sft.errors import ConfigError
 from kt_sft.formats.gguf import GgufIndex
-from kt_sft.integrations.transformers.model_files import (
-    load_config,
-)
+from kt_sft.integrations.transformers.model_files import load_config
 from kt_sft.integrations.transformers.opened import OpenedModel, open_model
 from kt_sft.integrations.transformers.quantizer import KTExpertsConfig
 from kt_sft.integrations.transformers.swapping import swap_experts

@@ -77,8 +77,11 @@ class OpenedModel:
         return self
 
     def is_current(self) -> bool:
-        """Whether all files are as they were when this was made."""
-        return all(marks(place) == seen for place, seen in self._seen.items())
+        """Whether all files are as they were when this was made, further parts of a GGUF file included."""
+        if any(marks(place) != seen for place, seen in self._seen.items()):
+            return False
+        weights = self.__dict__.get("weights")
+        return not isinstance(weights, GgufIndex) or weights.unchanged.all()
 
     @cached_property
     def gguf(self) -> GgufIndex | None:
