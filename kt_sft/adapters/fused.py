@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import layout, peft_config
-from kt_sft.adapters.model import OTHER_MODEL, PARAMETERS, Adapter, BaseModel, Lora
+from kt_sft.adapters.model import INCOMPLETE, OTHER_MODEL, PARAMETERS, Adapter, BaseModel, Lora
 from kt_sft.adapters.plain import LinearReader, linear_tensors, whole_tensors
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError, UnsupportedModel
@@ -107,7 +107,7 @@ def _widths(tensors: TensorFile, entry: _Stored, name: str, base: BaseModel) -> 
     for role, axis in (("A", 0), ("B", 1)):
         key = f"{entry.stem}{role}.weight"
         if key not in tensors:
-            raise FormatError(tensors.path, f"tensor {key}", expected="present", found="missing")
+            raise FormatError(tensors.path, f"tensor {key}", expected="present", found="missing", remedy=INCOMPLETE)
         shape = tensors.shape(key)
         if len(shape) != 2 or shape[axis] != stacked:
             expected = f"{stacked} (experts times rank) along axis {axis}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.adapters import peft_config
-from kt_sft.adapters.model import OTHER_MODEL, Adapter, BaseModel, Lora
+from kt_sft.adapters.model import INCOMPLETE, OTHER_MODEL, Adapter, BaseModel, Lora
 from kt_sft.adapters.plain import LinearReader
 from kt_sft.adapters.tensor_file import TensorFile
 from kt_sft.errors import FormatError
@@ -125,7 +125,7 @@ def _check_pair(beside: TensorFile, pair: Mapping[str, str], base: BaseModel, mo
     if len(pair) != 2:
         there = next(iter(pair.values()))
         missing = f"{there[: there.rindex('_lora_')]}_lora_{'b' if 'a' in pair else 'a'}"
-        raise FormatError(beside.path, f"tensor {missing}", expected="present", found="missing")
+        raise FormatError(beside.path, f"tensor {missing}", expected="present", found="missing", remedy=INCOMPLETE)
     num_experts, (out, into) = base.specs[module].num_experts, base.expert_shape(module, projection)
     shape = beside.shape(pair["a"])
     rank: Any = shape[1] if len(shape) == 3 and shape[1] else "rank"

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from kt_sft.models.spec import ExpertsSpec
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # of an experts module, in the order in which PEFT nests its wrappers
-OTHER_MODEL = "take the model that it was trained on (kt-sft: --base-model)"
+OTHER_MODEL = "take the model that it was trained on (kt-sft adapter: --base-model, kt-sft merge: --model)"
+INCOMPLETE = f"copy the whole adapter again, or {OTHER_MODEL}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import fused, peft_config
-from kt_sft.adapters.model import Adapter, BaseModel, Lora
+from kt_sft.adapters.model import INCOMPLETE, Adapter, BaseModel, Lora
 from kt_sft.adapters.plain import LinearReader, linear_tensors
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError, UnsupportedModel
@@ -106,7 +106,7 @@ def _check_pair(tensors: TensorFile, stem: str, config: Mapping[str, Any], shape
     for role, expected in (("A", (rank, into)), ("B", (out, rank))):
         key = f"{stem}.lora_{role}.weight"
         if key not in tensors:
-            raise FormatError(tensors.path, f"tensor {key}", expected="present", found="missing")
+            raise FormatError(tensors.path, f"tensor {key}", expected="present", found="missing", remedy=INCOMPLETE)
         found = tensors.shape(key)
         if found != expected:
             raise FormatError(tensors.path, f"tensor {key}", expected=list(expected), found=list(found))

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kt_sft.adapters import peft_config
-from kt_sft.adapters.model import OTHER_MODEL, PARAMETERS, Adapter, BaseModel, Extra, Lora
+from kt_sft.adapters.model import INCOMPLETE, OTHER_MODEL, PARAMETERS, Adapter, BaseModel, Extra, Lora
 from kt_sft.adapters.tensor_file import PREFIX, TensorFile
 from kt_sft.errors import FormatError
 from kt_sft.formats.file_names import ADAPTER_CONFIG
@@ -74,7 +74,9 @@ class LinearReader:
             self.extras = tuple(self._extra(kind, name, key) for kind in others for name, key in others[kind].items())
             missing += self._lacking(others)
         if missing:
-            raise FormatError(tensors.path, f"tensor {missing[0]}", expected="present", found="missing")
+            raise FormatError(
+                tensors.path, f"tensor {missing[0]}", expected="present", found="missing", remedy=INCOMPLETE
+            )
 
     def _add(self, key: str, stem: str) -> None:
         """A factor of a pair."""

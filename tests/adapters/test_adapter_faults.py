@@ -43,13 +43,13 @@ def drop(part: str):
 
 
 DAMAGE = [
-    ("vllm", drop("experts.3.up_proj.lora_B"), r"experts\.3\.up_proj\.lora_B\.weight: expected present, found missing"),
-    ("peft-0.19", drop("base_layer.lora_A"), r"base_layer\.lora_A\.weight: expected present, found missing"),
+    ("vllm", drop("experts.3.up_proj.lora_B"), r"experts\.3\.up_proj\.lora_B\.weight: expected present, found missing; copy the whole adapter"),
+    ("peft-0.19", drop("base_layer.lora_A"), r"base_layer\.lora_A\.weight: expected present, found missing; copy the whole adapter"),
     *(
         (
             form,
             drop("layers.1.self_attn."),
-            r"layers\.1\.self_attn\.\w+\.lora_A\.weight: expected present, found missing",
+            r"layers\.1\.self_attn\.\w+\.lora_A\.weight: expected present, found missing; copy the whole adapter",
         )
         for form in ("peft-0.18", "peft-0.19")
     ),
