@@ -43,8 +43,8 @@ def drop(part: str):
 
 
 DAMAGE = [
-    ("vllm", drop("experts.3.up_proj.lora_B"), r"experts\.3\.up_proj\.lora_B\.weight: expected present, found missing; copy the whole adapter"),
-    ("peft-0.19", drop("base_layer.lora_A"), r"base_layer\.lora_A\.weight: expected present, found missing; copy the whole adapter"),
+    ("vllm", drop("experts.3.up_proj.lora_B"), r"experts\.3\.up_proj\.lora_B\.weight: expected present, found missing"),
+    ("peft-0.19", drop("base_layer.lora_A"), r"base_layer\.lora_A\.weight: expected present, found missing"),
     *(
         (
             form,

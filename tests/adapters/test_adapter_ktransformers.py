@@ -173,7 +173,7 @@ FAULTS = [
         lambda t: {**t, f"model.{FIRST}": t[FIRST]},
         "expected one such factor of model.layers.0.mlp.experts, found layers.0",
     ),
-    (lambda t: kt.without(t, ["0.experts.up_lora_b"]), "0.experts.up_lora_b: expected present, found missing; copy the whole"),
+    (lambda t: kt.without(t, ["0.experts.up_lora_b"]), "0.experts.up_lora_b: expected present, found missing"),
     (lambda t: {**t, FIRST: t[FIRST][:5]}, r"gate_lora_a: expected \[7, 2, 48\], found \[5, 2, 48\]"),
     (lambda t: {**t, FIRST: t[FIRST].mT}, r"gate_lora_a: expected \[7, 48, 48\], found \[7, 48, 2\]"),
     (lambda t: {**t, FIRST: t[FIRST][:, :1]}, r"gate_lora_b: expected \[7, 20, 1\], found \[7, 20, 2\]"),
