@@ -124,10 +124,7 @@ def kernel_choices(formats: Sequence[str] | None, ms: Sequence[int], *, n: int, 
             if not 1 <= size <= MAX_SIZE:
                 raise ConfigError(f"{name}: expected whole numbers from 1 to {MAX_SIZE}, found {size}")
     if formats is None:
-        of_kind = {name: name for name in (*FORMATS, "f16")}
-        for kind in library.block_types():
-            of_kind.setdefault(kind["format"], kind["name"])
-        formats = list(of_kind.values())
+        formats = [*FORMATS, "f16", *(names[0] for names in _gguf_types(library).values())]
     blocks = {kind["name"]: kind["block"] for kind in library.block_types()}
     choices = []
     try:

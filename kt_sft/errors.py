@@ -160,13 +160,20 @@ def under_name(fault: str, names: Mapping[str, str]) -> str:
     return f"{names.get(setting, setting)}{colon}{rest}"
 
 
-def unpackable(source: ExpertTensors, module: str, expert: int, reason: ValueError, *, instead: str) -> Unpackable:
-    """Why an expert could not be packed, as an error of its file.
+@contextmanager
+def packing(source: ExpertTensors, module: str, expert: int, *, instead: str = "use method BF16") -> Iterator[None]:
+    """Within it an expert is packed; why that cannot be becomes an error of its file.
 
     Args:
-        reason: what packing raised.
         instead: another remedy than a new download.
+    Raises:
+        Unpackable: for a ValueError.
     """
+    with as_ours(lambda error: _unpackable(source, module, expert, error, instead), ValueError):
+        yield
+
+
+def _unpackable(source: ExpertTensors, module: str, expert: int, reason: BaseException, instead: str) -> Unpackable:
     if isinstance(reason, NonFinite):
         return Unpackable(
             source.path,

@@ -76,6 +76,17 @@ def estimate(
     return MemoryEstimate(0 if is_mapped else total, staging, rest_bytes, ranks, total if is_mapped else 0)
 
 
+def packed_bytes(specs: Mapping[str, ExpertsSpec], formats: Mapping[str, Formats], group: int) -> dict[str, int]:
+    """What the kernels hold of each experts module.
+
+    Args:
+        formats: by module name.
+        group: weights that share a scale in int4 and rawint4.
+    """
+    of = native().ExpertStore.packed_bytes_for
+    return {name: of(s.num_experts, s.hidden, s.inter, formats[name], group) for name, s in specs.items()}
+
+
 def needed(
     specs: Mapping[str, ExpertsSpec],
     rest_bytes: int,
@@ -90,10 +101,7 @@ def needed(
         formats: by module name.
         group: weights that share a scale in int4 and rawint4.
     """
-    packed_bytes = native().ExpertStore.packed_bytes_for
-    sizes = [
-        packed_bytes(spec.num_experts, spec.hidden, spec.inter, formats[name], group) for name, spec in specs.items()
-    ]
+    sizes = packed_bytes(specs, formats, group).values()
     if is_mapped and (pools := native().num_pools()) > 1:  # each has sums of its own over the columns of down
         int8 = [spec for name, spec in specs.items() if formats[name] == "int8"]
         rest_bytes += sum(spec.num_experts * pools * -(-spec.hidden // 32) * 32 * 4 for spec in int8)

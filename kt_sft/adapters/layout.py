@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kt_sft.errors import FormatError
 
 if TYPE_CHECKING:
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.layout import ExpertsSpec
 
 OLD, BETWEEN, NEW = LAYOUTS = ("peft-0.18", "peft-0.19.0", "peft-0.19")
 MARK = "layout"  # key in kt_sft.json

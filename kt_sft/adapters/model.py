@@ -12,7 +12,7 @@ from kt_sft.models.expert_keys import PROJECTIONS, LayerSource
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.layout import ExpertsSpec
 
 PARAMETERS = ("gate_up_proj", "down_proj")  # of an experts module, in the order in which PEFT nests its wrappers
 OTHER_MODEL = "take the model that it was trained on (kt-sft adapter: --base-model, kt-sft merge: --model)"

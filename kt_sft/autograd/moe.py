@@ -108,7 +108,7 @@ class _Submit(torch.autograd.Function):
     def forward(ctx, x, topk_ids, topk_weights, gate_a, gate_b, up_a, up_b, down_a, down_b, passed):
         factors = (gate_a, gate_b, up_a, up_b, down_a, down_b)
         passed.will_go_back(ctx.needs_input_grad, topk_weights, factors)
-        passed.start(x, topk_ids, topk_weights, keeps_tape=passed.settings.retain)
+        passed.start(x, topk_ids, topk_weights)
         ctx.passed = passed
         return x.new_empty(0)
 
@@ -180,7 +180,6 @@ class _Pass:
         topk_ids: Tensor,
         topk_weights: Tensor,
         *,
-        keeps_tape: bool = False,
         is_beside: bool = False,
         deferral: Deferral | None = None,
     ) -> None:
@@ -196,8 +195,9 @@ class _Pass:
         weights = route.bring(topk_weights, torch.float32, "topk_weights")  # [tokens, k]
         out = route.output(rows, self._result_dtype)
         arrived = route.arrival()
-        tape = self._new_tape(ids.numel()) if keeps_tape else _NO_TAPE
+        tape = _NO_TAPE
         if self.wants is not None:
+            tape = self._new_tape(ids.numel()) if self.settings.retain else _NO_TAPE
             self._tape = (rows, ids, weights, *tape, *self.lora.shared)
             self._versions = _versions((rows, ids, weights, *self.lora.shared))
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,7 +21,7 @@ from kt_sft.formats.source_hash import hash_source, is_known
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.layout import ExpertsSpec
 
 LOCK_NAME = "convert.lock"
 # Left free on the disk for the manifest, the journal and everybody else.
@@ -187,14 +187,18 @@ def finished_manifest(plan: ConvertPlan) -> Manifest | None:
     return None
 
 
-def check_own_files(folder: Path, names: set[str], expected: str) -> None:
+def check_own_files(
+    folder: Path, names: set[str], expected: str, records: Set[str] = frozenset({MANIFEST_NAME, JOURNAL_NAME})
+) -> None:
     """Raise if a folder holds none of a conversion's records but other files; layers alone are left of a stop.
 
+    Args:
+        records: names that say whose the folder is.
     Raises:
         OutputError: names one of them.
     """
     strangers = sorted(name for name in names if not _OWN_FILES.fullmatch(name))
-    if strangers and not names & {MANIFEST_NAME, JOURNAL_NAME}:
+    if strangers and not names & records:
         found = f"{len(strangers)} files, {strangers[0]} among them"
         raise OutputError(folder, "output", expected=expected, found=found, remedy="choose another")
 

@@ -32,7 +32,7 @@ from kt_sft.convert.plan import (
     name_of,
 )
 from kt_sft.convert.slot import ExpertSlot
-from kt_sft.errors import ConfigError, FormatError, OutputError, unpackable
+from kt_sft.errors import ConfigError, FormatError, packing
 from kt_sft.formats.disk import reporting
 from kt_sft.formats.packed import JOURNAL_NAME, MANIFEST_NAME, layer_header, read_manifest
 from kt_sft.formats.packed_manifest import Blob, Manifest, PackedLayer, parse_layer
@@ -40,7 +40,7 @@ from kt_sft.formats.staging import part_of, read_own
 from kt_sft.progress import Move, no_bar
 
 if TYPE_CHECKING:
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.layout import ExpertsSpec
 
 JOURNAL_VERSION = 1
 _WRITING, _GOES_ON = "writing the container", " and run the same command again: finished layers are kept"
@@ -112,16 +112,8 @@ def append_layer(source: Experts, plan: AppendPlan) -> Manifest:
 def _appendable_layers(plan: AppendPlan) -> dict[str, PackedLayer]:
     names = set(os.listdir(plan.output)) - {LOCK_NAME}
     if MANIFEST_NAME not in names:
-        # The others are of a first layer that was cut off.
-        strangers = sorted(name for name in names if not name.startswith("layer-") and name not in _PARTS)
-        if strangers:
-            raise OutputError(
-                plan.output,
-                "output",
-                expected="a container, or a new or empty directory",
-                found=f"{len(strangers)} files, {strangers[0]} among them",
-                remedy="choose another",
-            )
+        # What else is ours is of a first layer that was cut off; a journal is of a conversion.
+        check_own_files(plan.output, names, "a container, or a new or empty directory", records=set())
         return {}
     manifest = read_manifest(plan.output)
     if manifest.identity != plan.identity:
@@ -188,10 +180,8 @@ def _write_layer(
         stream.write(layer_header(plan.identity, name, file_bytes))
         for expert in range(spec.num_experts):
             matrices = source.read(name, expert)
-            try:
+            with packing(source, name, expert, instead="convert to bf16"):
                 slot.load_expert(0, *matrices)
-            except ValueError as error:
-                raise unpackable(source, name, expert, error, instead="convert to bf16") from None
             experts.append(_write_expert(stream, slot.export(), slot.errors(matrices)))
             progress(expert + 1)
     sizes = (spec.num_experts, spec.hidden, spec.inter, spec.activation)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kt_sft.formats.packed_manifest import ALIGNMENT
-from kt_sft.nn.routed_experts import Matrices, RoutedExperts
+from kt_sft.nn.routed_experts import RoutedExperts
 
 if TYPE_CHECKING:
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.layout import ExpertsSpec, Matrices
 
 
 class ExpertSlot(RoutedExperts):

@@ -14,7 +14,7 @@ from kt_sft.progress import Move, no_bar
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.layout import ExpertsSpec
 
 
 def verify(

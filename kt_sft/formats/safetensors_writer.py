@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from kt_sft.formats.safetensors_index import DTYPE_BITS
-from kt_sft.formats.staging import open_new
+from kt_sft.formats.safetensors_index import DTYPE_BITS, INDEX_NAME
+from kt_sft.formats.staging import open_new, put_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ TORCH_NAMES |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 TORCH_NAMES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
 DTYPE_NAMES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,26 @@ class PlannedTensor:
         for extent in self.shape:
             size *= extent
         return size
+
+
+def put_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Which file of a folder of staging holds which tensor."""
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    put_json(folder / INDEX_NAME, content)
+
+
+def in_shards(tensors: Iterable[T], limit_bytes: int, num_bytes: Callable[[T], int]) -> list[list[T]]:
+    """Tensors in their order, cut into files of limited size; a larger one has a file of its own."""
+    shards: list[list[T]] = []
+    used_bytes = 0
+    for tensor in tensors:
+        size = num_bytes(tensor)
+        if not shards or used_bytes + size > limit_bytes:
+            shards.append([])
+            used_bytes = 0
+        shards[-1].append(tensor)
+        used_bytes += size
+    return shards
 
 
 def write(path: Path, plan: Sequence[PlannedTensor], pieces: Iterable[Tensor]) -> None:

@@ -18,7 +18,7 @@ from kt_sft.formats.tensor_errors import INCOMPLETE, SAME_MODEL
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from kt_sft.models.spec import ExpertsSpec
+    from kt_sft.models.layout import ExpertsSpec
 
 PROJECTIONS = ("gate", "up", "down")
 _OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale")

@@ -14,23 +14,26 @@ from kt_sft.models.spec import iter_routed_experts
 from kt_sft.models.unwrapped import plain_modules, plain_name
 
 
-def find_routers(model: nn.Module, num_experts: Mapping[str, int]) -> Iterator[str]:
+def find_routers(modules: Mapping[str, nn.Module], num_experts: Mapping[str, int]) -> Iterator[str]:
     """Routers that are linear layers (DeepSeek-V2's `mlp.gate`), by name.
 
     A router is a Linear beside the experts, or inside a sibling whose class says router or gate, with one output per
     expert.
 
     Args:
+        modules: of the model, see `plain_modules`.
         num_experts: of each experts module, by name.
     """
-    for name, outputs in num_experts.items():
-        block_name, _, experts_name = name.rpartition(".")
-        for child_name, child in model.get_submodule(block_name).named_children():
-            if child_name == experts_name or not (_is_linear(child) or re.search("Router|Gate", type(child).__name__)):
+    for experts, outputs in num_experts.items():
+        block = experts.rpartition(".")[0]
+        beside = f"{block}." if block else ""
+        for name, module in modules.items():
+            if not (isinstance(module, nn.Linear) and name.startswith(beside) and module.out_features == outputs):
                 continue
-            for inner_name, inner in child.named_modules(prefix=f"{block_name}.{child_name}".lstrip(".")):
-                if _is_linear(inner) and inner.out_features == outputs:
-                    yield inner_name
+            sibling = beside + name.removeprefix(beside).partition(".")[0]
+            is_named = name == sibling or re.search("Router|Gate", type(modules[sibling]).__name__)
+            if sibling != experts and is_named:
+                yield name
 
 
 def router_linears(model: nn.Module) -> list[str]:
@@ -38,8 +41,8 @@ def router_linears(model: nn.Module) -> list[str]:
 
     Routers that hold a bare Parameter cannot be hit.
     """
-    experts = {plain_name(name): module for name, module in iter_routed_experts(model)}
-    return list(find_routers(model, {name: module.gate_up_proj.shape[0] for name, module in experts.items()}))
+    experts = {plain_name(name): module.gate_up_proj.shape[0] for name, module in iter_routed_experts(model)}
+    return list(find_routers(plain_modules(model), experts))
 
 
 def indexer_linears(model: nn.Module) -> list[str]:
@@ -52,7 +55,3 @@ def indexer_linears(model: nn.Module) -> list[str]:
 def frozen_linears(model: nn.Module) -> set[str]:
     """Linear layers that no target trains by `target_modules`."""
     return {*router_linears(model), *indexer_linears(model)}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)

@@ -272,15 +272,15 @@ class RoutedExperts(nn.Module):
         return self._biases[1]
 
     def hide_placeholders(self) -> None:
-        """Take them out of the parameters: accelerate moves parameters to devices, at their full size."""
-        for name in PLACEHOLDERS:
-            self.__dict__[name] = self._parameters.pop(name)
+        """Take them out of the parameters, which others move to devices at their full size, broadcast and save."""
+        self.__dict__.update({name: self._parameters.pop(name) for name in PLACEHOLDERS if name in self._parameters})
 
     def show_placeholders(self) -> None:
         """Make them parameters again, before the biases."""
-        biases = dict(self._parameters)
+        others = dict(self._parameters)
+        hidden = {name: self.__dict__.pop(name) for name in PLACEHOLDERS if name in self.__dict__}
         self._parameters.clear()
-        self._parameters.update({name: self.__dict__.pop(name) for name in PLACEHOLDERS}, **biases)
+        self._parameters.update(hidden, **others)
 
     def _apply(self, fn, recurse=True):
         """Device and dtype moves leave expert data and placeholders alone."""

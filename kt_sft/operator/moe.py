@@ -123,7 +123,7 @@ class KTMoEWrapper:
         self._experts: RoutedExperts | None = None
         self._settings: MoeSettings | None = None
         self._submitted: tuple[Ticket, torch.Size] | None = None
-        join_pool(self, cpuinfer_threads, threadpool_count)
+        join_pool(self, config)
         self._deferral = join_chain(layer_idx, (weight_path, hidden_size), self.max_deferred_experts_per_token)
 
     def load_weights(self, physical_to_logical_map: Tensor | None = None) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from kt_sft.config import KTConfig
 from kt_sft.convert.plan import AppendPlan
 from kt_sft.convert.run import append_layer
-from kt_sft.models.layout import ExpertsSpec
 from kt_sft.operator.weights import LayerSizes
 from kt_sft.sources.tensors import TensorExperts
 
@@ -19,8 +18,7 @@ def save_layer(source: TensorExperts, sizes: LayerSizes, config: KTConfig) -> No
         ConfigError: a container of another format, or one of a checkpoint, is there.
         OutputError: it cannot be written.
     """
-    spec = ExpertsSpec(source.num_experts, sizes.hidden, sizes.inter)
     group = config.int4_group_size if config.format == "int4" else 0
     name = f"model.layers.{sizes.layer_idx}.mlp.experts"
-    plan = AppendPlan(Path(config.weight_path or ""), config.format, group, name, spec, sizes.layer_idx)
+    plan = AppendPlan(Path(config.weight_path or ""), config.format, group, name, source.spec, sizes.layer_idx)
     append_layer(source, plan)

@@ -16,23 +16,23 @@ _users: weakref.WeakSet = weakref.WeakSet()
 _asked: tuple[int | None, int | None] = (None, None)
 
 
-def join_pool(user: object, threads: int | None, pools: int | None) -> None:
+def join_pool(user: object, config: KTConfig) -> None:
     """Start the pool for the first of the operators; the others must ask for the same, or for nothing.
 
     Args:
         user: the operator; when all are gone, the next one may choose anew.
-        threads: kernel threads; None: what is there, or the default of `KTConfig`.
-        pools: groups of threads, one per NUMA node; likewise.
+        config: its threads and groups of threads; None: what is there, or the default.
     Raises:
         ConfigError: other numbers than those of the operators that are alive.
         UnsupportedHardware: the CPU lacks AVX2.
     """
     global _asked
+    threads, pools = config.threads, config.threadpool_count
     with _lock:
         if _faults(threads, pools):
             gc.collect()  # an operator in a reference cycle, as exceptions make them, is alive for nobody
         if not _users:
-            prepare_native(KTConfig(threads=threads, threadpool_count=pools))
+            prepare_native(config)
             _asked = (threads, pools)
         elif faults := _faults(threads, pools):
             raise ConfigError(faults)

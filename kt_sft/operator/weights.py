@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kt_sft import memory
 from kt_sft.config import KTConfig
-from kt_sft.errors import FormatError, UnsupportedModel, unpackable
+from kt_sft.errors import FormatError, UnsupportedModel, packing
 from kt_sft.formats.checkpoint import GGUF, SAFETENSORS, kind_at, open_weights
 from kt_sft.formats.gguf import GgufIndex
 from kt_sft.formats.gguf_expert_tensors import ROUTER_SCALE_ARCHITECTURES, count_experts
@@ -76,8 +76,8 @@ def load_from_tensors(
         NotEnoughMemory: the layer does not fit.
         ValueError: a map that does not fit, or weights that cannot be packed.
     """
-    spec, name = ExpertsSpec(source.num_experts, sizes.hidden, sizes.inter), f"layer {sizes.layer_idx}"
-    return _load(source, name, spec, sizes, expert_map, config, physical_to_logical_map)
+    (name,) = source.formats
+    return _load(source, name, source.spec, sizes, expert_map, config, physical_to_logical_map)
 
 
 def _load(
@@ -95,8 +95,7 @@ def _load(
     if not expert_map.on_cpu:
         return None
     spec = dataclasses.replace(spec, num_experts=len(expert_map.on_cpu))
-    layer = {"layer": spec}
-    memory.check_experts(layer, 0, {"layer": formats}, group, method=config.method, is_mapped=source.is_mapped)
+    memory.check_experts({name: spec}, 0, {name: formats}, group, method=config.method, is_mapped=source.is_mapped)
     experts = RoutedExperts(
         spec,
         formats=formats,
@@ -105,12 +104,8 @@ def _load(
         chunk_size=config.chunk_size,
     ).eval()
     for slot, expert in enumerate(expert_map.on_cpu):
-        try:
+        with packing(source, name, logical[expert]):
             source.load(experts, name, logical[expert], slot=slot)
-        except FormatError:
-            raise
-        except ValueError as error:
-            raise unpackable(source, name, logical[expert], error, instead="use method BF16") from None
     return experts
 
 
@@ -141,7 +136,6 @@ def _open_layer(path: str, sizes: LayerSizes, config: KTConfig) -> tuple[ExpertS
                 raise _incomplete(name, f"{activation} in a container, which has neither its biases nor its limits")
         source = open_experts(weights, specs, weight_load=config.weight_load)
     spec = specs[name]
-    source.native_formats(name, config.method, _group(source, config))
     if (spec.hidden, spec.inter) != (sizes.hidden, sizes.inter):
         raise FormatError(
             path,

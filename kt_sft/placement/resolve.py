@@ -18,6 +18,7 @@ from torch import nn
 from kt_sft.errors import ConfigError, nearest
 from kt_sft.models.routers import find_routers
 from kt_sft.models.spec import find_experts
+from kt_sft.models.unwrapped import plain_modules
 from kt_sft.placement import classes
 from kt_sft.placement.classes import is_class
 from kt_sft.placement.plan import EXPERTS, LINEAR, MODULE, Placement, Plan, layer_number
@@ -41,7 +42,7 @@ def resolve(model: nn.Module, rules: RuleFile = NO_RULES, *, default_device: str
     """
     experts = find_experts(model)
     layers_name = _layers_name(next(iter(experts)))
-    routers = set(find_routers(model, {name: spec.num_experts for name, spec in experts.items()}))
+    routers = set(find_routers(plain_modules(model), {name: spec.num_experts for name, spec in experts.items()}))
     walk = _Walk(
         rules, set(experts), routers, _owners(model), layers_name, len(model.get_submodule(layers_name)), method
     )

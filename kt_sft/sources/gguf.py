@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kt_sft.errors import ConfigError, NonFinite
+from kt_sft.errors import NonFinite
 from kt_sft.formats.finite import check_finite
 from kt_sft.formats.gguf import GgufIndex, dequantize
 from kt_sft.formats.gguf_expert_tensors import GgufLayer, Matrices, find_experts
 from kt_sft.formats.gguf_names import layer_of
 from kt_sft.native import native
+from kt_sft.sources.protocol import check_stored_int4
 
 if TYPE_CHECKING:
     from kt_sft.models.layout import ExpertsSpec, Formats
@@ -52,7 +53,7 @@ class GgufExperts:
         self._held = {name: self._native(layer) for name, layer in self._layers.items()}
         self._is_said = False
 
-    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int | None = None) -> None:
+    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int) -> None:
         """See `ExpertSource`; types that the module has not as they are become bf16, then the module's own format."""
         if not self._is_said:
             self._say(experts)
@@ -66,7 +67,7 @@ class GgufExperts:
         is_stored = experts.formats == self._held[name] and "int8" not in experts.formats
         read = functools.partial(self.read, name, expert)
         try:
-            experts.load_expert(expert if slot is None else slot, *packed, origin=read, is_stored=is_stored)
+            experts.load_expert(slot, *packed, origin=read, is_stored=is_stored)
         except NonFinite:
             raise
         except ValueError:  # of blocks, which the kernels do not name
@@ -82,11 +83,7 @@ class GgufExperts:
         if method == "GGUF":
             return self._held[name]
         if method == "RAWINT4":
-            raise ConfigError(
-                f"method RAWINT4: expected a compressed-tensors INT4 checkpoint in groups of {group}, found "
-                f"{self.formats[name][0]} in {self.path}; set int4_group_size to the checkpoint's, or use INT4, INT8 "
-                "or BF16"
-            )
+            check_stored_int4(self, group)
         return method.lower()
 
     def _say(self, experts: ExpertLayer) -> None:

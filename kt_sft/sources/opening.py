@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from kt_sft import env
-from kt_sft.errors import GIB, FormatError, unpackable
+from kt_sft.errors import GIB, FormatError, packing
 from kt_sft.formats.checkpoint import CONTAINER, GGUF, Weights, gguf_sources
 from kt_sft.formats.finite import is_finite
 from kt_sft.formats.quantized_index import QuantizedIndex
@@ -18,7 +18,7 @@ from kt_sft.formats.tensor_errors import INCOMPLETE
 from kt_sft.progress import progress_bar
 from kt_sft.sources.gguf import GgufExperts
 from kt_sft.sources.packed import PackedExperts
-from kt_sft.sources.safetensors import SafetensorsExperts
+from kt_sft.sources.safetensors import SafetensorsExperts, find_layers
 
 if TYPE_CHECKING:
     from kt_sft.models.expert_keys import KeyMap
@@ -56,7 +56,7 @@ def open_experts(
 
 
 def _of_checkpoint(index: QuantizedIndex, key_map: KeyMap) -> SafetensorsExperts:
-    return SafetensorsExperts(index, key_map.layers(index, index.source, lambda key: index.info(key).shape))
+    return SafetensorsExperts(index, find_layers(index, key_map))
 
 
 def check_own(own: QuantizedIndex, key_map: KeyMap) -> None:
@@ -112,12 +112,8 @@ def stream_experts(model: nn.Module, source: ExpertSource) -> None:
         for name, count in counts.items():
             experts = model.get_submodule(name)
             for expert in range(count):
-                try:
-                    source.load(experts, name, expert)
-                except FormatError:
-                    raise
-                except ValueError as error:
-                    raise unpackable(source, name, expert, error, instead="use method BF16") from None
+                with packing(source, name, expert):
+                    source.load(experts, name, expert, slot=expert)
                 done += 1
                 move(done, total, name)
     source.close()

@@ -95,11 +95,10 @@ class PackedExperts:
             raise ConfigError(f"method: {wanted} is asked for, but the container {self.path} holds {held}; {remedy}")
         return manifest.format
 
-    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int | None = None) -> None:
+    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int) -> None:
         """See `ExpertSource`."""
         self._compare()
         origin = functools.partial(self._original_of, name, expert)
-        slot = expert if slot is None else slot
         experts.load_packed(slot, self._container.blobs(name, expert), copy=self._copies, origin=origin)
 
     def read(self, name: str, expert: int) -> Matrices:

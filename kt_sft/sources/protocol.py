@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kt_sft.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -90,11 +92,11 @@ class ExpertSource(Protocol):
         """
         ...
 
-    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int | None = None) -> None:
+    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int) -> None:
         """Put one expert into its module, packing where the file is not packed the module's way.
 
         Args:
-            slot: number that it gets there; None: the same.
+            slot: number that it gets there.
         Raises:
             FormatError: a file is gone or no longer the one that was opened.
             ValueError: weights that cannot be packed.
@@ -116,3 +118,17 @@ class ExpertSource(Protocol):
     def close(self) -> None:
         """Drop file mappings; tensors already returned stay valid."""
         ...
+
+
+def check_stored_int4(source: ExpertSource, group: int) -> None:
+    """Raise unless method RAWINT4 can take integers and scales as the files hold them.
+
+    Raises:
+        ConfigError: weights of another kind, or in other groups.
+    """
+    if (held := source.int4_group) != group:
+        found = f"groups of {held}" if held else f"{next(iter(source.formats.values()))[0]} in {source.path}"
+        raise ConfigError(
+            f"method RAWINT4: expected a compressed-tensors INT4 checkpoint in groups of {group}, "
+            f"found {found}; set int4_group_size to the checkpoint's, or use INT4, INT8 or BF16"
+        )

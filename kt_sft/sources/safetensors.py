@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kt_sft.errors import ConfigError
 from kt_sft.formats.quantized_index import FLOAT_DTYPES, FP8, INT4, MXFP4, QuantizedIndex
-from kt_sft.models.expert_keys import LayerSource, WeightSlice
+from kt_sft.models.expert_keys import KeyMap, LayerSource, WeightSlice
+from kt_sft.sources.protocol import check_stored_int4
 
 if TYPE_CHECKING:
     from kt_sft.models.layout import Formats
@@ -29,9 +30,7 @@ class SafetensorsExperts:
 
     Args:
         index: of the files; taken over, and closed between two reads from different files.
-        layers: where each experts module's tensors are.
-    Raises:
-        FormatError: a tensor has another shape or type.
+        layers: where each experts module's tensors are; see `find_layers`.
     """
 
     kind = QuantizedIndex.kind
@@ -45,9 +44,6 @@ class SafetensorsExperts:
         self._mapped: set[Path] = set()
         self.path = index.source
         self.files = sorted({file for key in index for file in index.files(key)})
-        for layer in self._layers.values():
-            for key, shape in layer.expected_shapes().items():
-                index.expect(key, shape, READABLE if key in index.quantized else FLOAT_DTYPES)
         self.formats = {name: self._formats(layer) for name, layer in self._layers.items()}
         self._is_said = False
 
@@ -58,18 +54,13 @@ class SafetensorsExperts:
                 f"method GGUF: expected the experts in a GGUF file, found safetensors in {self.path}; set weight_path "
                 "to a GGUF file, or use BF16, INT8 or INT4"
             )
-        if method == "RAWINT4" and (held := self.int4_group) != group:
-            found = f"groups of {held}" if held else f"{next(iter(self.formats.values()))[0]} in {self.path}"
-            raise ConfigError(
-                f"method RAWINT4: expected a compressed-tensors INT4 checkpoint in groups of {group}, "
-                f"found {found}; set int4_group_size to the checkpoint's, or use INT4, INT8 or BF16"
-            )
+        if method == "RAWINT4":
+            check_stored_int4(self, group)
         return method.lower()
 
-    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int | None = None) -> None:
+    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int) -> None:
         """See `ExpertSource`; an expert whose packed form rounds remembers where it came from."""
         self._say()
-        slot = expert if slot is None else slot
         if experts.method == "RAWINT4":
             experts.load_expert_int4(slot, *(self._index.int4(part.key) for part in self._open(name, expert)))
             return
@@ -124,3 +115,17 @@ class SafetensorsExperts:
     def _formats(self, layer: LayerSource) -> tuple[str, str, str]:
         gate, up, down = (self._index.info(part.key).dtype for part in layer.expert(0))
         return gate, up, down
+
+
+def find_layers(index: QuantizedIndex, key_map: KeyMap) -> dict[str, LayerSource]:
+    """Where each experts module's tensors are, their shapes and types looked at.
+
+    Raises:
+        FormatError: experts missing, twice, or too many; a tensor of another shape or type.
+        UnsupportedModel: the family stores experts in a way that needs more than slicing.
+    """
+    layers = key_map.layers(index, index.source, lambda key: index.info(key).shape)
+    for layer in layers.values():
+        for key, shape in layer.expected_shapes().items():
+            index.expect(key, shape, READABLE if key in index.quantized else FLOAT_DTYPES)
+    return layers

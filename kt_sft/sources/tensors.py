@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kt_sft.errors import ConfigError
+from kt_sft.models.layout import ExpertsSpec
 from kt_sft.storage import check_storage
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class TensorExperts:
                 raise TypeError(f"{argument}: expected a torch.Tensor, found {type(tensor).__name__}")
         self.path = Path("tensors")
         self.files: tuple[Path, ...] = ()
-        self.num_experts = gate.shape[0] if gate.dim() else 0
-        into, out = (self.num_experts, inter, hidden), (self.num_experts, hidden, inter)
+        self.spec = ExpertsSpec(gate.shape[0] if gate.dim() else 0, hidden, inter)
+        into, out = (self.spec.num_experts, inter, hidden), (self.spec.num_experts, hidden, inter)
         for argument, tensor, shape in (("gate_proj", gate, into), ("up_proj", up, into), ("down_proj", down, out)):
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise ValueError(
@@ -58,9 +59,9 @@ class TensorExperts:
             )
         return method.lower()
 
-    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int | None = None) -> None:
+    def load(self, experts: ExpertLayer, name: str, expert: int, *, slot: int) -> None:
         """See `ExpertSource`."""
-        experts.load_expert(expert if slot is None else slot, *self.read(name, expert))
+        experts.load_expert(slot, *self.read(name, expert))
 
     def read(self, name: str, expert: int) -> Matrices:
         """See `ExpertSource`; on the CPU."""

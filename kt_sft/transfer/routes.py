@@ -61,6 +61,7 @@ class InPlace:
 
     def bring(self, tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         """See `Route`; the very tensor where nothing has to change."""
+        check_storage(tensor, name)
         if (
             tensor.dtype is dtype
             and tensor.is_cpu
@@ -68,10 +69,8 @@ class InPlace:
             and tensor.dim() == 2
             and tensor.is_contiguous()
         ):
-            check_storage(tensor, name)
             return tensor  # each step below costs a microsecond even where it does nothing
         check_kind(tensor, dtype, name)
-        check_storage(tensor, name)
         return as_rows(tensor.detach().to("cpu", dtype)).contiguous()
 
     def output(self, like: Tensor, dtype: torch.dtype) -> Tensor:

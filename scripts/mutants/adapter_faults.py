@@ -303,9 +303,9 @@ FAULTS = (
     ),
     Fault(
         "shards are larger than asked for",
-        "kt_sft/integrations/merge/checkpoint.py",
-        "if not groups or used_bytes + size > limit_bytes:",
-        "if not groups or used_bytes > limit_bytes:",
+        "kt_sft/formats/safetensors_writer.py",
+        "if not shards or used_bytes + size > limit_bytes:",
+        "if not shards or used_bytes > limit_bytes:",
         (f"{_MERGED_FILES}test_shards_are_as_large_as_asked",),
     ),
     Fault(

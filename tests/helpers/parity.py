@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.models.families import adapt_block
 from kt_sft.models.spec import ExpertsSpec, find_experts, is_experts_module, iter_routed_experts
+from kt_sft.nn.routed_experts import RoutedExperts
 from tests.helpers import dropout, tiny_models
 from tests.helpers.reference import GATES, clamped_swiglu
 
@@ -184,6 +185,7 @@ class NoisyExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(placeholder, requires_grad=False))
 
     packed_bytes = 0
+    hide_placeholders, show_placeholders = RoutedExperts.hide_placeholders, RoutedExperts.show_placeholders
 
     def load_expert(self, *args) -> None:
         raise NotImplementedError

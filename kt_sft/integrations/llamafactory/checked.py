@@ -66,9 +66,7 @@ class CheckedModels:
         opened = OpenedModel(
             model_args.model_name_or_path, trust_remote_code=bool(getattr(model_args, "trust_remote_code", False))
         )
-        kept = self._given_out(opened)
-        if kept is None or not kept.is_current():
-            kept = opened
+        kept = self._given_out(opened) or opened
         self._kept[_key(opened)].append(kept)
         return kept
 
@@ -92,15 +90,18 @@ class CheckedModels:
         gguf = self._gguf_of(settings.weight_path)
         if not any(self._kept.values()):
             self._gguf.clear()  # no load is to come: vocabularies and lists of tensors go with this one
-        if kept is None or not kept.is_current():
+        if kept is None:
             return open_model(path, settings, gguf=gguf, **kwargs)
         prepare_native(kept.given)  # another model's settings may have come between
         return kept
 
     def _given_out(self, like: OpenedModel) -> OpenedModel | None:
-        """The first that is kept of this name and these settings: a policy and its reference may be the same model."""
+        """The first that is kept of this name and these settings, since a policy and its reference may be the same
+        model; None also of one whose files were written since.
+        """
         kept = self._kept[_key(like)]
-        return kept.pop(0) if kept else None
+        found = kept.pop(0) if kept else None
+        return found if found is not None and found.is_current() else None
 
     def _gguf_of(self, file: str | None) -> GgufIndex | None:
         index = self._gguf.get(str(file))

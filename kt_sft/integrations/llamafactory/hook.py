@@ -11,6 +11,8 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -191,8 +193,7 @@ def activate(groups: tuple[Any, ...], values: dict[str, Any] | list[str]) -> Non
         model_args.infer_backend = "huggingface"
     training_args = next((group for group in groups if hasattr(group, "per_device_train_batch_size")), None)
     if opened is not None and (model_args.export_dir or finetuning_args.create_new_adapter):
-        for adapter in model_args.adapter_name_or_path or []:
-            source = local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
+        for source in _adapters(model_args):
             limits.check_merge(opened.model, source)
     if training_args is not None:
         use_one_device(training_args, has_rules=model_args.kt_optimize_rule is not None)
@@ -224,10 +225,15 @@ def check_inputs(model_args: Any) -> OpenedModel | None:
     if not os.path.isdir(path) and (misc.use_modelscope() or misc.use_openmind()):
         return None  # only LLaMA-Factory can ask those hubs
     opened = checked.of(model_args).check(model_args)
-    for adapter in model_args.adapter_name_or_path or []:
-        folder = local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
-        check_adapter(opened.model, folder, may_grow=exporting.may_grow(model_args))
+    for source in _adapters(model_args):
+        check_adapter(opened.model, source, may_grow=exporting.may_grow(model_args))
     return opened
+
+
+def _adapters(model_args: Any) -> Iterator[Path]:
+    """Where the adapters of a run lie."""
+    for adapter in model_args.adapter_name_or_path or []:
+        yield local_adapter(adapter, subfolder=model_args.adapter_folder, **checked.hub(model_args))
 
 
 def check_run(opened: OpenedModel | None, model_args: Any, training_args: Any, finetuning_args: Any) -> None:

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig
 
+from kt_sft import memory
 from kt_sft.adapters import fused
 from kt_sft.adapters.folder import local_adapter
 from kt_sft.adapters.forms import open_adapter
@@ -34,7 +35,6 @@ from kt_sft.integrations.transformers.placing import check_dtype, plan_model
 from kt_sft.integrations.transformers.swapping import swap_experts
 from kt_sft.models.expert_keys import PROJECTIONS
 from kt_sft.models.layout import ExpertsSpec, Formats
-from kt_sft.native import native
 from kt_sft.placement.budget import DeviceMemory, Run, memory_by_device
 from kt_sft.placement.plan import LINEAR, MODULE, Plan, groups
 from kt_sft.placement.rules import DEVICE_TYPES
@@ -115,12 +115,7 @@ def plan_run(file: str | Path, overrides: Iterable[str] = (), *, device: str | N
     plan = plan_model(model, config, _device(default))
     check_dtype(plan, model)  # LLaMA-Factory loads a model as it is stored
     formats = _formats(opened, plan)
-    packed_bytes = {
-        name: native().ExpertStore.packed_bytes_for(
-            *(spec.num_experts, spec.hidden, spec.inter), formats[name], config.int4_group_size
-        )
-        for name, spec in specs.items()
-    }
+    packed_bytes = memory.packed_bytes(specs, formats, config.int4_group_size)
     swap_experts(model, specs, config, formats)
     element_bytes = _element_bytes(values, opened.config)
     if element_bytes == 2 and plan.devices == ("cpu",):

@@ -20,11 +20,11 @@ from kt_sft.adapters.model import BaseModel, Lora
 from kt_sft.errors import ConfigError, FormatError, UnsupportedModel
 from kt_sft.formats.finite import is_finite
 from kt_sft.formats.quantized_index import FLOAT_DTYPES, QuantizedIndex
-from kt_sft.formats.safetensors_writer import TORCH_NAMES, PlannedTensor
+from kt_sft.formats.safetensors_writer import TORCH_NAMES, PlannedTensor, in_shards
 from kt_sft.integrations.transformers.base_model import describe
 from kt_sft.integrations.transformers.opened import OpenedModel
 from kt_sft.models.expert_keys import PROJECTIONS, ExpertPart, KeyMap
-from kt_sft.sources.safetensors import READABLE
+from kt_sft.sources.safetensors import find_layers
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,8 @@ class MergedCheckpoint:
         opened.check_config()
         self.index: QuantizedIndex = opened.index
         self.base: BaseModel = describe(model, str(self.folder))
-        keys = KeyMap(model, self.base.specs)
-        self._layers = keys.layers(self.index, self.index.source, lambda key: self.index.info(key).shape)
-        for layer in self._layers.values():
-            for key, shape in layer.expected_shapes().items():
-                self.index.expect(key, shape, READABLE if key in self.index.quantized else FLOAT_DTYPES)
+        keys = opened.key_map
+        self._layers = find_layers(self.index, keys)
         self.adapters = [open_adapter(path, self.base) for path in adapters]
         self._parts = {key: (name, parts) for name, layer in self._layers.items() for key, parts in layer.parts()}
         self._targets = {key: keys.target(key)[0] for key in self.index if key not in self._parts}
@@ -246,15 +243,8 @@ class MergedCheckpoint:
 
     def shards_of(self, limit_bytes: int, dtype: torch.dtype | None) -> dict[str, list[str]]:
         """Keys by the name of a file of limited size."""
-        groups: list[list[str]] = []
-        used_bytes = 0
-        for key in (key for keys in self.shards().values() for key in keys):
-            size = self.planned(key, dtype).num_bytes
-            if not groups or used_bytes + size > limit_bytes:
-                groups.append([])
-                used_bytes = 0
-            groups[-1].append(key)
-            used_bytes += size
+        keys = (key for keys in self.shards().values() for key in keys)
+        groups = in_shards(keys, limit_bytes, lambda key: self.planned(key, dtype).num_bytes)
         return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": keys for n, keys in enumerate(groups, 1)}
 
     def planned(self, key: str, dtype: torch.dtype | None) -> PlannedTensor:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kt_sft.formats.safetensors_index import INDEX_NAME, SINGLE_NAME
-from kt_sft.formats.safetensors_writer import write
+from kt_sft.formats.safetensors_index import SINGLE_NAME
+from kt_sft.formats.safetensors_writer import put_index, write
 from kt_sft.formats.staging import put_copy, put_json
 from kt_sft.integrations.merge.checkpoint import MergedCheckpoint
 from kt_sft.integrations.transformers.model_files import untie
@@ -52,8 +52,7 @@ def write_merged(
             total += sum(tensor.num_bytes for tensor in plan)
             weight_map |= dict.fromkeys(keys, name)
     if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        put_json(folder / INDEX_NAME, content)
+        put_index(folder, weight_map, total)
     copy_beside(merged.folder, folder, dtype, is_untied=merged.is_untied)
 
 

@@ -67,7 +67,7 @@ class ExpertParamWrapper(ParamWrapper):
             _merge(list(chain_of(self)), safe_merge=safe_merge, adapter_names=adapter_names)
         experts = self.get_base_layer()
         experts.lora = None
-        _expose(experts)
+        experts.show_placeholders()
         return experts
 
 
@@ -137,16 +137,13 @@ def restore_linear_dropout(peft_model: PeftModel, adapter: str, dropout: float) 
 def hide_placeholders(model: nn.Module) -> None:
     """Take the experts' placeholders out of `parameters()`: they have no storage to broadcast, move or save."""
     for _, experts in iter_routed_experts(model):
-        for name in PARAMETERS:
-            parameter = experts._parameters.pop(name, None)
-            if parameter is not None:
-                experts.__dict__[name] = parameter
+        experts.hide_placeholders()
 
 
 def expose_placeholders(model: nn.Module) -> None:
     """The reverse of `hide_placeholders`; PEFT finds the parameters to wrap through `named_parameters()`."""
     for _, experts in iter_routed_experts(model):
-        _expose(experts)
+        experts.show_placeholders()
 
 
 def hidden_numel(model: nn.Module) -> int:
@@ -158,13 +155,6 @@ def hidden_numel(model: nn.Module) -> int:
         if name in experts.__dict__
     )
     return experts_numel + sum(m.weight.numel() for m in model.modules() if isinstance(m, PackedLinear))
-
-
-def _expose(experts: nn.Module) -> None:
-    for name in PARAMETERS:
-        parameter = experts.__dict__.pop(name, None)
-        if parameter is not None:
-            experts.register_parameter(name, parameter)
 
 
 def chain_of(outermost: nn.Module) -> Iterator[ParamWrapper]:

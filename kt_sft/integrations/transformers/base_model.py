@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,9 @@ from kt_sft.errors import ConfigError, FormatError
 from kt_sft.integrations.gguf.model import is_gguf_model
 from kt_sft.integrations.transformers.opened import OpenedModel
 from kt_sft.models.expert_keys import KeyMap, LayerSource
-from kt_sft.models.spec import ExpertsSpec, find_experts, iter_routed_experts
+from kt_sft.models.layout import ExpertsSpec
+from kt_sft.models.routers import find_routers
+from kt_sft.models.spec import find_experts, iter_routed_experts
 from kt_sft.models.unwrapped import is_of_adapter, plain_modules, plain_name
 from kt_sft.nn.packed_linear import PackedLinear
 
@@ -65,6 +66,7 @@ def describe(model: nn.Module, path: str | None = None, *, may_grow: bool = Fals
     modules = plain_modules(model)
     linears = {name: (m.out_features, m.in_features) for name, m in modules.items() if _is_linear(m, name, specs)}
     bare = dict(_bare(modules, linears, specs))
+    routers = find_routers(modules, {name: spec.num_experts for name, spec in specs.items()})
     values = config.get_text_config().to_dict()
     name = path or getattr(config, "name_or_path", None) or None
     layers = hub_layers(model, specs)
@@ -74,7 +76,7 @@ def describe(model: nn.Module, path: str | None = None, *, may_grow: bool = Fals
     matrices = linears | {name.removesuffix(".weight"): shape for name, shape in bare.items()}
     return BaseModel(
         name, config.model_type, values, specs, layers, linears, _hub_names(model, matrices), shapes, bare,
-        frozenset(_routers(modules, linears, specs)), _tied(model), may_grow,
+        frozenset(name for name in routers if name in linears), _tied(model), may_grow,
     )  # fmt: skip
 
 
@@ -153,21 +155,6 @@ def _bare(
         is_of_experts = any(f"{name}.".startswith(f"{experts}.") for experts in specs)
         if weight is not None and weight.dim() == 2 and name not in linears and not is_of_experts:
             yield f"{name}.weight", tuple(weight.shape)
-
-
-def _routers(
-    modules: Mapping[str, nn.Module], linears: Mapping[str, tuple[int, int]], specs: Mapping[str, ExpertsSpec]
-) -> Iterator[str]:
-    """Linear layers that are routers, as `find_routers` finds them, below PEFT's wrappers as well."""
-    for experts, spec in specs.items():
-        block = experts.rpartition(".")[0]
-        for name, (out, _) in linears.items():
-            parent = name.rpartition(".")[0]
-            is_beside = parent == block or (
-                parent.rpartition(".")[0] == block and re.search("Router|Gate", type(modules[parent]).__name__)
-            )
-            if is_beside and out == spec.num_experts:
-                yield name
 
 
 def _tied(model: Any) -> dict[str, str]:

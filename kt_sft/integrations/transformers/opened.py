@@ -27,7 +27,7 @@ from kt_sft.formats.safetensors_index import SafetensorsIndex
 from kt_sft.formats.unchanged_files import marks
 from kt_sft.integrations.gguf.model import gguf_config, is_gguf_model, model_directory
 from kt_sft.integrations.transformers.model_files import check_generation_config, find_config_file, meta_model
-from kt_sft.integrations.transformers.placing import bytes_outside_experts, given_dtype, plan_here, uses_main_memory
+from kt_sft.integrations.transformers.placing import bytes_in_main_memory, given_dtype, plan_here
 from kt_sft.models.auto_class import HUB_ARGS, read_auto_config
 from kt_sft.models.expert_keys import KeyMap
 from kt_sft.models.layout import ExpertsSpec, Formats
@@ -111,8 +111,7 @@ class OpenedModel:
         """
         if self.gguf is not None:
             return model_config(self.gguf)
-        is_here = os.path.isdir(self.path) and not self.hub_kwargs.get("subfolder")
-        return config_values(self.config_file, (lambda: self._headers) if is_here else None)
+        return config_values(self.config_file, (lambda: self._headers) if self._is_here else None)
 
     @cached_property
     def quantization(self) -> Quantization | None:
@@ -135,6 +134,11 @@ class OpenedModel:
         _ = self.quantization
         self._is_checked = True
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether the path is the directory of the weights."""
+        return os.path.isdir(self.path) and not self.hub_kwargs.get("subfolder")
+
     @cached_property
     def _headers(self) -> SafetensorsIndex:
         return SafetensorsIndex.from_directory(self.path, needs_metadata=self._is_loaded)
@@ -147,7 +151,7 @@ class OpenedModel:
             FormatError: files missing or damaged.
             UnsupportedModel: quantised in a way that is not read.
         """
-        if "_headers" not in self.__dict__ and not (os.path.isdir(self.path) and not self.hub_kwargs.get("subfolder")):
+        if "_headers" not in self.__dict__ and not self._is_here:
             return None
         return QuantizedIndex(self._headers, self.quantization)
 
@@ -286,7 +290,7 @@ class OpenedModel:
     def rest_bytes(self) -> int:
         """Bytes of parameters and buffers outside the experts that stay in main memory."""
         placed = self.kwargs.get("device_map") if self.plan is None else self.plan.device_map()
-        return bytes_outside_experts(self.model, self.specs) if uses_main_memory(placed) else 0
+        return bytes_in_main_memory(self.model, self.specs, placed)
 
     @cached_property
     def memory(self) -> memory.MemoryEstimate:

@@ -75,16 +75,14 @@ def given_dtype(from_pretrained_kwargs: dict[str, Any]) -> Any:
     return from_pretrained_kwargs.get("dtype", from_pretrained_kwargs.get("torch_dtype"))
 
 
-def bytes_outside_experts(model: nn.Module, specs: Mapping[str, ExpertsSpec]) -> int:
-    """Bytes of all parameters and buffers outside the experts."""
+def bytes_in_main_memory(
+    model: nn.Module, specs: Mapping[str, ExpertsSpec], device_map: dict[str, Any] | str | None
+) -> int:
+    """Bytes of parameters and buffers outside the experts; none where the device map puts all on other devices."""
+    places = device_map.values() if isinstance(device_map, dict) else ["cpu" if device_map is None else device_map]
+    if "cpu" not in map(str, places):
+        return 0
     outside = (
         t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.rpartition(".")[0] not in specs
     )
     return sum(tensor.numel() * tensor.element_size() for tensor in outside)
-
-
-def uses_main_memory(device_map: dict[str, Any] | str | None) -> bool:
-    """Whether weights outside the experts stay in main memory under this device map."""
-    if not isinstance(device_map, dict):
-        return device_map in (None, "cpu")
-    return any(str(device) == "cpu" for device in device_map.values())

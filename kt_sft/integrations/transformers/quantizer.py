@@ -21,7 +21,7 @@ from kt_sft.compat.transformers import WeightConverter, forget_quantizer, leave_
 from kt_sft.errors import ConfigError
 from kt_sft.integrations.transformers.linears import pack_linears
 from kt_sft.integrations.transformers.opened import OpenedModel
-from kt_sft.integrations.transformers.placing import bytes_outside_experts, uses_main_memory
+from kt_sft.integrations.transformers.placing import bytes_in_main_memory
 from kt_sft.integrations.transformers.quantized_weights import UNREAD, Dequantizer
 from kt_sft.integrations.transformers.saving import save_full_model
 from kt_sft.integrations.transformers.swapping import swap_experts, unread_patterns
@@ -72,8 +72,7 @@ class KTExpertsQuantizer(HfQuantizer):
         specs, self._source = opened.specs, opened.source
         if opened.quantization is not None:
             self._dequantizer = Dequantizer(opened.index, opened.key_map, specs)
-        on_cpu = uses_main_memory(kwargs.get("device_map"))
-        opened.check_memory(bytes_outside_experts(model, specs) if on_cpu else 0)
+        opened.check_memory(bytes_in_main_memory(model, specs, kwargs.get("device_map")))
         swap_experts(model, specs, self.kt_config, opened.formats)
         for name in specs:
             model.get_submodule(name).hide_placeholders()

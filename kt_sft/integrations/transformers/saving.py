@@ -18,12 +18,13 @@ from kt_sft.errors import ConfigError, FormatError
 from kt_sft.formats.finite import is_finite
 from kt_sft.formats.overwriting import saved_into
 from kt_sft.formats.safetensors_index import INDEX_NAME, SafetensorsIndex
-from kt_sft.formats.safetensors_writer import PlannedTensor, write
+from kt_sft.formats.safetensors_writer import PlannedTensor, in_shards, put_index, write
 from kt_sft.formats.staging import put_json
 from kt_sft.integrations.transformers.base_model import expert_shapes
 from kt_sft.integrations.transformers.model_files import untie
-from kt_sft.models.expert_keys import ExpertPart, KeyMap
-from kt_sft.models.spec import ExpertsSpec, iter_routed_experts
+from kt_sft.models.expert_keys import PROJECTIONS, ExpertPart, KeyMap
+from kt_sft.models.layout import ExpertsSpec
+from kt_sft.models.spec import iter_routed_experts
 from kt_sft.nn.packed_linear import has_rounded_linears, saving_packed_weights
 from kt_sft.progress import progress_bar
 
@@ -42,8 +43,6 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_PROJECTIONS = ("gate", "up", "down")
-
 
 _Part = tuple[nn.Module, ExpertPart]
 
@@ -196,15 +195,8 @@ class _Unpacker:
 
 
 def _write_experts(folder: Path, target: Path, plan: list[tuple[PlannedTensor, list[_Part]]], limit_bytes: int) -> None:
-    """Fill shards in layer order, each up to the limit (a larger single tensor has a shard of its own)."""
-    shards: list[list[tuple[PlannedTensor, list[_Part]]]] = []
-    used_bytes = 0
-    for entry in plan:
-        if not shards or used_bytes + entry[0].num_bytes > limit_bytes:
-            shards.append([])
-            used_bytes = 0
-        shards[-1].append(entry)
-        used_bytes += entry[0].num_bytes
+    """Fill shards in layer order, each up to the limit."""
+    shards = in_shards(plan, limit_bytes, lambda entry: entry[0].num_bytes)
     unpack = _Unpacker()
     with progress_bar("Writing expert shards", len(shards), unit="file") as move:
         for number, shard in enumerate(shards, 1):
@@ -223,7 +215,7 @@ def _pieces(
     matrices: dict[str, Tensor] = {}
     for name, module, part in parts:
         if unpacked != (module, part.expert):
-            matrices = dict(zip(_PROJECTIONS, unpack(module, part.expert), strict=True))
+            matrices = dict(zip(PROJECTIONS, unpack(module, part.expert), strict=True))
             unpacked = (module, part.expert)
         if part.projection == "gate_up":
             matrix = module.spec.join_gate_up(matrices["gate"], matrices["up"])
@@ -251,5 +243,4 @@ def _write_index(folder: Path) -> None:
         file.rename(folder / f"{final}.new")
     for file in folder.glob("*.new"):
         file.rename(file.with_suffix(""))
-    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    put_json(folder / INDEX_NAME, content)
+    put_index(folder, weight_map, total_bytes)
