@@ -34,7 +34,8 @@ static double cycles_per_weight(const KernelRow& row, int64_t m) {
   return row.weight_cycles + (tiles ? whole : 0.5 * (whole + rows)) / row.macs_per_cycle;
 }
 
-double estimated_cycles(const KernelRow& row, const GemmProduct& product) {
+// Of one core with its operands in the caches; panels and tiles that the matrix does not fill are computed whole.
+static double estimated_cycles(const KernelRow& row, const GemmProduct& product) {
   const int64_t weights = align_up(product.n, kPanel) * align_up(product.k, kTileK);
   return static_cast<double>(weights) * cycles_per_weight(row, product.m);
 }
@@ -48,10 +49,6 @@ KTS_INLINE Refusal refusal_of(const KernelRow& row, const GemmProduct& product, 
   if ((row.isa & isa) == 0) return (row.isa & detected) == 0 ? Refusal::kCpu : Refusal::kNarrowed;
   if (row.max_m > 0 && product.m > row.max_m) return Refusal::kManyRows;
   return row.rows == Rows::kInt8 && product.k > kMaxInt8RowLength ? Refusal::kLongRows : Refusal::kNone;
-}
-
-Refusal refusal(const KernelRow& row, const GemmProduct& product, IsaSet isa) {
-  return refusal_of(row, product, isa, detect_isa());
 }
 
 const KernelRow& select_gemm(const GemmProduct& product, IsaSet isa) {
@@ -72,7 +69,8 @@ const KernelRow& named_gemm(const char* name, const GemmProduct& product) {
   const auto refuse = [&](const std::string& why) { fail((std::string("kernel ") + name + ": " + why).c_str()); };
   for (const KernelRow& row : kernel_table()) {
     if (std::strcmp(row.name, name) != 0) continue;
-    const Refusal why = row.rows == product.rows ? refusal(row, product, detect_isa()) : Refusal::kOtherRows;
+    const Refusal why =
+        row.rows != product.rows ? Refusal::kOtherRows : refusal_of(row, product, detect_isa(), detect_isa());
     if (why == Refusal::kOtherProduct || why == Refusal::kOtherRows)
       refuse("not for this weight format, rows and direction");
     if (why == Refusal::kCpu) refuse(std::string("this CPU lacks ") + isa_name(row.isa));
@@ -86,7 +84,7 @@ const KernelRow& named_gemm(const char* name, const GemmProduct& product) {
 std::vector<KernelVerdict> judge_gemm(const GemmProduct& product, IsaSet isa) {
   std::vector<KernelVerdict> verdicts;
   for (const KernelRow& row : kernel_table())
-    if (const Refusal why = refusal(row, product, isa); why != Refusal::kOtherProduct)
+    if (const Refusal why = refusal_of(row, product, isa, detect_isa()); why != Refusal::kOtherProduct)
       verdicts.push_back({&row, why, estimated_cycles(row, product)});
   return verdicts;
 }

@@ -89,10 +89,10 @@ const PackedMatrix& projection(const Place& place, int which) {
 
 void check_shape(const ExpertShape& shape) {
   KTS_CHECK(shape.num_experts > 0 && shape.hidden > 0 && shape.inter > 0,
-            "MoeLayer: num_experts, hidden and inter must be positive");
+            "ExpertStore: num_experts, hidden and inter must be positive");
   KTS_CHECK(shape.hidden <= kMaxInt8RowLength && shape.inter <= kMaxInt8RowLength,
-            "MoeLayer: expected hidden and inter of at most 32768");
-  KTS_CHECK(shape.num_experts <= kMaxExperts, "MoeLayer: expected at most 1048576 experts");
+            "ExpertStore: expected hidden and inter of at most 32768");
+  KTS_CHECK(shape.num_experts <= kMaxExperts, "ExpertStore: expected at most 1048576 experts");
   check_format(shape.format.gate, shape.hidden);
   check_format(shape.format.up, shape.hidden);
   check_format(shape.format.down, shape.inter);
@@ -235,11 +235,6 @@ void ExpertStore::load_expert(int64_t expert, const WeightRows& gate_w, const We
   });
 }
 
-void ExpertStore::load_expert(int64_t expert, const bf16_t* gate_w, int64_t gate_stride, const bf16_t* up_w,
-                              int64_t up_stride, const bf16_t* down_w, int64_t down_stride) {
-  load_expert(expert, {gate_w, 2 * gate_stride}, {up_w, 2 * up_stride}, {down_w, 2 * down_stride});
-}
-
 void ExpertStore::load_expert_int4(int64_t expert, const StoredInt4& gate_w, const StoredInt4& up_w,
                                    const StoredInt4& down_w) {
   KTS_CHECK(shape_.format.is_uniform() && shape_.format.gate.any_scale,
@@ -327,7 +322,7 @@ void ExpertStore::export_expert(int64_t expert, const ExpertBlobs<char>& blobs) 
   std::lock_guard<std::mutex> lock(runtime().mutex);
   KTS_CHECK(place(expert, 0).kind != PlaceKind::kNone, "export_expert: this expert has no weights yet");
   const int64_t sizes[] = {gate_blob_bytes(), up_blob_bytes(), down_blob_bytes()};
-  const char* const written[] = {blobs.gate, blobs.up, blobs.down};
+  char* const written[] = {blobs.gate, blobs.up, blobs.down};
   for (int64_t e = 0; e < shape_.num_experts; ++e) {
     if (place(e, 0).kind != PlaceKind::kMapped) continue;  // else its first part begins where the blobs do
     for (int to = 0; to < 3; ++to)
@@ -336,12 +331,7 @@ void ExpertStore::export_expert(int64_t expert, const ExpertBlobs<char>& blobs) 
                   "export_expert: expected memory that no expert of the layer is mapped from");
   }
   // Scales of some block types end before a multiple of 64.
-  for (int to = 0; to < 3; ++to)
-    std::memset((to == 0   ? blobs.gate
-                 : to == 1 ? blobs.up
-                           : blobs.down) +
-                    sizes[to] - kBlobAlignment,
-                0, kBlobAlignment);
+  for (int to = 0; to < 3; ++to) std::memset(written[to] + sizes[to] - kBlobAlignment, 0, kBlobAlignment);
   const PackedMatrix down = packed_view(shape_.format.down, shape_.hidden, shape_.inter, blobs.down);
   for (int s = 0; s < num_shards_; ++s) {
     const Place &held = place(expert, s), part = part_of(blobs, s);

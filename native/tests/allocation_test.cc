@@ -77,7 +77,8 @@ struct Training {
 
   explicit Training(const ExpertShape& shape) : store(shape) {
     const auto w = filled<bf16_t>(kInter * kHidden, 0.3f, random);
-    for (int64_t e = 0; e < kExperts; ++e) store.load_expert(e, w.data(), kHidden, w.data(), kHidden, w.data(), kInter);
+    for (int64_t e = 0; e < kExperts; ++e)
+      store.load_expert(e, {w.data(), 2 * kHidden}, {w.data(), 2 * kHidden}, {w.data(), 2 * kInter});
     for (int64_t i = 0; i < kTokens * kTopK; ++i) ids.push_back((i + i / kTopK) % kExperts);
     g.resize(static_cast<size_t>(kTokens * kTopK * shape.inter_stride()));
     u = g;

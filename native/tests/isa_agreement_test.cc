@@ -221,7 +221,7 @@ struct LayerRun {
     for (int64_t e = 0; e < kExperts; ++e) {
       const auto gate = make(kInter * kHidden, 0.3f), up = make(kInter * kHidden, 0.3f),
                  down = make(kHidden * kInter, 0.3f);
-      store.load_expert(e, gate.data(), kHidden, up.data(), kHidden, down.data(), kInter);
+      store.load_expert(e, {gate.data(), 2 * kHidden}, {up.data(), 2 * kHidden}, {down.data(), 2 * kInter});
     }
     const auto x = make(kTokens * kHidden, 1.0f), dout = make(kTokens * kHidden, 1.0f);
     std::vector<int64_t> ids;

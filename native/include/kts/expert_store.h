@@ -127,9 +127,6 @@ class ExpertStore {
   };
   // gate, up [inter, hidden], down [hidden, inter]. Packs a copy.
   void load_expert(int64_t expert, const WeightRows& gate, const WeightRows& up, const WeightRows& down);
-  // The same of bf16; strides in elements.
-  void load_expert(int64_t expert, const bf16_t* gate, int64_t gate_stride, const bf16_t* up, int64_t up_stride,
-                   const bf16_t* down, int64_t down_stride);
   // The same of int4 weights as a checkpoint holds them, for format rawint4: nothing is rounded. hidden and inter even.
   void load_expert_int4(int64_t expert, const StoredInt4& gate, const StoredInt4& up, const StoredInt4& down);
   // The stored weights; T is bf16_t (rounded from q * scale) or float.

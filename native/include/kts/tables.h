@@ -51,10 +51,6 @@ enum class Refusal : int {
   kManyRows,      // more than max_m
   kLongRows,      // int8 rows beyond kMaxInt8RowLength
 };
-Refusal refusal(const KernelRow& row, const GemmProduct& product, IsaSet isa);
-
-// Of one core with its operands in the caches; panels and tiles that the matrix does not fill are computed whole.
-double estimated_cycles(const KernelRow& row, const GemmProduct& product);
 
 // The row with the least estimated cycles among those that `isa` can run. Throws std::invalid_argument if there is none.
 const KernelRow& select_gemm(const GemmProduct& product, IsaSet isa);
